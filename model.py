@@ -1,0 +1,662 @@
+"""A GPT in one file: two dialects, a KV cache, sampling, log-probs, checkpoints, tokenizers - and Phase 0, pretraining.
+
+Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary, P prompt, R response, L layers.
+"""
+import argparse
+import inspect
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+import typing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")   # threads that wait for work sleep sooner: 100x faster on a busy CPU
+import torch   # noqa: E402
+import torch.nn as nn   # noqa: E402
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from data import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model. GPT-2 (Radford et al. 2019) and the Llama family (Touvron et al. 2023) differ only in the fields below.
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 1024
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 4            # fewer than n_head: grouped-query attention (arXiv:2305.13245)
+    n_embd: int = 128
+    n_inner: int = 512            # width of the MLP
+    max_len: int = 256            # context length in tokens
+    head_dim: int = 32
+    norm: str = "layernorm"       # "layernorm" (GPT-2) or "rmsnorm" (Llama)
+    pos: str = "learned"          # "learned" (GPT-2) or "rope" (arXiv:2104.09864)
+    mlp: str = "gelu"             # "gelu" (GPT-2) or "swiglu" (arXiv:2002.05202)
+    bias: bool = True             # biases in every linear layer and norm (GPT-2)
+    qkv_bias: bool = False        # biases in q, k, v only (Qwen2.5)
+    qk_norm: bool = False         # RMSNorm on each head's q and k (Qwen3)
+    tie: bool = True              # the output head is the token embedding
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None   # llama3 rule: factor, low_freq_factor, high_freq_factor, original_max_...
+    scalar_head: bool = False     # reward and value models: one number per position instead of V logits
+    reward_mean: float = 0.0      # subtracted from every score, so that reference responses average 0
+
+
+def rope_table(cfg, device=None):
+    """cos and sin of every position's rotary angles, each (max_len, D) (arXiv:2104.09864, halves rotated together)."""
+    freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim)   # (D/2,)
+    if cfg.rope_scaling:   # Llama 3.1: stretch slow waves by `factor`, keep fast ones, blend in between
+        s = cfg.rope_scaling
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)   # full turns within the old context
+        blend = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        freq = freq * (blend + (1 - blend) / s["factor"])
+    angle = torch.outer(torch.arange(cfg.max_len, device=device).float(), freq).repeat(1, 2)   # (S, D)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, H, T, D) by cos, sin (T, D) or (B, 1, T, D)."""
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight in fp32 (arXiv:1910.07467), handed on in the dtype it came in."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def make_norm(cfg, size):
+    return nn.LayerNorm(size, eps=cfg.norm_eps, bias=cfg.bias) if cfg.norm == "layernorm" else RMSNorm(size, cfg.norm_eps)
+
+
+def causal_attention(q, k, v):
+    """softmax(q k^T / sqrt(D)) v over positions up to one's own; q (B, H, T, D), k and v (B, Hkv, T, D)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:   # written out, because the CPU's fused bf16 backward is
+        if q.shape[1] != k.shape[1]:                           # 2 to 5 times slower than this (LOG.md)
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        future = torch.full((q.shape[2], q.shape[2]), -math.inf).triu(1)               # (T, T)
+        weights = ((q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + future).softmax(-1)
+        return weights.to(v.dtype) @ v                                                 # (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.sizes = [cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim]
+        self.qkv = nn.Linear(cfg.n_embd, sum(self.sizes), bias=cfg.bias or cfg.qkv_bias)
+        self.proj = nn.Linear(self.sizes[0], cfg.n_embd, bias=cfg.bias)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+
+    def forward(self, x, rope, cache, step):
+        B, T, _ = x.shape
+        q, k, v = (z.view(B, T, -1, self.cfg.head_dim).transpose(1, 2)
+                   for z in self.qkv(x).split(self.sizes, dim=-1))                 # (B, H, T, D), (B, Hkv, T, D)
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if step is None:   # a whole sequence; right padding never reaches a real token, so causal is all the mask we need
+            if cache is not None:
+                cache[0][:, :, :T], cache[1][:, :, :T] = k, v
+            y = causal_attention(q, k, v)
+        else:              # one new token per row, written at the row's own position; reads only what is filled
+            write, read, mask = step
+            for kv, new in zip(cache, (k, v)):
+                kv[write[0], :, write[1]] = new[:, :, 0].to(kv.dtype)
+            k, v = cache[0][:, :, :read].to(q.dtype), cache[1][:, :, :read].to(q.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))                      # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.swiglu = cfg.mlp == "swiglu"
+        self.up = nn.Linear(cfg.n_embd, cfg.n_inner * (2 if self.swiglu else 1), bias=cfg.bias)
+        self.down = nn.Linear(cfg.n_inner, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.swiglu:
+            gate, x = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * x)
+        return self.down(F.gelu(x, approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.ln_1, self.attn = make_norm(cfg, cfg.n_embd), Attention(cfg)
+        self.ln_2, self.mlp = make_norm(cfg, cfg.n_embd), MLP(cfg)
+
+    def forward(self, x, rope, cache, step):
+        x = x + self.attn(self.ln_1(x), rope, cache, step)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer. `model(ids)` gives hidden states; `logits` and `score` turn them into outputs, so that
+    a caller pays for the head only at the positions it needs."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        if cfg.pos == "learned":
+            self.wpe = nn.Embedding(cfg.max_len, cfg.n_embd)
+        self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.ln_f = make_norm(cfg, cfg.n_embd)
+        if cfg.scalar_head:
+            self.score = nn.Linear(cfg.n_embd, 1, bias=False)
+        elif not cfg.tie:
+            self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self):
+        for name, p in self.named_parameters():   # GPT-2's init: N(0, 0.02), residual outputs scaled by 1/sqrt(2L)
+            if name == "score.weight":            # arXiv:2009.01325, appendix B.1
+                nn.init.normal_(p, std=1 / math.sqrt(self.cfg.n_embd + 1))
+            elif p.dim() == 2:
+                residual = name.endswith(("proj.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.cfg.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+            else:
+                nn.init.ones_(p)
+        if self.cfg.pos == "rope":                # recomputed from the config, never saved
+            self.rope = rope_table(self.cfg, self.wte.weight.device)
+
+    def forward(self, ids, cache=None, pos=None, read=None):
+        """Hidden states (B, T, C) of ids (B, T), rows right-padded with anything: causal attention hides the padding.
+
+        With a `cache` (L, 2, B, Hkv, S, D) keys and values are also stored. With `pos` (B,) as well, T is 1 and row b's
+        token stands at position pos[b]: it is written there and attends to positions <= pos[b] < read."""
+        T = ids.shape[1]
+        if T > self.cfg.max_len:
+            raise ValueError(f"a sequence of {T} tokens is longer than the model's context of {self.cfg.max_len}")
+        x = self.wte(ids)                                                           # (B, T, C)
+        step, where = None, slice(0, T)
+        if pos is not None:
+            mask = torch.arange(read, device=ids.device) <= pos[:, None, None, None]   # (B, 1, 1, read)
+            step, where = ((torch.arange(len(pos), device=ids.device), pos), read, mask), pos[:, None]
+        if self.cfg.pos == "learned":
+            x, rope = x + self.wpe.weight[where], None
+        else:
+            rope = [table.to(x.device)[where] for table in self.rope]               # (T, D) or (B, 1, D)
+            rope = rope if pos is None else [r[:, None] for r in rope]              # (B, 1, 1, D)
+        for i, block in enumerate(self.h):
+            x = block(x, rope, None if cache is None else cache[i], step)
+        return self.ln_f(x)
+
+    def logits(self, hidden):
+        """Next-token logits (..., V) of hidden states (..., C)."""
+        return F.linear(hidden, self.wte.weight) if self.cfg.tie else self.lm_head(hidden)
+
+    def scores(self, hidden):
+        """Scalar per position (...,) of hidden states (..., C), fp32: a reward at the last token, a value anywhere."""
+        return self.score(hidden).squeeze(-1).float() - self.cfg.reward_mean
+
+    def new_cache(self, B, S):
+        c, w = self.cfg, self.wte.weight
+        dtype = torch.get_autocast_dtype(w.device.type) if torch.is_autocast_enabled(w.device.type) else w.dtype
+        return torch.zeros(c.n_layer, 2, B, c.n_kv_head, S, c.head_dim, device=w.device, dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling and scoring. A "mask" is True on the tokens of a response (its EOS included); index t always means token t.
+
+
+def pad_batch(rows, pad_id, device="cpu", length=None):
+    """Lists of ids -> right-padded (B, T) int64 and the mask of real tokens (B, T)."""
+    T = length or max(map(len, rows))
+    ids = torch.full((len(rows), T), pad_id)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    lens = torch.tensor([len(row) for row in rows])
+    return ids.to(device), (torch.arange(T) < lens[:, None]).to(device)
+
+
+def sample(logits, top_k=0, top_p=1.0, generator=None):
+    """One token per row of logits (B, V), already divided by the temperature. Truncation: the top_k largest (0: all),
+    then the smallest set whose probability reaches top_p (nucleus, arXiv:1904.09751)."""
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
+    if top_p < 1:
+        sorted_logits, order = logits.sort(descending=True)
+        p = sorted_logits.softmax(-1)
+        drop = (p.cumsum(-1) - p >= top_p).scatter(1, order, p.cumsum(-1) - p >= top_p)
+        logits = logits.masked_fill(drop, -math.inf)
+    # argmax(p / Exp(1)) is a multinomial draw that never waits for the host
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new, eos_id, pad_id=0, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Continue ragged prompts (lists of ids) until EOS or max_new tokens.
+
+    Returns ids (B, T): prompt, response, padding, in that order without gaps; mask (B, T): True on response tokens, EOS
+    included; logp (B, T): log-prob of each response token under softmax(logits / temperature), 0 elsewhere - also with
+    top_k or top_p, because that is the distribution training uses. temperature 0 is greedy (log-probs at 1)."""
+    device = model.wte.weight.device
+    lens = torch.tensor([len(p) for p in prompts], device=device)
+    P, B = max(map(len, prompts)), len(prompts)
+    if min(map(len, prompts)) == 0:
+        raise ValueError("an empty prompt: generation needs at least one token to start from")
+    if P + max_new > model.cfg.max_len:
+        raise ValueError(f"prompt of {P} tokens + {max_new} new ones exceeds the model's context of {model.cfg.max_len}")
+    ids, _ = pad_batch(prompts, pad_id, device, P + max_new)                          # (B, T)
+    mask, logp = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape, device=device)
+    cache = model.new_cache(B, P + max_new)
+    row = torch.arange(B, device=device)           # the rows still being written
+    hidden = model(ids[:, :P], cache)[row, lens - 1]                                  # (B, C)
+    for i in range(max_new):
+        logits = model.logits(hidden).float() / (temperature or 1.0)                  # (B, V)
+        token = sample(logits, top_k, top_p, generator) if temperature else logits.argmax(-1)
+        pos = lens[row] + i
+        ids[row, pos], mask[row, pos] = token, True
+        logp[row, pos] = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+        # what follows an EOS is computed in vain until the row is dropped, and wiped at the end
+        done = (ids[row] == eos_id).logical_and(mask[row]).any(1) if i % 4 == 3 else None
+        if done is not None and done.float().mean() >= 0.25:
+            keep = ~done
+            row, token, pos, cache = row[keep], token[keep], pos[keep], cache[:, :, keep]
+            if len(row) == 0:
+                break
+        if i + 1 < max_new:
+            hidden = model(token[:, None], cache, pos, P + i + 1)[:, 0]               # (B, C)
+    after = ((ids == eos_id) & mask).cumsum(1) - ((ids == eos_id) & mask).long() > 0    # strictly after the first EOS
+    ids, mask, logp = ids.masked_fill(after & mask, pad_id), mask & ~after, logp.masked_fill(after, 0.0)
+    T = int((lens + mask.sum(1)).max())
+    return ids[:, :T], mask[:, :T], logp[:, :T]
+
+
+def token_logprobs(model, ids, mask, temperature=1.0, entropy=False, chunk=4096):
+    """Log-prob (B, T) of every token under the model where mask is True, 0 elsewhere; fp32. ids, mask: (B, T).
+
+    logp[b, t] = log softmax(logits[b, t-1] / temperature)[ids[b, t]]: SFT, DPO, PPO and CAI all train on this number.
+    The head runs on the masked rows only, `chunk` at a time and recomputed in the backward pass, so that no (B, T, V)
+    tensor ever exists. entropy=True also returns the entropy (B, T) in nats of each such distribution."""
+    mask = mask[:, 1:].bool()
+    h, y = model(ids)[:, :-1][mask], ids[:, 1:][mask]                                 # (N, C), (N,)
+
+    def head(h, y):
+        logits = model.logits(h).float() / temperature                                # (n, V)
+        ent = torch.distributions.Categorical(logits=logits).entropy() if entropy else None
+        return -F.cross_entropy(logits, y, reduction="none"), ent
+
+    recompute = torch.is_grad_enabled() and len(y) > chunk
+    parts = [checkpoint(head, a, b, use_reentrant=False) if recompute else head(a, b)
+             for a, b in zip(h.split(chunk), y.split(chunk))]
+    scatter = lambda x: torch.zeros(ids.shape, device=ids.device).index_put(tuple(where), torch.cat(x))   # noqa: E731
+    where = mask.nonzero().T + torch.tensor([[0], [1]], device=ids.device)
+    logp = scatter([p[0] for p in parts])
+    return (logp, scatter([p[1] for p in parts])) if entropy else logp
+
+
+def respond(model, tok, prompts, max_new, batch=256, **kw):
+    """Sample one response per prompt (lists of messages). Returns the texts and (ids, mask) of each row, as lists, in
+    the order of the prompts; batches are sorted by length so that little is padded."""
+    rows = [tok.render(p, generation_prompt=True)[0] for p in prompts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    out = [None] * len(rows)
+    for chunk in (order[i: i + batch] for i in range(0, len(order), batch)):
+        ids, mask, _ = generate(model, [rows[i] for i in chunk], max_new, tok.eos_id, tok.pad_id, **kw)
+        for i, x, m in zip(chunk, ids.cpu(), mask.cpu()):
+            out[i] = x[m].tolist()
+    return [tok.decode(x) for x in out], rows, out
+
+
+def distinct_2(responses):
+    """Different bigrams / all bigrams over responses (lists of ids): near 0 when the model says one thing to everybody
+    (Li et al. 2016, arXiv:1510.03055)."""
+    bigrams = [pair for ids in responses for pair in zip(ids, ids[1:])]
+    return len(set(bigrams)) / max(1, len(bigrams))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a folder that transformers opens too (data/checkpoint.py), plus state.pt for --resume.
+
+
+def load(path, device="cpu", scalar_head=None):
+    """(GPT, Tokenizer) of one of our folders, a Hugging Face folder or a hub name; scalar_head=True makes a reward or
+    value model of it (with a fresh score head unless the checkpoint has one), False insists on a language model."""
+    from data.checkpoint import load_weights
+    cfg, weights, tok = load_weights(path, scalar_head)
+    with torch.device("meta"):
+        model = GPT(cfg)
+    model.to_empty(device="cpu").init_weights()
+    model.load_state_dict(weights, strict=False)   # names and shapes were checked; only score.weight may be missing
+    return model.to(device), tok
+
+
+def save(folder, model, tok, state=None):
+    """Write model, tokenizer and, for --resume, the training state {name: tensors, numbers, strings}; all or nothing."""
+    from data.checkpoint import save_folder
+    extra = {} if state is None else {"state.pt": lambda path: torch.save(state, path)}
+    save_folder(folder, model.cfg, model.state_dict(), tok, extra)
+
+
+def load_state(folder):
+    """The training state beside a checkpoint, or {} if there is none."""
+    path = Path(folder) / "state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+    except Exception as e:
+        raise InputError(f"{path}: not a training state we wrote ({type(e).__name__}); start without --resume") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every script starts and ends with.
+
+
+def cli(Config, doc):
+    """A Config dataclass filled from `--name value` or `--name=value`. Help text is the comment behind each field."""
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for f in fields(Config):
+        kind, options = f.type, {}
+        if typing.get_origin(kind) is typing.Literal:
+            kind, options = type(f.default), {"choices": typing.get_args(f.type)}
+        if kind is bool:
+            kind, options = parse_bool, {"nargs": "?", "const": True}
+        elif kind is float:
+            kind = parse_float
+        shown = "" if f.default in ("", None) else f" (default {f.default})"
+        parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=f.name.split("_")[-1].upper(),
+                            help=comments.get(f.name, "").replace("%", "%%") + shown, **options)
+    return Config(**vars(parser.parse_args()))
+
+
+def parse_bool(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def parse_float(text):
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return float(text)
+
+
+def run(main, Config, doc):
+    """Run main(config) as a program: what a user can mend ends in one sentence and exit code 1, not in a traceback."""
+    cfg = cli(Config, doc)
+    try:
+        main(cfg)
+    except InputError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def setup(cfg):
+    """Seeds, device and precision. Returns (device, autocast): the training numerics of every script are fp32 weights
+    under `with autocast():`, which is bf16 where the hardware multiplies bf16 natively and fp32 elsewhere."""
+    random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: this torch sees no CUDA device; try --device cpu")
+    if cfg.dtype == "auto":
+        bf16 = torch.cuda.is_bf16_supported() if device.startswith("cuda") else cpu_has_bf16()
+    else:
+        bf16 = cfg.dtype == "bfloat16"
+    return torch.device(device), lambda: torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
+
+
+def cpu_has_bf16():
+    """True where the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX); emulation would be slower."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def need(folder, script, cfg):
+    """Make a missing link of the chain first: run its script with the same seed, device and precision."""
+    if (Path(folder) / "config.json").exists():
+        return
+    command = [sys.executable, str(Path(__file__).parent / script), "--out", str(folder), "--seed", str(cfg.seed),
+               "--dtype", cfg.dtype] + (["--device", cfg.device] if cfg.device else [])
+    print(f"{folder} is missing: running {' '.join(command[1:])}", flush=True)
+    if subprocess.run(command).returncode:
+        raise InputError(f"{script} failed, so there is no {folder} to start from")
+
+
+def sibling(cfg, name):
+    """out/<name> beside this run's own --out."""
+    return str(Path(cfg.out).parent / name)
+
+
+class Run:
+    """The files a run leaves: log.jsonl, samples.txt, result.json, plot.png; and its progress line on the screen."""
+
+    def __init__(self, cfg, stage, steps, resumed_at=0):
+        self.cfg, self.stage, self.folder, self.steps = cfg, stage, Path(cfg.out), steps
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.start, self.first, self.shown = time.time(), resumed_at, 0.0
+        old = (self.folder / "log.jsonl").read_text().splitlines()[:resumed_at] if resumed_at else []
+        self.log = open(self.folder / "log.jsonl", "w")
+        self.log.writelines(line + "\n" for line in old)
+        if not resumed_at:
+            (self.folder / "samples.txt").write_text("")
+
+    def step(self, i, **metrics):
+        """Record step i (from 0); show it at most every two seconds."""
+        self.log.write(json.dumps({"step": i + 1} | {k: float(f"{v:.6g}") for k, v in metrics.items()}) + "\n")
+        self.log.flush()
+        now, left = time.time(), self.steps - i - 1
+        if now - self.shown > 2 or left == 0:
+            eta = (now - self.start) / (i + 1 - self.first) * left
+            line = " | ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            print(f"{self.stage} {i + 1}/{self.steps} | {line} | eta {eta:.0f}s", flush=True)
+            self.shown = now
+
+    def samples(self, title, prompts, responses):
+        """Append the same few prompts' responses to samples.txt; returns them as text for the screen."""
+        text = "".join(f"  {p[-1]['content']}\n    -> {r}\n" for p, r in zip(prompts, responses))
+        with open(self.folder / "samples.txt", "a") as f:
+            f.write(f"--- {title}\n{text}")
+        return text
+
+    def finish(self, device, before, after, panels):
+        """result.json, the closing table, and plot.png with one panel per tuple of log keys."""
+        result = {"stage": self.stage, "seed": self.cfg.seed, "config": asdict(self.cfg),
+                  "seconds": round(time.time() - self.start, 1), "device": str(device), "before": before, "after": after}
+        write_atomic(self.folder / "result.json", json.dumps(result, indent=1).encode())
+        print(table({"before": before, "after": after}))
+        self.log.close()
+        rows = [json.loads(line) for line in open(self.folder / "log.jsonl")]
+        try:
+            import matplotlib
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+        except ImportError:
+            print(f"(no {self.folder / 'plot.png'}: matplotlib is not installed)")
+            return
+        fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
+        for ax, keys in zip(axes if len(panels) > 1 else [axes], panels):
+            for key in keys:
+                points = [(r["step"], r[key]) for r in rows if key in r]
+                ax.plot(*zip(*points), label=key) if points else None
+            ax.set_xlabel("step")
+            ax.legend()
+            ax.grid(alpha=0.3)
+        fig.suptitle(f"{self.stage}, seed {self.cfg.seed}")
+        fig.savefig(self.folder / "plot.png", dpi=110)
+        plt.close(fig)
+
+
+def write_atomic(path, data):
+    """Write bytes so that the file is either the old or the new one, never half of it."""
+    new = Path(path).with_name(Path(path).name + ".new")
+    new.write_bytes(data)
+    os.replace(new, path)
+
+
+def table(columns):
+    """Text table of {column: {row: number}}; rows in order of first appearance."""
+    rows = list(dict.fromkeys(k for c in columns.values() for k in c))
+    lines = [f"{'':20}" + "".join(f"{name:>12}" for name in columns)]
+    for k in rows:
+        lines.append(f"{k:20}" + "".join(f"{c[k]:>12.3f}" if k in c else f"{'':>12}" for c in columns.values()))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phase 0: pretraining. L(theta) = - sum_t log p_theta(x_t | x_<t) over "the internet".
+
+SIZES = {   # name: fields of GPTConfig; any other shape is a row here
+    "tiny": dict(n_layer=4, n_head=4, n_kv_head=4, n_embd=128, n_inner=344, head_dim=32, max_len=256,
+                 norm="rmsnorm", pos="rope", mlp="swiglu", bias=False),
+    "gpt2": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_inner=3072, head_dim=64, max_len=1024),
+}
+
+
+@dataclass
+class Config:
+    data: str = ""                # text file, documents separated by <|endoftext|> (default: the tiny world's corpus)
+    out: str = "out/base"         # folder for the checkpoint, log, samples and plot
+    size: typing.Literal["tiny", "gpt2"] = "tiny"   # shape of the model, a row of SIZES
+    steps: int = 1600             # optimizer steps
+    batch_size: int = 8           # sequences a step
+    length: int = 128             # tokens a sequence
+    lr: float = 4e-3              # peak learning rate of AdamW, after warmup, decaying to a tenth along a cosine
+    warmup: int = 40              # steps of linear warmup
+    weight_decay: float = 0.1     # on matrices only
+    grad_clip: float = 1.0        # largest gradient norm
+    save_every: int = 400         # steps between checkpoints
+    max_steps: int = 0            # stop after this many steps (0: run all)
+    resume: bool = False          # go on from the last checkpoint in --out
+    seed: int = 0                 # every random draw comes from (seed, step)
+    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
+    compile: bool = False         # torch.compile the training forward
+    chat: str = ""                # do not train: talk to this checkpoint
+    temperature: float = 1.0      # of sampling in --chat
+    max_new: int = 64             # longest answer in --chat, in tokens
+
+
+def optimizer_for(model, lr, weight_decay, betas=(0.9, 0.95), eps=1e-8):
+    """AdamW with weight decay on matrices only (norms and biases are left alone)."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def cosine(step, steps, warmup, floor=0.1):
+    """Learning-rate factor: linear warmup, then a cosine from 1 down to floor."""
+    return min(1.0, (step + 1) / max(1, warmup)) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+@torch.no_grad()
+def bits_per_byte(model, ids, n_bytes, length=128, batch=32):
+    """Compression of a text: total -log2 p of its ids (N,), cut into windows, divided by its length in bytes."""
+    ids = ids[: len(ids) // length * length].view(-1, length)
+    nll = sum(-token_logprobs(model, x, torch.ones_like(x)).double().sum().item() for x in ids.split(batch))
+    return nll / math.log(2) / n_bytes
+
+
+def chat(cfg):
+    """Talk to a checkpoint in the terminal; an empty line ends it."""
+    device, autocast = setup(cfg)
+    model, tok = load(cfg.chat, device, scalar_head=False)
+    messages = []
+    while text := input("you> ").strip():
+        messages.append({"role": "user", "content": text})
+        with autocast():
+            answer = respond(model, tok, [messages], cfg.max_new, temperature=cfg.temperature)[0][0].strip()
+        print(f"model> {answer}")
+        messages.append({"role": "assistant", "content": answer})
+
+
+def main(cfg):
+    """Pretrain a base model from scratch."""
+    from data import world
+    from data.tokenizer import gpt2_tokenizer, tokenizer_from_ranks
+    if cfg.chat:
+        return chat(cfg)
+    device, autocast = setup(cfg)
+    tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken") if cfg.size == "tiny" else gpt2_tokenizer()
+    path = Path(cfg.data or world.TINY / "corpus.txt")
+    if not path.is_file():
+        raise InputError(f"{path}: no such text file")
+    docs = path.read_text(encoding="utf-8").split("<|endoftext|>")
+    ids = torch.tensor([i for doc in docs for i in [tok.eos_id, *tok.encode(doc)]])               # (N,)
+    held = max(cfg.length, len(ids) // 50)                                                        # the last 2 %
+    if len(ids) < 4 * cfg.length:
+        raise InputError(f"{path}: {len(ids)} tokens are too few for sequences of {cfg.length}")
+    ids, test = ids[:-held], ids[-held:].to(device)
+    test_bytes = len(tok.decode(test.tolist()).encode())
+
+    model = GPT(GPTConfig(vocab_size=tok.vocab_size, **SIZES[cfg.size])).to(device)
+    optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), 0
+    if cfg.resume and (state := load_state(cfg.out)):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    forward = torch.compile(token_logprobs) if cfg.compile else token_logprobs
+    n_steps = min(cfg.steps, cfg.max_steps or cfg.steps)
+    log = Run(cfg, "pretrain", n_steps, first)
+    probes = [r["prompt"] for r in world.rows("test")[:6]]
+
+    def measure():
+        model.eval()
+        with autocast():
+            bpb = bits_per_byte(model, test, test_bytes, cfg.length)
+            texts = respond(model, tok, probes, 32, generator=torch.Generator(device).manual_seed(cfg.seed))[0]
+        model.train()
+        return {"bits_per_byte": bpb}, texts
+
+    before, texts = measure()
+    log.samples(f"step {first}", probes, texts)
+    for step in range(first, n_steps):
+        start = time.time()
+        at = torch.randint(len(ids) - cfg.length + 1, (cfg.batch_size,), generator=seeded(cfg.seed, step))
+        batch = torch.stack([ids[i: i + cfg.length] for i in at]).to(device)                      # (B, T)
+        with autocast():
+            loss = -forward(model, batch, torch.ones_like(batch))[:, 1:].mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * cosine(step, cfg.steps, cfg.warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+        log.step(step, loss=loss.item(), grad_norm=norm.item(), tok_s=batch.numel() / (time.time() - start))
+        if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps:
+            save(cfg.out, model, tok, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
+    after, texts = measure()
+    print(log.samples(f"step {n_steps}", probes, texts))
+    log.finish(device, before, after, [("loss",), ("grad_norm",)])
+
+
+def seeded(seed, step, device="cpu"):
+    """A generator for one step's random draws; because of it a resumed run needs no saved RNG state."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

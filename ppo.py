@@ -1,0 +1,367 @@
+"""PPO: reinforcement learning from human feedback, with the four models of InstructGPT.
+
+    python ppo.py                                            the tiny world; makes out/base, out/sft, out/reward if missing
+    python ppo.py --init SFT --reward RM --data prompts.jsonl --lr 1e-6 --value_lr 1e-5      your models, your prompts
+    python ppo.py --reward mymodule:score                    any Python function(rows, responses) -> list of floats
+
+Objective (arXiv:2203.02155, eq. 2 with gamma = 0):  max_pi  E[ r(x, y) ] - beta KL(pi || pi_ref)
+One iteration:
+  1. rollout    y ~ pi(. | x) at --temperature, from the KV cache; no top-k or top-p: pi_old must be what is sampled from
+  2. score      r(x, y) by the reward model, read at EOS; a response without EOS gets -eos_penalty instead
+  3. reward     R_t = -beta (log pi(y_t) - log pi_ref(y_t))  +  [t is the last token] r       (k1 estimate, no gradient)
+  4. advantage  delta_t = R_t + gamma V_t+1 - V_t,   A_t = delta_t + gamma lam A_t+1,   V after the end = 0
+                (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; then A is whitened over the batch's response tokens
+  5. update     epochs x minibatches:  ratio = pi / pi_old,
+                L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)                            (arXiv:1707.06347, eq. 7)
+                L_V = max((V - ret)^2, (clip(V, V_old - eps_v, V_old + eps_v) - ret)^2) / 2
+All temperatures divide logits in pi, pi_old and pi_ref alike. All means are over response tokens, EOS included, and use
+the token count of the whole minibatch, so a minibatch may be cut into micro-batches freely.
+
+Four models: policy (trained), reference (frozen policy), reward model (frozen), value model (trained, starts as the
+reward model). --advantage rloo or grpo needs no value model: the other answers to the same prompt are the baseline.
+"""
+import copy
+import importlib
+import subprocess
+import sys
+import time
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import InputError, formats, world
+from model import (GPT, Run, distinct_2, generate, load, load_state, need, optimizer_for, respond, run, save, seeded,
+                   setup, sibling, token_logprobs)
+
+
+@dataclass
+class Config:
+    init: str = ""                # policy to start from and to stay close to (default: sft beside --out)
+    reward: str = ""              # reward model, or "gold", or module:function (default: reward beside --out)
+    data: str = ""                # prompts (default: the tiny world's)
+    out: str = "out/ppo"          # folder for the checkpoint, log, samples and plot
+    iterations: int = 60          # rollout + update
+    relabel: int = 12             # have new answers of the policy compared, and the reward model go on, every so many
+                                  # iterations (0: never); needs the tiny world's annotator and a reward model we made
+    relabel_prompts: int = 1200   # prompts of such a round, answered twice by the policy and twice by --init
+    rollouts: int = 256           # responses an iteration
+    epochs: int = 1               # passes over each batch of rollouts
+    minibatches: int = 4          # optimizer steps per pass
+    micro_batch: int = 64         # sequences per forward pass; smaller needs less memory and changes nothing else
+    max_prompt: int = 128         # longer prompts are left out and counted, in tokens
+    max_new: int = 32             # longest response, in tokens
+    temperature: float = 1.0      # of sampling and of every log-prob
+    advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"   # gae uses the value model, the others --group answers
+    group: int = 1                # answers per prompt (rloo and grpo need at least 2)
+    gamma: float = 1.0            # discount
+    lam: float = 0.95             # GAE lambda
+    lr: float = 3e-4              # of the policy, falling linearly to a tenth (1e-6 to 1e-5 for real models)
+    value_lr: float = 5e-4        # of the value model
+    value_warmup: int = 4         # first iterations that train only the value model
+    clip: float = 0.2             # eps of the ratio
+    value_clip: float = 0.5       # eps_v of the values, in units of reward
+    entropy_coef: float = 0.0     # weight of an entropy bonus
+    kl_coef: float = 0.1          # beta (the initial one if adaptive)
+    kl: typing.Literal["fixed", "adaptive"] = "fixed"   # adaptive: steer beta towards --kl_target (arXiv:1909.08593, 2.2)
+    kl_target: float = 4.0        # nats per response
+    kl_horizon: float = 10000.0   # responses over which beta may change e-fold, roughly
+    eos_penalty: float = 4.0      # a response that does not end gets minus this instead of its score
+    grad_clip: float = 1.0        # largest gradient norm, for each model by itself
+    save_every: int = 25          # iterations between checkpoints
+    max_steps: int = 0            # stop after this many iterations (0: run all)
+    resume: bool = False          # go on from the last checkpoint in --out
+    seed: int = 0                 # every random draw comes from (seed, iteration)
+    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
+    compile: bool = False         # torch.compile the training forward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm as pure functions. All tensors (B, T), index t is token t, mask is 1 on response tokens (contiguous).
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Advantages and returns (B, T) from rewards and values (value of the state before token t). What lies outside the
+    mask is ignored and comes out 0; the value after the last response token is 0 (arXiv:1506.02438, eq. 16)."""
+    rewards, values = rewards * mask, values * mask
+    advantages, last = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(last)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        last = (delta + gamma * lam * last) * mask[:, t]
+        advantages[:, t] = last
+    return advantages, advantages + values
+
+
+def group_advantages(scores, group, kind):
+    """Advantages (B,) of sequence rewards (B,) in consecutive groups of answers to one prompt.
+    rloo: minus the mean of the others (arXiv:2402.14740, eq. 7). grpo: (r - mean) / std (arXiv:2402.03300, 4.1.2)."""
+    r = scores.view(-1, group)
+    if kind == "rloo":
+        return ((r - r.mean(1, keepdim=True)) * group / (group - 1)).flatten()
+    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).flatten()
+
+
+def whiten(x, mask):
+    """(x - mean) / std over the masked entries; 0 elsewhere."""
+    n = mask.sum()
+    mean = (x * mask).sum() / n
+    var = ((x - mean) ** 2 * mask).sum() / n
+    return (x - mean) * torch.rsqrt(var + 1e-8) * mask
+
+
+def policy_loss(logp, old_logp, advantages, mask, clip, n_tokens):
+    """Clipped surrogate (arXiv:1707.06347, eq. 7), summed over response tokens and divided by n_tokens. Returns the loss
+    and sums over tokens for the log: approx_kl = (ratio - 1) - log ratio (joschu.net/blog/kl-approx.html), clipfrac."""
+    logratio = ((logp - old_logp) * mask).clamp(-20, 20)
+    ratio = logratio.exp()
+    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    with torch.no_grad():
+        stats = {"approx_kl": (ratio - 1 - logratio).sum() / n_tokens,
+                 "clipfrac": (((ratio - 1).abs() > clip) * mask).sum() / n_tokens}
+    return -(surrogate * mask).sum() / n_tokens, stats
+
+
+def value_loss(values, old_values, returns, mask, clip, n_tokens):
+    """Clipped value loss: the worse of the plain and the clipped squared error, halved, per response token."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    worse = torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * (worse * mask).sum() / n_tokens
+
+
+def adapt_kl_coef(beta, kl, target, n, horizon):
+    """Proportional controller in log space (arXiv:1909.08593, section 2.2): beta grows while kl is above target."""
+    return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The four models at work.
+
+
+def token_values(model, ids):
+    """Values (B, T): entry t is the value of the state before token t, read at token t - 1; entry 0 is 0."""
+    v = model.scores(model(ids))
+    return torch.cat((torch.zeros_like(v[:, :1]), v[:, :-1]), dim=1)
+
+
+@torch.no_grad()
+def compare(policy, ref, ids, mask, temperature):
+    """log-probs of policy and reference, the exact KL(policy || reference) over the whole vocabulary and the policy's
+    entropy at every response token: four (B, T) tensors, 0 outside the mask."""
+    out = torch.zeros(4, *ids.shape, device=ids.device)
+    m = mask[:, 1:]
+    hidden, ref_hidden, y = policy(ids)[:, :-1][m], ref(ids)[:, :-1][m], ids[:, 1:][m]
+    parts = []
+    for h, g, y in zip(hidden.split(4096), ref_hidden.split(4096), y.split(4096)):
+        lp = (policy.logits(h).float() / temperature).log_softmax(-1)                 # (n, V)
+        lr = (ref.logits(g).float() / temperature).log_softmax(-1)
+        p = lp.exp()
+        pick = lambda x: x.gather(1, y[:, None])[:, 0]   # noqa: E731
+        parts.append(torch.stack((pick(lp), pick(lr), (p * (lp - lr)).sum(1), -(p * lp).sum(1))))
+    out[:, :, 1:][:, m] = torch.cat(parts, 1)
+    return out
+
+
+def by_length(lens, size):
+    """Row numbers cut into pieces of at most `size`, similar lengths together, so that little is padded."""
+    return lens.argsort().split(size)
+
+
+def in_pieces(f, size, ids, mask, width):
+    """f(ids, mask) over pieces of rows of similar length, put together again; f gives (..., b, t) tensors."""
+    lens = width.tolist()
+    out = None
+    for rows in by_length(width, size):
+        t = max(lens[i] for i in rows.tolist())
+        part = f(ids[rows, :t], mask[rows, :t])
+        if out is None:
+            out = torch.zeros(*part.shape[:-2], *ids.shape, device=ids.device)
+        out[..., rows, :t] = part.float()
+    return out
+
+
+def reward_function(cfg, device, autocast):
+    """(score(rows, texts, ids, last) -> list of floats, reward model or None, its tokenizer or None)."""
+    if cfg.reward == "gold" or ":" in cfg.reward:
+        module, name = ("data.world", "gold") if cfg.reward == "gold" else cfg.reward.rsplit(":", 1)
+        try:
+            f = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as e:
+            raise InputError(f"--reward {cfg.reward}: {e}") from None
+        return (lambda rows, texts, ids, lens: torch.tensor(f(rows, texts), device=device, dtype=torch.float)), None, None
+    path = cfg.reward or sibling(cfg, "reward")
+    if not cfg.reward:
+        need(path, "reward.py", cfg)
+    rm, tok = load(path, device, scalar_head=True)
+    rm.requires_grad_(False)
+
+    @torch.no_grad()
+    def score(rows, texts, ids, lens):
+        out = torch.zeros(len(ids), device=device)
+        for at in by_length(lens, cfg.micro_batch):
+            with autocast():
+                hidden = rm(ids[at, : lens[at].max()])
+            out[at] = rm.scores(hidden[torch.arange(len(at), device=device), lens[at] - 1])
+        return out
+    return score, rm, tok
+
+
+def relabel(cfg, path, init, round):
+    """Another round of comparisons, on what the policy says now (arXiv:2203.02155, 3.1; arXiv:2204.05862, 4.5): runs
+    reward.py, which goes on from the reward model at `path`. Returns the path of the new one."""
+    new = Path(cfg.out) / f"reward{round}"
+    command = [sys.executable, str(Path(__file__).parent / "reward.py"), "--init", path, "--policy", f"{cfg.out},{init}",
+               "--prompts", str(cfg.relabel_prompts), "--seed", str(cfg.seed + 1000 * round), "--out", str(new),
+               "--add", f"{path}/comparisons.jsonl", "--epochs", "1", "--lr", "5e-4", "--dtype", cfg.dtype]
+    print(f"relabel, round {round}: {' '.join(command[1:])}", flush=True)
+    result = subprocess.run(command + (["--device", cfg.device] if cfg.device else []), capture_output=True, text=True)
+    if result.returncode:
+        raise InputError(f"reward.py failed: {result.stderr.strip().splitlines()[-1]}")
+    return str(new)
+
+
+def main(cfg):
+    device, autocast = setup(cfg)
+    init = cfg.init or sibling(cfg, "sft")
+    if not cfg.init:
+        need(init, "sft.py", cfg)
+    if cfg.advantage != "gae" and cfg.group < 2:
+        raise InputError(f"--advantage {cfg.advantage} compares answers to one prompt: --group must be at least 2")
+    if cfg.rollouts % (cfg.group * cfg.minibatches):
+        raise InputError(f"--rollouts {cfg.rollouts} must be a multiple of --group x --minibatches")
+    policy, tok = load(init, device, scalar_head=False)
+    reward, rm, rm_tok = reward_function(cfg, device, autocast)
+    if rm is not None and rm_tok.enc._mergeable_ranks != tok.enc._mergeable_ranks:
+        raise InputError(f"{cfg.reward or 'the reward model'} and {init} have different tokenizers")
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    value = load(cfg.reward or sibling(cfg, "reward"), device, scalar_head=True)[0] if rm is not None else \
+        load(init, device, scalar_head=True)[0]
+    data = cfg.data or world.TINY / "rl.jsonl"
+    rows, dropped = formats.load(data, "prompt")
+    print(formats.describe(rows, dropped, data))
+    path = cfg.reward or sibling(cfg, "reward")   # of the reward model in use
+    prompts = [tok.render(r["prompt"], generation_prompt=True)[0] for r in rows]
+    rows, prompts = zip(*[(r, p) for r, p in zip(rows, prompts) if len(p) <= cfg.max_prompt]) or ((), ())
+    graded = not cfg.data   # the tiny world knows the gold score; it goes into the log, never into the update
+
+    optimizer = optimizer_for(policy, cfg.lr, 0.0, (0.9, 0.95), 1e-5)
+    value_optimizer = optimizer_for(value, cfg.value_lr, 0.0, (0.9, 0.95), 1e-5)
+    beta, first = cfg.kl_coef, 0
+    if cfg.resume and (state := load_state(cfg.out)):
+        for name, part in dict(policy=policy, value=value, optimizer=optimizer, value_optimizer=value_optimizer).items():
+            part.load_state_dict(state[name])
+        beta, first = state["beta"], state["step"]
+    n_steps = min(cfg.iterations, cfg.max_steps or cfg.iterations)
+    log = Run(cfg, "ppo", n_steps, first)
+    tests = world.rows("test") if graded else list(rows[:32])
+
+    def measure():
+        with torch.no_grad(), autocast():
+            texts, ps, rs = respond(policy, tok, [r["prompt"] for r in tests], cfg.max_new,
+                                    generator=seeded(cfg.seed, -1 % 2**31, device), temperature=cfg.temperature)
+        out = world.report(tests, texts) if graded else {}
+        return out | {"length": sum(map(len, rs)) / len(rs), "eos_rate": sum(tok.eos_id in r for r in rs) / len(rs),
+                      "distinct_2": distinct_2(rs)}, texts
+
+    before, texts = measure()
+    log.samples("before", [r["prompt"] for r in tests[:12]], texts[:12])
+    for step in range(first, n_steps):
+        if rm is not None and graded and cfg.relabel and step and step % cfg.relabel == 0:
+            save(cfg.out, policy, tok)
+            path = relabel(cfg, path, init, step // cfg.relabel)
+            rm.load_state_dict((new := load(path, device, scalar_head=True)[0]).state_dict())
+            rm.cfg.reward_mean = new.cfg.reward_mean
+        clock = [time.time()]
+        rng = seeded(cfg.seed, step)
+        # ---- 1. rollout
+        at = torch.randperm(len(rows), generator=rng)[: cfg.rollouts // cfg.group]
+        at = at.sort().values.repeat_interleave(cfg.group).tolist()
+        with autocast():
+            ids, mask, sampled_logp = generate(policy, [prompts[i] for i in at], cfg.max_new, tok.eos_id, tok.pad_id,
+                                               cfg.temperature, generator=seeded(cfg.seed, step, device))
+        width = torch.tensor([len(prompts[i]) for i in at], device=device) + mask.sum(1)      # (B,) prompt + response
+        n_new = mask.sum(1)                                                                   # (B,)
+        clock.append(time.time())
+        # ---- 2. score
+        texts = [tok.decode(x[m].tolist()) for x, m in zip(ids, mask)]
+        batch = [rows[i] for i in at]
+        ended = ids.gather(1, (width - 1)[:, None])[:, 0] == tok.eos_id                       # (B,)
+        scores = torch.where(ended, reward(batch, texts, ids, width), -cfg.eos_penalty)       # (B,)
+        with autocast():
+            old_logp, ref_logp, exact_kl, entropy = in_pieces(
+                lambda i, m: compare(policy, ref, i, m, cfg.temperature), cfg.micro_batch, ids, mask, width)
+            with torch.no_grad():
+                old_values = in_pieces(lambda i, m: token_values(value, i), cfg.micro_batch, ids, mask, width) * mask
+        # ---- 3. reward: -beta k1 at every token, the score on the last one
+        kl = (old_logp - ref_logp) * mask                                                     # (B, T)
+        rewards = -beta * kl
+        rewards.scatter_add_(1, (width - 1)[:, None], scores[:, None])
+        # ---- 4. advantage
+        if cfg.advantage == "gae":
+            advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
+        else:
+            advantages = group_advantages(rewards.sum(1), cfg.group, cfg.advantage)[:, None] * mask
+            returns = old_values
+        advantages = whiten(advantages, mask) if cfg.advantage == "gae" else advantages
+        clock.append(time.time())
+        # ---- 5. update
+        scale = 1 - 0.9 * step / cfg.iterations
+        for opt, lr in ((optimizer, cfg.lr), (value_optimizer, cfg.value_lr)):
+            for g in opt.param_groups:
+                g["lr"] = lr * scale
+        sums = {}
+        for epoch in range(cfg.epochs):
+            for mb in torch.randperm(len(ids), generator=rng).chunk(cfg.minibatches):
+                mb = mb.to(device)
+                n_tokens = mask[mb].sum()
+                for piece in by_length(width[mb], cfg.micro_batch):
+                    r = mb[piece]
+                    t = int(width[r].max())
+                    x, m = ids[r, :t], mask[r, :t]
+                    if step >= cfg.value_warmup or cfg.advantage != "gae":
+                        with autocast():
+                            out = token_logprobs(policy, x, m, cfg.temperature, entropy=cfg.entropy_coef != 0)
+                        logp, ent = out if cfg.entropy_coef else (out, None)
+                        loss, stats = policy_loss(logp, old_logp[r, :t], advantages[r, :t], m, cfg.clip, n_tokens)
+                        if cfg.entropy_coef:
+                            loss = loss - cfg.entropy_coef * ent.sum() / n_tokens
+                        loss.backward()
+                        for k, v in {"policy_loss": loss.detach(), **stats}.items():
+                            sums[k] = sums.get(k, 0.0) + v / (cfg.epochs * cfg.minibatches)
+                    if cfg.advantage == "gae":
+                        with autocast():
+                            v = token_values(value, x)
+                        loss = value_loss(v, old_values[r, :t], returns[r, :t], m, cfg.value_clip, n_tokens)
+                        loss.backward()
+                        sums["value_loss"] = sums.get("value_loss", 0.0) + loss.detach() / (cfg.epochs * cfg.minibatches)
+                for model, opt in ((policy, optimizer), (value, value_optimizer)):
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+                    opt.step()
+                    opt.zero_grad()
+        clock.append(time.time())
+        n = mask.sum()
+        err = ((returns - old_values) * mask).sum() / n
+        explained = 1 - (((returns - old_values - err) * mask) ** 2).sum() / \
+            (((returns - (returns * mask).sum() / n) * mask) ** 2).sum().clamp(min=1e-8)
+        metrics = {"reward": scores.mean(), "kl": kl.sum(1).mean(), "kl_exact": exact_kl.sum(1).mean(), "beta": beta,
+                   "entropy": entropy.sum() / n, "length": n_new.float().mean(), "eos_rate": ended.float().mean(),
+                   "explained_var": explained, **sums, "t_gen": clock[1] - clock[0], "t_score": clock[2] - clock[1],
+                   "t_train": clock[3] - clock[2]}
+        if graded:
+            metrics |= world.report(batch, texts)
+        log.step(step, **{k: float(v) for k, v in metrics.items()})
+        if cfg.kl == "adaptive":
+            beta = adapt_kl_coef(beta, float(metrics["kl"]), cfg.kl_target, len(ids), cfg.kl_horizon)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps:
+            save(cfg.out, policy, tok, {"policy": policy.state_dict(), "value": value.state_dict(), "beta": beta,
+                                        "optimizer": optimizer.state_dict(), "step": step + 1,
+                                        "value_optimizer": value_optimizer.state_dict()})
+    after, texts = measure()
+    print(log.samples("after", [r["prompt"] for r in tests[:12]], texts[:12]))
+    log.finish(device, before, after, [("reward", "gold") if graded else ("reward",), ("kl", "kl_exact"), ("entropy",)])
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

@@ -1,0 +1,239 @@
+"""Reward modelling: learn what people prefer from comparisons of two answers.
+
+    python reward.py                                   the tiny world: sample answers from out/sft, have them compared, train
+    python reward.py --init SFT --data pairs.jsonl     your policy, your comparisons (formats: data/formats.py)
+
+Equations: P(a over b | x) = sigmoid(r(x, a) - r(x, b)) (Bradley & Terry 1952), so with p the share of judges who prefer a
+(1 or 0 for a plain choice, 1/2 for a tie, anything between for a soft label) and m a margin (arXiv:2307.09288, eq. 2)
+    L = - p log sigmoid(r_a - r_b - m) - (1 - p) log sigmoid(r_b - r_a + m)  +  c (r_a + r_b)^2 / 2
+The last term (centering, arXiv:2312.09244) holds down the constant that the first two leave free. All comparisons of one
+prompt go through the model together, each answer once, their losses averaged over the K-choose-2 pairs (arXiv:2203.02155,
+eq. 1). The reward is read at the last token of the conversation, its EOS, from a scalar head on the SFT model. After
+training, reward_mean is set so that the answers in the comparisons average 0.
+
+Left out: ranking losses over more than two, generative reward models.
+"""
+import random
+import time
+import typing
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data import InputError, formats, world
+from model import (Run, cosine, load, load_state, need, optimizer_for, pad_batch, respond, run, save, seeded, setup,
+                   sibling)
+
+
+@dataclass
+class Config:
+    init: str = ""                # model to start from: a policy or a reward model (default: sft beside --out)
+    policy: str = ""              # policies to sample from, A or A,B: the k answers are shared out (default: --init)
+    data: str = ""                # comparisons; default: made by sampling --init and asking the tiny world's annotator
+    add: str = ""                 # more comparisons to train on, e.g. those of an earlier round
+    out: str = "out/reward"       # folder for the checkpoint, comparisons, log, samples and plot
+    prompts: int = 3000           # prompts to sample answers for
+    k: int = 4                    # answers per prompt; all pairs of different ones are compared
+    temperature: float = 1.0      # of that sampling
+    noise: float = 0.05           # annotator: 0 always picks the better answer, larger errs more (sigmoid(gap / noise))
+    agreement: float = 0.0        # set the noise so that this share of choices is right, e.g. 0.72 (0: use --noise)
+    bias_length: float = 0.0      # annotator: extra utility per ten words
+    bias_confidence: float = 0.0  # annotator: extra utility for sounding sure
+    bias_sycophancy: float = 0.0  # annotator: extra utility for agreeing with the user
+    epochs: int = 2               # passes over the comparisons
+    batch_size: int = 16          # prompts a step, with all their answers
+    micro_batch: int = 16         # prompts per forward pass
+    max_len: int = 256            # tokens per prompt and answer; longer comparisons are left out and counted
+    max_new: int = 48             # longest sampled answer, in tokens
+    lr: float = 1e-3              # peak learning rate of AdamW (5e-6 to 2e-5 for real models)
+    warmup: int = 20              # steps of linear warmup, then a cosine to a tenth
+    weight_decay: float = 0.01    # on matrices only
+    grad_clip: float = 1.0        # largest gradient norm
+    margin: float = 0.0           # m = this times the margin a comparison states, if it states one
+    center: float = 0.01          # c, weight of the centering term
+    held_out: float = 0.1         # share of the prompts kept for the report
+    save_every: int = 100         # steps between checkpoints
+    max_steps: int = 0            # stop after this many steps (0: run all)
+    resume: bool = False          # go on from the last checkpoint in --out
+    seed: int = 0                 # every random draw comes from (seed, step)
+    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def preference_loss(r_a, r_b, p, margin=0.0, center=0.0):
+    """Loss per pair (N,) of rewards r_a, r_b (N,) when a share p (N,) prefers a: the equation above."""
+    d = r_a - r_b - margin
+    return -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + center * (r_a + r_b) ** 2 / 2
+
+
+def final_scores(model, ids, lens):
+    """Reward (B,) of right-padded ids (B, T): the scalar head at the last real token, position lens - 1."""
+    hidden = model(ids)                                                               # (B, T, C)
+    return model.scores(hidden[torch.arange(len(ids), device=ids.device), lens - 1])
+
+
+def label(paths, rows, cfg, device, autocast):
+    """Sample k answers per prompt from the policies at `paths` and compare every pair of different, finished ones.
+    Returns preference rows (see data/formats.py), each with the annotator's chance to choose right as its "ceiling"."""
+    answers_of = [{} for _ in rows]
+    for n, path in enumerate(paths):
+        policy, tok = load(path, device, scalar_head=False)
+        at = [i for i in range(len(rows)) for _ in range(cfg.k // len(paths) + (n < cfg.k % len(paths)))]
+        with autocast():
+            texts, _, ids = respond(policy, tok, [rows[i]["prompt"] for i in at], cfg.max_new,
+                                    temperature=cfg.temperature, generator=seeded(cfg.seed, n, device))
+        for i, text, x in zip(at, texts, ids):
+            if tok.eos_id in x and text.strip():
+                answers_of[i][text.strip()] = None
+    bias = dict(length=cfg.bias_length, confidence=cfg.bias_confidence, sycophancy=cfg.bias_sycophancy)
+    pairs = []
+    for row, answers in zip(rows, answers_of):
+        utility = {t: world.utility(row, t, **bias) for t in answers}
+        pairs += [(row, a, b, utility[a], utility[b]) for a, b in combinations(answers, 2)]
+    noise = world.noise_for(cfg.agreement, [u - v for *_, u, v in pairs]) if cfg.agreement else cfg.noise
+    rng, out = random.Random(cfg.seed), []
+    for row, a, b, u, v in pairs:
+        p = world.annotate(u, v, noise, rng)
+        # the annotator's own error rate on this pair bounds what any reward model can reach
+        sure = max(q := world.choice_probability(u - v, noise), 1 - q)
+        a, b, p = (a, b, p) if p >= 0.5 else (b, a, 1 - p)
+        out.append({"prompt": row["prompt"], "chosen": a, "rejected": b, "label": p, "ceiling": sure})
+    return out
+
+
+def group(rows, tok, max_len, margin=0.0):
+    """Preference rows -> one element per prompt: (list of answers' ids, [(i, j, p, margin, ceiling)]), and a count of
+    the rows left out because an answer does not fit into max_len tokens."""
+    groups, too_long = {}, 0
+    for row in rows:
+        sides = []
+        for side in ("chosen", "rejected"):
+            ids, _ = tok.render(row["prompt"] + [{"role": "assistant", "content": row[side]}])
+            while ids[-1] != tok.eos_id:   # ChatML ends with a newline after the turn; the reward is read at EOS
+                ids.pop()
+            sides.append(tuple(ids))
+        if max(map(len, sides)) > max_len:
+            too_long += 1
+            continue
+        answers, pairs = groups.setdefault(str(row["prompt"]), ({}, []))
+        i, j = (answers.setdefault(s, len(answers)) for s in sides)
+        pairs.append((i, j, row["label"], margin * row["margin"], row.get("ceiling", 1.0)))
+    return [(list(answers), pairs) for answers, pairs in groups.values()], too_long
+
+
+def group_scores(model, groups, tok, device):
+    """Rewards of all answers of some groups (N,), and their pairs as tensors over them: (i, j, p, margin, ceiling, w);
+    w is 1 / (pairs of the prompt), the weight of a pair in the loss."""
+    flat = [list(a) for answers, _ in groups for a in answers]
+    ids, real = pad_batch(flat, tok.pad_id, device)                                   # (N, T)
+    pairs, start = [], 0
+    for answers, ps in groups:
+        pairs += [(start + i, start + j, p, m, c, 1 / len(ps)) for i, j, p, m, c in ps]
+        start += len(answers)
+    i, j, *rest = zip(*pairs)
+    rest = [torch.tensor(x, device=device) for x in rest]
+    return final_scores(model, ids, real.sum(1)), torch.tensor([i, j], device=device), *rest, [len(x) for x in flat]
+
+
+@torch.no_grad()
+def evaluate(model, groups, tok, device, autocast):
+    """Held-out figures {name: number} over the pairs that are not ties, and the mean reward of all answers."""
+    d, p, ceiling, longer, rewards, nll = [], [], [], [], [], []
+    for k in range(0, len(groups), 32):
+        with autocast():
+            r, (i, j), pk, mk, ck, _, lens = group_scores(model, groups[k: k + 32], tok, device)
+        lens = torch.tensor(lens)
+        d.append((r[i] - r[j]).cpu()), p.append(pk.cpu()), ceiling.append(ck.cpu()), rewards.append(r.cpu())
+        nll.append(preference_loss(r[i], r[j], pk, mk).cpu())
+        longer.append((lens[i.cpu()] - lens[j.cpu()]).float())
+    d, p, ceiling, longer, nll = (torch.cat(x) for x in (d, p, ceiling, longer, nll))
+    choice = p != 0.5
+    right = lambda guess: ((guess * (p - 0.5) > 0).float() + 0.5 * (guess == 0))[choice].mean().item()   # noqa: E731
+    out = {"loss": nll.mean().item(), "accuracy": right(d), "ceiling": ceiling[choice].mean().item(),
+           "longer_wins": right(longer), "shorter_wins": right(-longer), "margin": d[choice].mean().item()}
+    for name, part in (("shorter", longer < 0), ("same_length", longer == 0), ("longer", longer > 0)):
+        part = part & choice
+        if part.any():
+            out[f"accuracy_{name}"] = ((d > 0).float() + 0.5 * (d == 0))[part].mean().item()
+    # calibration: mean |stated probability - frequency| over ten bins of P(a over b), weighted by size
+    stated, true = torch.cat([d.sigmoid(), (-d).sigmoid()]), torch.cat([p, 1 - p])
+    bins = (stated * 10).long().clamp(max=9)
+    out["calibration_error"] = sum((stated[bins == b].mean() - true[bins == b].mean()).abs().item()
+                                   * (bins == b).float().mean().item() for b in bins.unique())
+    return out, torch.cat(rewards).mean().item()
+
+
+def main(cfg):
+    device, autocast = setup(cfg)
+    init = cfg.init or sibling(cfg, "sft")
+    if not cfg.init:
+        need(init, "sft.py", cfg)
+    path = cfg.data or Path(cfg.out) / "comparisons.jsonl"
+    if not cfg.data and not (cfg.resume and path.exists()):
+        start, rows = time.time(), world.rows("preference")
+        rows = random.Random(cfg.seed).sample(rows, min(cfg.prompts, len(rows)))
+        rows = label((cfg.policy or init).split(","), rows, cfg, device, autocast)
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        world.write_jsonl(path, rows)
+        print(f"sampled {cfg.k} answers for each of {cfg.prompts} prompts and compared them: {len(rows)} pairs in {path} "
+              f"({time.time() - start:.0f} s)")
+    model, tok = load(init, device, scalar_head=True)
+    rows, dropped = formats.load(path, "preference")
+    print(formats.describe(rows, dropped, path))
+    train, held = formats.split(rows, cfg.held_out, seed=0)
+    if cfg.add:
+        train += formats.split(formats.load(cfg.add, "preference")[0], cfg.held_out, seed=0)[0]
+    max_len = min(cfg.max_len, model.cfg.max_len)
+    (train, cut), (held, held_cut) = (group(part, tok, max_len, cfg.margin) for part in (train, held))
+    print(f"{len(train)} prompts to train on, {len(held)} held out; {cut + held_cut} pairs longer than {max_len} tokens left out")
+    if not train or not held:
+        raise InputError(f"{path}: need comparisons for at least two prompts within {max_len} tokens (--max_len)")
+
+    optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), 0
+    if cfg.resume and (state := load_state(cfg.out)):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    plan = []
+    for epoch in range(cfg.epochs):
+        order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(train)), len(train))
+        plan += [order[i: i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
+    n_steps = min(len(plan), cfg.max_steps or len(plan))
+    log = Run(cfg, "reward", n_steps, first)
+    before, _ = evaluate(model, held, tok, device, autocast)
+    for step in range(first, n_steps):
+        start = time.time()
+        groups = sorted((train[i] for i in plan[step]), key=lambda g: len(g[0][0]))
+        total, right, n_tokens = 0.0, 0.0, 0
+        for k in range(0, len(groups), cfg.micro_batch):
+            with autocast():
+                r, (i, j), p, margin, _, w, lens = group_scores(model, groups[k: k + cfg.micro_batch], tok, device)
+            loss = (w * preference_loss(r[i], r[j], p, margin, cfg.center)).sum() / len(groups)
+            loss.backward()
+            total += loss.item()
+            right += (w * ((r[i] > r[j]).float() + 0.5 * (r[i] == r[j]))).sum().item() / len(groups)
+            n_tokens += sum(lens)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        for g in optimizer.param_groups:
+            g["lr"] = cfg.lr * cosine(step, len(plan), cfg.warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+        log.step(step, loss=total, accuracy=right, grad_norm=norm.item(), tok_s=n_tokens / (time.time() - start))
+        if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps:
+            _, mean = evaluate(model, held, tok, device, autocast)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            model.cfg.reward_mean = mean
+            save(cfg.out, model, tok, state)
+            model.cfg.reward_mean = 0.0
+    after, mean = evaluate(model, held, tok, device, autocast)
+    log.finish(device, before, after | {"reward_mean": mean}, [("loss",), ("accuracy",), ("grad_norm",)])
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

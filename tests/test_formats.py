@@ -1,0 +1,490 @@
+"""data/formats.py: every format by a small example, every known trap, damaged files, the real files when present."""
+import gzip
+import json
+import math
+import os
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data.formats import KINDS, MAX_LINE, DataError, describe, load, read_rows, split  # noqa: E402
+
+REAL = Path(os.environ.get("RLHF_DATA", ROOT.parent / "shared" / "data"))
+
+
+def S(text):
+    return {"role": "system", "content": text}
+
+
+def U(text):
+    return {"role": "user", "content": text}
+
+
+def A(text):
+    return {"role": "assistant", "content": text}
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def save(folder, content, name="rows.jsonl"):
+    """Bytes, or a list of rows, -> path of a file that holds them."""
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else jsonl(content))
+    return path
+
+
+def check(row, kind):
+    """Is this exactly what data/formats.py promises of a row of this kind?"""
+    keys = {"sft": {"messages"}, "preference": {"prompt", "chosen", "rejected", "label", "margin"},
+            "prompt": {"prompt"}, "kto": {"prompt", "completion", "label"}}[kind]
+    assert set(row) >= keys if kind == "prompt" else set(row) == keys
+    turns = row["messages"] if kind == "sft" else row["prompt"]
+    for turn in turns:
+        assert set(turn) == {"role", "content"} and turn["role"] in ("system", "user", "assistant")
+    texts = [turn["content"] for turn in turns] + [row[k] for k in ("chosen", "rejected", "completion") if k in keys]
+    for text in texts:
+        assert isinstance(text, str) and text and text == text.strip() and text.encode()
+    assert all(one["role"] != two["role"] for one, two in zip(turns, turns[1:]))
+    assert turns[-1]["role"] == ("assistant" if kind == "sft" else "user")
+    assert any(turn["role"] == "user" for turn in turns)
+    if kind == "preference":
+        assert row["chosen"] != row["rejected"]
+        assert type(row["label"]) is float and 0 <= row["label"] <= 1
+        assert type(row["margin"]) is float and math.isfinite(row["margin"])
+    if kind == "kto":
+        assert type(row["label"]) is bool
+
+
+def pref(prompt, chosen, rejected, label=1.0, margin=0.0):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "label": label, "margin": margin}
+
+
+HH = {"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: no"}
+TLDR = {"info": {"id": "x", "subreddit": "cats", "title": "My cat", "post": "It sleeps.\n\nA lot."},
+        "summaries": [{"text": " dog", "policy": "a"}, {"text": " cat sleeps"}], "choice": 1}
+EVAL = {"instruction": "q", "output_1": "one", "output_2": "two", "generator_1": "m"}
+
+FORMATS = {
+    "hh": (HH, "preference", [pref([U("hi")], "yes", "no")]),
+    "hh, several turns": (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+         "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e"},
+        "preference", [pref([U("a"), A("b"), U("c")], "d", "e")]),
+    "hh, responses with a common start": (  # a character prefix would move "I do n" into the prompt
+        {"chosen": "\n\nHuman: a\n\nAssistant: I do not", "rejected": "\n\nHuman: a\n\nAssistant: I do now"},
+        "preference", [pref([U("a")], "I do not", "I do now")]),
+    "hh, a role name inside a line is text": (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b  Human: c\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: e"},
+        "preference", [pref([U("a")], "b  Human: c\nAssistant: d", "e")]),
+    "hh, turns that do not alternate are joined": (
+        {"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d",
+         "rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: e"},
+        "preference", [pref([U("a\n\nb")], "c\n\nd", "c\n\ne")]),
+    "hh, paragraphs stay in their turn": (
+        {"chosen": "\n\nHuman: a\n\nb\n\nAssistant: c\n\nd", "rejected": "\n\nHuman: a\n\nb\n\nAssistant: e"},
+        "preference", [pref([U("a\n\nb")], "c\n\nd", "e")]),
+    "hh beside its own prompt": ({**HH, "prompt": "\n\nHuman: hi\n\nAssistant:"}, "preference",
+                                 [pref([U("hi")], "yes", "no")]),
+    "hh with label and margin": ({**HH, "label": 0.75, "margin": 2}, "preference",
+                                 [pref([U("hi")], "yes", "no", 0.75, 2.0)]),
+    "hh to sft": (HH, "sft", [{"messages": [U("hi"), A("yes")]}]),
+    "hh to prompt": (HH, "prompt", [{"prompt": [U("hi")]}]),
+    "hh to kto": (HH, "kto", [{"prompt": [U("hi")], "completion": "yes", "label": True},
+                              {"prompt": [U("hi")], "completion": "no", "label": False}]),
+    "alpaca": (
+        {"instruction": "Add.", "input": "1 2", "output": " 3 "},
+        "sft", [{"messages": [U("Add.\n\n1 2"), A("3")]}]),
+    "alpaca without input": (
+        {"instruction": "Hi", "input": "", "output": "Yo"},
+        "sft", [{"messages": [U("Hi"), A("Yo")]}]),
+    "alpaca, null input": ({"instruction": "Hi", "input": None, "output": "Yo"}, "prompt", [{"prompt": [U("Hi")]}]),
+    "alpaca, a prompt needs no output": ({"instruction": "Hi", "output": ""}, "prompt", [{"prompt": [U("Hi")]}]),
+    "alpaca with a pair": ({"instruction": "Hi", "input": "x", "output": "o", "chosen": "c", "rejected": "r"},
+                           "preference", [pref([U("Hi\n\nx")], "c", "r")]),
+    "dolly": ({"instruction": "Who?", "context": "Ann.", "response": "Ann", "category": "qa"}, "sft",
+              [{"messages": [U("Who?\n\nAnn."), A("Ann")]}]),
+    "seed task": (
+        {"id": "s", "instruction": "Up", "instances": [{"input": "a", "output": "A"}, {"input": "", "output": "-"}]},
+        "sft", [{"messages": [U("Up\n\na"), A("A")]}, {"messages": [U("Up"), A("-")]}]),
+    "messages": ({"messages": [S("s"), U("a"), A("b"), U("c"), A("d")]}, "sft",
+                 [{"messages": [S("s"), U("a"), A("b"), U("c"), A("d")]}]),
+    "messages to prompt": (
+        {"messages": [U("a"), A("b"), U("c"), A("d")]},
+        "prompt", [{"prompt": [U("a"), A("b"), U("c")]}]),
+    "messages without an answer to prompt": ({"messages": [S("s"), U("a")]}, "prompt", [{"prompt": [S("s"), U("a")]}]),
+    "messages, what follows the last answer goes": ({"messages": [U("a"), A("b"), U("c")]}, "sft",
+                                                    [{"messages": [U("a"), A("b")]}]),
+    "messages, empty system": ({"messages": [S(" "), U("a"), A("b")]}, "sft", [{"messages": [U("a"), A("b")]}]),
+    "sharegpt": ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"},
+                                    {"from": "gpt", "value": "b"}]}, "sft", [{"messages": [S("s"), U("a"), A("b")]}]),
+    "completion": ({"prompt": "a", "completion": " b"}, "sft", [{"messages": [U("a"), A("b")]}]),
+    "completion, lists": (
+        {"prompt": [S("s"), U("a")], "completion": [A("b")]},
+        "sft", [{"messages": [S("s"), U("a"), A("b")]}]),
+    "completion, several turns": ({"prompt": "a", "completion": [A("b"), U("c"), A("d")]}, "sft",
+                                  [{"messages": [U("a"), A("b"), U("c"), A("d")]}]),
+    "pair of strings": ({"prompt": "a", "chosen": "b\n", "rejected": "\n c"}, "preference", [pref([U("a")], "b", "c")]),
+    "pair, an answer may look like a transcript": (
+        {"prompt": "Write a chat", "chosen": "Human: x\n\nAssistant: y", "rejected": "no"}, "preference",
+        [pref([U("Write a chat")], "Human: x\n\nAssistant: y", "no")]),
+    "pair, soft": ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 0.25, "margin": -1}, "preference",
+                   [pref([U("a")], "b", "c", 0.25, -1.0)]),
+    "pair, soft, to kto": ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 0.25}, "kto",
+                           [{"prompt": [U("a")], "completion": "b", "label": False},
+                            {"prompt": [U("a")], "completion": "c", "label": True}]),
+    "pair, soft, to sft": (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "label": 0.25},
+        "sft", [{"messages": [U("a"), A("c")]}]),
+    "pair, transcript as prompt": ({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "chosen": "d",
+                                    "rejected": "e"}, "preference", [pref([U("a"), A("b"), U("c")], "d", "e")]),
+    "pair, lists with explicit prompt": ({"prompt": [U("a"), A("b"), U("c")], "chosen": [A("d")], "rejected": [A("e")]},
+                                         "preference", [pref([U("a"), A("b"), U("c")], "d", "e")]),
+    "pair, lists with implicit prompt": ({"chosen": [U("a"), A("b"), U("c"), A("d")],
+                                          "rejected": [U("a"), A("b"), U("c"), A("e")]},
+                                         "preference", [pref([U("a"), A("b"), U("c")], "d", "e")]),
+    "ultrafeedback": (
+        {"prompt": "c", "prompt_id": "x", "messages": [U("c"), A("d")], "chosen": [U("a"), A("b"), U("c"), A("d")],
+         "rejected": [U("a"), A("b"), U("c"), A("e")], "score_chosen": 8.5, "score_rejected": 6},
+        "preference", [pref([U("a"), A("b"), U("c")], "d", "e", 1.0, 2.5)]),
+    "ultrafeedback with a system message": (
+        {"prompt": "a", "chosen": [S("s"), U("a"), A("d")], "rejected": [S("s"), U("a"), A("e")]},
+        "preference", [pref([S("s"), U("a")], "d", "e")]),
+    "tldr": (
+        TLDR, "preference",
+        [pref([U("SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: It sleeps.\n\nA lot.\n\nTL;DR:")], "cat sleeps", "dog")]),
+    "tldr, the first is chosen": (
+        {**TLDR, "info": {"subreddit": "a", "title": "", "post": "p"}, "choice": 0}, "preference",
+        [pref([U("SUBREDDIT: r/a\n\nTITLE: \n\nPOST: p\n\nTL;DR:")], "dog", "cat sleeps")]),
+    "kto": (
+        {"prompt": "a", "completion": "b", "label": False},
+        "kto", [{"prompt": [U("a")], "completion": "b", "label": False}]),
+    "kto, lists": ({"prompt": [U("a")], "completion": [A("b")], "label": True}, "kto",
+                   [{"prompt": [U("a")], "completion": "b", "label": True}]),
+    "kto to prompt": ({"prompt": "a", "completion": "b", "label": True}, "prompt", [{"prompt": [U("a")]}]),
+    "alpaca eval, first": ({**EVAL, "preference": 1.0}, "preference", [pref([U("q")], "one", "two")]),
+    "alpaca eval, second": ({**EVAL, "preference": 2}, "preference", [pref([U("q")], "two", "one")]),
+    "alpaca eval, soft first": ({**EVAL, "preference": 1.25}, "preference", [pref([U("q")], "one", "two", 0.75)]),
+    "alpaca eval, soft second": ({**EVAL, "preference": 1.75}, "preference", [pref([U("q")], "two", "one", 0.75)]),
+    "alpaca eval, tie": ({**EVAL, "preference": 1.5}, "preference", [pref([U("q")], "one", "two", 0.5)]),
+    "alpaca eval, tie to sft": ({**EVAL, "preference": 1.5}, "sft", [{"messages": [U("q"), A("one")]}]),
+    "alpaca eval, tie as 0": ({**EVAL, "preference": 0}, "preference", [pref([U("q")], "one", "two", 0.5)]),
+    "red team": (
+        {"transcript": "\n\nHuman: bad?\n\nAssistant: no\n\nHuman: go on", "rating": 1},
+        "prompt", [{"prompt": [U("bad?")]}]),
+    "prompt": ({"prompt": " a ", "family": "honest", "answer": ["x"]}, "prompt",
+               [{"prompt": [U("a")], "family": "honest", "answer": ["x"]}]),
+    "prompt, list": ({"prompt": [S("s"), U("a")], "id": 3}, "prompt", [{"prompt": [S("s"), U("a")], "id": 3}]),
+    "prompt, transcript": ({"prompt": "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"}, "prompt",
+                           [{"prompt": [U("a"), A("b"), U("c")]}]),
+    "prompt, transcript without an open turn": ({"prompt": "\n\nHuman: a"}, "prompt", [{"prompt": [U("a")]}]),
+    "prompt that only quotes a transcript": ({"prompt": "Judge this:\n\nHuman: a\n\nAssistant: b"}, "prompt",
+                                             [{"prompt": [U("Judge this:\n\nHuman: a\n\nAssistant: b")]}]),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_format(tmp_path, name):
+    source, kind, expected = FORMATS[name]
+    rows, dropped = load(save(tmp_path, [source]), kind)
+    assert rows == expected and not dropped
+    for row in rows:
+        check(row, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_loads_as_itself(tmp_path, kind):
+    rows = [row for source, k, expected in FORMATS.values() if k == kind for row in expected]
+    assert len(rows) >= 4 and load(save(tmp_path, rows), kind) == (rows, Counter())
+
+
+UNUSABLE = [
+    ({"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: b"},
+     "preference", "empty response"),
+    ({"prompt": "a", "chosen": "b", "rejected": " \n"}, "preference", "empty response"),
+    ({"prompt": "a", "chosen": "b", "rejected": " \n"}, "kto", "empty response"),
+    ({"instruction": "a", "output": " "}, "sft", "empty response"),
+    ({"prompt": "a", "completion": "", "label": True}, "kto", "empty response"),
+    ({"prompt": "a", "chosen": "b", "rejected": " b"}, "preference", "identical pair"),
+    ({**EVAL, "output_2": "one\n", "preference": 1.5}, "preference", "identical pair"),
+    ({**EVAL, "preference": 1.5}, "kto", "tie"),
+    ({**EVAL, "preference": None}, "preference", "no preference given"),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: c"}, "preference",
+     "differ in more than the last turn"),
+    # The labeller pasted a question inline on one side: joined, the prompts would look equal.
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b  Human: c?\n\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: e"},
+     "preference", "differ in more than the last turn"),
+    ({"chosen": [U("a"), A("b"), U("c"), A("d")], "rejected": [U("a"), A("x"), U("c"), A("e")]}, "preference",
+     "differ in more than the last turn"),
+    ({"prompt": "a", "chosen": [U("z"), A("d")], "rejected": [U("z"), A("e")]},
+     "preference", "prompt differs from the messages"),
+    ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a\n\nAssistant: b"},
+     "preference", "last turn is not the assistant's"),
+    ({"chosen": "", "rejected": "\n\nHuman: a\n\nAssistant: b"}, "preference", "last turn is not the assistant's"),
+    ({"chosen": [], "rejected": []}, "preference", "last turn is not the assistant's"),
+    ({"messages": [U("a")]}, "sft", "no assistant turn"),
+    ({"messages": []}, "sft", "empty prompt"),
+    ({"messages": [A("b")]}, "sft", "empty prompt"),
+    ({"messages": [S("s"), U(" "), A("b")]}, "sft", "empty prompt"),
+    ({"prompt": ""}, "prompt", "empty prompt"),
+    ({"transcript": "\n\nAssistant: hello"}, "prompt", "empty prompt"),
+    ({"messages": [U("a"), A(""), U("c"), A("d")]}, "sft", "empty turn"),
+    ({"messages": [U("a"), {"role": "tool", "content": "7"}, A("b")]}, "sft", "tool turn"),
+    ({"prompt": [U("a"), A("b")]}, "prompt", "prompt does not end in a user turn"),
+    ({"prompt": "\n\nHuman: a\n\nAssistant: Sure,"}, "prompt", "prompt does not end in a user turn"),
+    ({"prompt": [U("a"), A("Sure,")], "completion": "b"}, "sft", "prompt does not end in a user turn"),
+    ({"prompt": "half an emoji \ud83d"}, "prompt", "half a character"),
+    ({**TLDR, "info": {"article": "news", "title": "t"}}, "preference", "no post"),
+    ({**TLDR, "info": {**TLDR["info"], "post": " "}}, "preference", "empty prompt"),
+    ({"instruction": "a", "instances": []}, "sft", "empty response"),
+]
+
+
+@pytest.mark.parametrize("source, kind, reason", UNUSABLE)
+def test_unusable_row_is_dropped_and_counted(tmp_path, source, kind, reason):
+    good = {"preference": HH, "sft": HH, "prompt": {"prompt": "p"}, "kto": HH}[kind]
+    expected = load(save(tmp_path, [good]), kind)[0]
+    assert load(save(tmp_path, [source, good, source]), kind) == (expected, Counter({reason: 2}))
+
+
+MALFORMED = [
+    ({"text": "x"}, "sft", 'known format, such as prompt, messages or chosen, found "text"'),
+    ({}, "sft", "known format, such as prompt, messages or chosen, found none"),
+    ({"chosen": "a", "rejected": "b"}, "preference", 'expected a "prompt" beside "chosen"'),
+    ({"chosen": HH["chosen"], "rejected": "b"}, "preference", 'expected "rejected" to be a transcript'),
+    ({"prompt": "a", "chosen": 3, "rejected": "b"},
+     "preference", '"chosen" to be a string or a list of messages, found a number'),
+    ({"prompt": "a", "chosen": "b", "rejected": None}, "preference", 'expected "rejected" to be a string or a list'),
+    ({"prompt": {"a": 1}, "chosen": "b", "rejected": "c"}, "preference", 'expected "prompt" to be a string or a list'),
+    ({"prompt": ["a"]}, "prompt", "expected every message to be an object, found a string"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 1.5}, "preference", '"label" to be between 0 and 1'),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "label": math.nan}, "preference", '"label" to be between 0 and 1'),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "label": True},
+     "preference", '"label" to be a number, found true'),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": math.inf}, "preference", '"margin" to be between'),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}, "preference", '"margin" to be between'),
+    ({"instruction": "a", "output": 3}, "sft", 'expected "output" to be a string, found a number'),
+    ({"instruction": "a", "input": ["x"], "output": "b"}, "sft", 'expected "input" to be a string, found a list'),
+    ({"instruction": "a", "instances": ["x"]}, "sft", '"instances" to be a list of objects'),
+    ({"instruction": "a", "instances": [{"input": "x"}]}, "sft", '"output" to be a string, found null'),
+    ({"messages": "hi"}, "sft", '"messages" to be a list of messages, found a string'),
+    ({"messages": [{"role": "wizard", "content": "x"}]},
+     "sft", 'one of system, user, human, assistant, gpt, found "wizard"'),
+    ({"messages": [{"role": "user", "content": None}]}, "sft", '"content" to be a string, found null'),
+    ({"conversations": [{"from": "human"}]}, "sft", '"value" to be a string, found no such key'),
+    ({"prompt": "a", "completion": "b", "label": 1}, "kto", '"label" to be true or false, found a number'),
+    ({**EVAL, "preference": "1"}, "preference", '"preference" to be a number, found a string'),
+    ({**EVAL, "preference": False}, "preference", '"preference" to be a number, found true or false'),
+    ({**EVAL, "preference": 0.5}, "preference", '"preference" to be 0 or between 1 and 2'),
+    ({**EVAL, "preference": 2.5}, "preference", '"preference" to be between 0 and 2'),
+    ({**TLDR, "choice": 2}, "preference", 'a "choice" of 0 or 1'),
+    ({**TLDR, "choice": True}, "preference", '"choice" to be 0 or 1, found true or false'),
+    ({**TLDR, "summaries": [{"text": "x"}]}, "preference", 'two objects in "summaries"'),
+    ({**TLDR, "info": {"post": "p", "title": 1, "subreddit": "s"}},
+     "preference", '"title" to be a string, found a number'),
+    ({"transcript": "hello"}, "prompt", '"transcript" to be a transcript that starts with "Human:"'),
+    # A kind that cannot be made of the row: the message says what is there and what is needed.
+    ({"instruction": "a", "output": "b"}, "preference", "expected a prompt with a chosen and a rejected response for "
+                                                        "preference rows, found a prompt with a response (sft)"),
+    ({"instruction": "a", "output": "b"},
+     "kto", "expected a prompt with a completion and a true or false label for kto"),
+    ({"prompt": "a"}, "sft", "expected a prompt with a response for sft rows, found a prompt (prompt)"),
+    ({"prompt": "a", "completion": "b", "label": True}, "preference", "found a prompt with a completion and a true"),
+]
+
+
+@pytest.mark.parametrize("source, kind, phrase", MALFORMED)
+def test_malformed_row_is_an_error_with_its_line(tmp_path, source, kind, phrase):
+    good = {"prompt": {"prompt": "p"}}.get(kind, HH)
+    path = save(tmp_path, jsonl([good]) + b"\n" + jsonl([source]))
+    with pytest.raises(DataError) as error:
+        load(path, kind)
+    assert str(error.value).startswith(f"{path}:3: ") and phrase in str(error.value) and "\n" not in str(error.value)
+
+
+GOOD = b'{"prompt": "a"}\n'
+DAMAGE = {
+    "bad UTF-8": (GOOD + b'\n{"prompt": "\xff"}\n', 3, "expected UTF-8 text, found the byte 0xff"),
+    "bad UTF-8 in a list": (b'[{"prompt": "a"},\n{"prompt": "\xff"}]', 2, "expected UTF-8 text, found the byte 0xff"),
+    "UTF-16": ("\ufeff{}".encode("utf-16-le"), 1, "expected UTF-8 text, found the byte 0xff"),
+    "NUL": (GOOD + b'{"prompt": "\0"}\n', 2, "found a NUL byte"),
+    "NUL in a list": (b'[\n{"prompt": "a"},\n{"prompt": "\0"}]', 3, "found a NUL byte"),
+    "long line": (GOOD + b'{"prompt": "' + b"a" * MAX_LINE + b'"}\n', 2, "at most 16,777,216 bytes"),
+    "not JSON": (GOOD + b"hello\n", 2, "expected one JSON object per line or a list of them (Expecting value)"),
+    "cut line": (GOOD + b'{"prompt": "a', 2, "Unterminated string"),
+    "cut list": (b'[{"prompt": "a"},\n{"prompt": "b"}\n', 3, 'expected "," or "]"'),
+    "list cut in an object": (b'[{"prompt": "a"},\n{"prompt":\n "b', 3, "Unterminated string"),
+    "list with a missing comma": (b'[{"prompt": "a"}\n{"prompt": "b"}]', 2, 'expected "," or "]"'),
+    "list with a trailing comma": (b'[{"prompt": "a"},\n]', 2, "Expecting value"),
+    "text after a list": (b'[{"prompt": "a"}]\n{}', 2, "expected the file to end with its list"),
+    "empty list": (b"[]", 1, "Expecting value"),
+    "two objects on a line": (GOOD + b'{"prompt": "a"} {"prompt": "b"}', 2, "expected one JSON object on the line"),
+    "deep nesting": (GOOD + b'{"prompt": ' + b"[" * 100_000, 2, "expected a JSON object of sane size"),
+    "endless number": (GOOD + b'{"prompt": ' + b"1" * 5000 + b"}", 2, "expected a JSON object of sane size"),
+    "a number": (GOOD + b"3\n", 2, "expected a JSON object, found a number"),
+    "a list on a line": (GOOD + b"[1]\n", 2, "expected a JSON object, found a list"),
+    "a list of strings": (b'["a",\n"b"]', 1, "expected a JSON object, found a string"),
+    "two byte-order marks": (b"\xef\xbb\xbf" * 2 + GOOD, 1, "at most one byte-order mark"),
+    "a late byte-order mark": (GOOD + b"\xef\xbb\xbf" + GOOD, 2, "at most one byte-order mark"),
+    "empty": (b"", None, "expected at least one JSON object"),
+    "blank": (b"\n \n\r\n", None, "expected at least one JSON object"),
+    "only a byte-order mark": (b"\xef\xbb\xbf", None, "expected at least one JSON object"),
+    "cut gzip": (gzip.compress(GOOD * 9)[:-9], 10, "expected a whole gzip file"),
+    "gzip with a wrong checksum": (gzip.compress(GOOD * 2)[:-8] + b"12345678", 3, "expected a whole gzip file"),
+    "gzip header only": (b"\x1f\x8b", 1, "expected a whole gzip file"),
+    "gzip of bad bytes": (gzip.compress(GOOD * 2 + b"\xfe\n"), 3, "expected UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_an_error_with_file_and_line(tmp_path, name):
+    content, line, phrase = DAMAGE[name]
+    path = save(tmp_path, content)
+    with pytest.raises(DataError) as error:
+        load(path, "prompt")
+    assert str(error.value).startswith(f"{path}: " if line is None else f"{path}:{line}: ")
+    assert phrase in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, phrase", [("missing.jsonl", "No such file"), ("folder", "directory"),
+                                          ("a.csv", "CSV are not supported"), ("a.CSV.gz", "CSV are not supported")])
+def test_path_that_is_no_data_file(tmp_path, name, phrase):
+    (tmp_path / "folder").mkdir()
+    save(tmp_path, b"prompt\na\n", "a.csv")
+    with pytest.raises(DataError) as error:
+        load(tmp_path / name, "prompt")
+    assert str(error.value).startswith(f"{tmp_path / name}: ") and phrase in str(error.value)
+
+
+def test_content_decides_and_not_the_name(tmp_path):
+    rows = [{"prompt": "é\u2028 1"}, {"prompt": "2"}, {"prompt": "3"}]
+    lines = "\n".join(["", *(json.dumps(row, ensure_ascii=False) for row in rows)]).encode()
+    table = json.dumps(rows, indent=2).encode()
+    expected_lines, expected_table = list(zip([2, 3, 4], rows)), list(zip([2, 5, 8], rows))
+    for name in ("a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "harmless", "alpaca.txt"):
+        for content in (lines, b"\xef\xbb\xbf" + lines, lines.replace(b"\n", b"\r\n"), gzip.compress(lines)):
+            assert list(read_rows(save(tmp_path, content, name))) == expected_lines
+        for content in (table, b"\xef\xbb\xbf" + table, gzip.compress(table)):
+            assert list(read_rows(save(tmp_path, content, name))) == expected_table
+    assert list(read_rows(save(tmp_path, b"\n  \n" + table))) == list(zip([4, 7, 10], rows))
+
+
+def test_longest_line_is_read(tmp_path):
+    row = {"prompt": "a" * (MAX_LINE - len('{"prompt": ""}') - 1)}
+    assert list(read_rows(save(tmp_path, [row, row]))) == [(1, row), (2, row)]
+
+
+def test_list_on_one_line_may_be_long(tmp_path):
+    rows = [{"prompt": "a" * (MAX_LINE // 2)}] * 3
+    assert list(read_rows(save(tmp_path, json.dumps(rows).encode()))) == [(1, row) for row in rows]
+
+
+def test_formats_may_mix_in_one_file(tmp_path):
+    sources = [HH, {"messages": [U("a"), A("b")]}, {"prompt": "c", "k": 1}]
+    rows, dropped = load(save(tmp_path, sources, "alpaca.json"), "prompt")
+    assert rows == [{"prompt": [U("hi")]}, {"prompt": [U("a")]}, {"prompt": [U("c")], "k": 1}] and not dropped
+
+
+def test_limit_stops_reading(tmp_path):
+    path = save(tmp_path, jsonl([{"prompt": ""}] + [{"prompt": str(i)} for i in range(9)]) + b"damage")
+    assert load(path, "prompt", limit=3) == ([{"prompt": [U(str(i))]} for i in range(3)], Counter({"empty prompt": 1}))
+    assert [len(load(path, "prompt", limit=n)[0]) for n in (1, 9)] == [1, 9]  # 9: the damage is not reached
+    with pytest.raises(DataError, match=":11: "):
+        load(path, "prompt", limit=10)
+    assert len(load(save(tmp_path, [HH, HH]), "kto", limit=3)[0]) == 3
+    for kind, limit in (("prompt", 0), ("prompts", None)):
+        with pytest.raises(ValueError, match="must be"):
+            load(path, kind, limit)
+
+
+def test_no_row_left_is_an_error(tmp_path):
+    path = save(tmp_path, [{"prompt": ""}, {"prompt": " "}])
+    with pytest.raises(DataError) as error:
+        load(path, "prompt")
+    assert str(error.value) == (
+        f"{path}: 0 rows kept, 2 dropped (2 empty prompt), expected at least one usable prompt row")
+
+
+def test_describe():
+    assert describe([{}] * 1903, Counter(a=4, b=5), "x.jsonl") == "x.jsonl: 1,903 rows kept, 9 dropped (5 b, 4 a)"
+    assert describe([{}], Counter(), "x") == "x: 1 rows kept, 0 dropped"
+
+
+def test_split_is_by_prompt_and_stable():
+    def row(i, side):
+        return pref([U(f"question {i}")], f"good {side}", "bad")
+
+    rows = [row(i, side) for i in range(1000) for side in range(3)]
+    train, held_out = split(rows, 0.2, seed=1)
+    assert Counter(map(str, train + held_out)) == Counter(map(str, rows))
+    prompts = [{str(r["prompt"]) for r in part} for part in (train, held_out)]
+    assert not prompts[0] & prompts[1] and 150 < len(prompts[1]) < 250  # 200 +- 4 standard deviations
+    assert train == [r for r in rows if r in train]  # order is kept
+    more = split([row(i, 0) for i in range(5000, 4000, -1)] + rows[::-1], 0.2, seed=1)
+    assert all(r in more[0] for r in train[::50]) and all(r in more[1] for r in held_out[::50])
+    assert split(rows, 0.2, seed=1) == (train, held_out) and split(rows, 0.2, seed=2) != (train, held_out)
+    as_sft = split([{"messages": r["prompt"] + [A(r["chosen"])]} for r in rows], 0.2, seed=1)
+    assert [r["messages"][0] for r in as_sft[1]] == [r["prompt"][0] for r in held_out]  # the same side in every kind
+    assert split(rows, 0, 1) == (rows, []) and split(rows, 1, 1) == ([], rows)
+    with pytest.raises(ValueError, match="fraction"):
+        split(rows, 1.5, 1)
+    assert split(rows[:1], 0.5, seed=0) == ([], rows[:1])  # pinned: the same on every machine and in every process
+
+
+@pytest.mark.parametrize("name, kind, kept, reasons", [
+    ("hh/harmless-base.jsonl.gz", "preference", 1903, {"differ in more than the last turn": 5, "empty response": 4}),
+    ("hh/harmless-base.jsonl.gz", "sft", 1903, {"differ in more than the last turn": 5, "empty response": 4}),
+    ("hh/harmless-base.jsonl.gz", "prompt", 1907, {"differ in more than the last turn": 5}),
+    ("misc/alpaca-eval-pairs.jsonl.gz", "preference", 5849, {"identical pair": 151}),
+    ("misc/alpaca-style-1100.json.gz", "sft", 1100, {}),
+    ("misc/seed_tasks.jsonl", "sft", 175, {}),
+])
+def test_real_file(name, kind, kept, reasons):
+    path = REAL / name
+    if not path.exists():
+        pytest.skip(f"no {name} in the folder RLHF_DATA (or ../shared/data)")
+    rows, dropped = load(path, kind)
+    print(describe(rows, dropped, name))
+    total = sum(len(row["instances"]) if "instances" in row else 1 for _, row in read_rows(path))
+    assert len(rows) + sum(dropped.values()) == total
+    assert (len(rows), dropped) == (kept, reasons)
+    for row in rows:
+        check(row, kind)
+
+
+def test_mutated_bytes_give_rows_or_a_data_error(tmp_path):
+    sources = [(source, kind) for source, kind, _ in FORMATS.values()]
+    files = []
+    for kind in KINDS:
+        rows = [source for source, k in sources if k == kind]
+        lines = jsonl(rows)
+        files += [(lines, kind), (json.dumps(rows, indent=1).encode(), kind), (gzip.compress(lines), kind)]
+        files += [(jsonl(rows[i:i + 1]), kind) for i in range(len(rows))]
+    rng, outcomes = random.Random(0), Counter()
+    for _ in range(2000):
+        content, kind = rng.choice(files)
+        content = bytearray(content)
+        for _ in range(rng.choice([1, 1, 1, 6])):
+            at, byte = rng.randrange(len(content) + 1), rng.choice([rng.randrange(256), *b'abcdef", {}[]:\\0\n'])
+            content[at:at + rng.choice([0, 1, 1, 3])] = bytes([byte] * rng.choice([0, 1, 1, 2]))
+        if rng.random() < 0.05:
+            del content[rng.randrange(len(content) + 1):]
+        path = save(tmp_path, bytes(content))
+        try:
+            rows, _ = load(path, kind)
+        except DataError as error:
+            assert re.fullmatch(re.escape(str(path)) + r":(\d+:)? .+", str(error)), bytes(content)
+            outcomes["error"] += 1
+        else:
+            for row in rows:
+                check(row, kind)
+            outcomes["rows"] += 1
+    assert outcomes["error"] > 500 and outcomes["rows"] > 200, outcomes  # both ways out are taken
