@@ -193,7 +193,7 @@ class GPT(nn.Module):
         token stands at position pos[b]: it is written there and attends to positions <= pos[b] < read."""
         T = ids.shape[1]
         if T > self.cfg.max_len:
-            raise ValueError(f"a sequence of {T} tokens is longer than the model's context of {self.cfg.max_len}")
+            raise InputError(f"a sequence of {T} tokens is longer than the model's context of {self.cfg.max_len}")
         x = self.wte(ids)                                                           # (B, T, C)
         step, where = None, slice(0, T)
         if pos is not None:
@@ -202,7 +202,9 @@ class GPT(nn.Module):
         if self.cfg.pos == "learned":
             x, rope = x + self.wpe.weight[where], None
         else:
-            rope = [table.to(x.device)[where] for table in self.rope]               # (T, D) or (B, 1, D)
+            if self.rope[0].device != x.device:
+                self.rope = [table.to(x.device) for table in self.rope]
+            rope = [table[where] for table in self.rope]                            # (T, D) or (B, 1, D)
             rope = rope if pos is None else [r[:, None] for r in rope]              # (B, 1, 1, D)
         for i, block in enumerate(self.h):
             x = block(x, rope, None if cache is None else cache[i], step)
@@ -262,9 +264,9 @@ def generate(model, prompts, max_new, eos_id, pad_id=0, temperature=1.0, top_k=0
     lens = torch.tensor([len(p) for p in prompts], device=device)
     P, B = max(map(len, prompts)), len(prompts)
     if min(map(len, prompts)) == 0:
-        raise ValueError("an empty prompt: generation needs at least one token to start from")
+        raise InputError("an empty prompt: generation needs at least one token to start from")
     if P + max_new > model.cfg.max_len:
-        raise ValueError(f"prompt of {P} tokens + {max_new} new ones exceeds the model's context of {model.cfg.max_len}")
+        raise InputError(f"prompt of {P} tokens + {max_new} new ones exceeds the model's context of {model.cfg.max_len}")
     ids, _ = pad_batch(prompts, pad_id, device, P + max_new)                          # (B, T)
     mask, logp = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape, device=device)
     cache = model.new_cache(B, P + max_new)
@@ -342,7 +344,9 @@ def load(path, device="cpu", scalar_head=None):
     """(GPT, Tokenizer) of one of our folders, a Hugging Face folder or a hub name; scalar_head=True makes a reward or
     value model of it (with a fresh score head unless the checkpoint has one), False insists on a language model."""
     from data.checkpoint import load_weights
-    cfg, weights, tok = load_weights(path, scalar_head)
+    cfg, weights, tok = load_weights(path, scalar_head or None)
+    if scalar_head is False and cfg.scalar_head:
+        raise InputError(f"{path} is a reward model; a language model is needed here")
     with torch.device("meta"):
         model = GPT(cfg)
     model.to_empty(device="cpu").init_weights()
@@ -370,9 +374,14 @@ def load_state(folder):
 # What every script starts and ends with.
 
 
+MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel")   # all other whole numbers count from 1
+SHARES = ("held_out", "agreement", "gamma", "lam")                       # between 0 and 1; no number is negative
+
+
 def cli(Config, doc):
     """A Config dataclass filled from `--name value` or `--name=value`. Help text is the comment behind each field."""
-    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.MULTILINE))
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*(?:\n +# .*)*)$", inspect.getsource(Config), re.MULTILINE))
+    comments = {name: re.sub(r"\n +#", "", text) for name, text in comments.items()}
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     for f in fields(Config):
@@ -386,7 +395,12 @@ def cli(Config, doc):
         shown = "" if f.default in ("", None) else f" (default {f.default})"
         parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=f.name.split("_")[-1].upper(),
                             help=comments.get(f.name, "").replace("%", "%%") + shown, **options)
-    return Config(**vars(parser.parse_args()))
+    cfg = Config(**vars(parser.parse_args()))
+    for f in (f for f in fields(Config) if f.type in (int, float) and not f.name.startswith("bias_")):
+        value, low = getattr(cfg, f.name), int(f.type is int and f.name not in MAY_BE_0)
+        if not low <= value <= (1 if f.name in SHARES else math.inf):
+            parser.error(f"argument --{f.name}: {value} is not {'between 0 and 1' if f.name in SHARES else f'at least {low}'}")
+    return cfg
 
 
 def parse_bool(text):
@@ -406,7 +420,7 @@ def run(main, Config, doc):
     cfg = cli(Config, doc)
     try:
         main(cfg)
-    except InputError as e:
+    except (InputError, OSError) as e:   # OSError: no such file, no right to write it, disk full, ...
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
@@ -421,6 +435,8 @@ def setup(cfg):
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: this torch sees no CUDA device; try --device cpu")
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device):
+        raise InputError(f"--device {device}: expected cpu, cuda, cuda:1 or the like")
     if cfg.dtype == "auto":
         bf16 = torch.cuda.is_bf16_supported() if device.startswith("cuda") else cpu_has_bf16()
     else:
@@ -435,12 +451,14 @@ def cpu_has_bf16():
 
 
 def need(folder, script, cfg):
-    """Make a missing link of the chain first: run its script with the same seed, device and precision."""
-    if (Path(folder) / "config.json").exists():
+    """Make a missing link of the chain first, or finish a run of ours that was cut off (a state.pt, but no result.json):
+    run its script with the same seed, device and precision."""
+    there = {name for name in ("config.json", "state.pt", "result.json") if (Path(folder) / name).exists()}
+    if "config.json" in there and there != {"config.json", "state.pt"}:
         return
     command = [sys.executable, str(Path(__file__).parent / script), "--out", str(folder), "--seed", str(cfg.seed),
-               "--dtype", cfg.dtype] + (["--device", cfg.device] if cfg.device else [])
-    print(f"{folder} is missing: running {' '.join(command[1:])}", flush=True)
+               "--dtype", cfg.dtype, "--resume"] + (["--device", cfg.device] if cfg.device else [])
+    print(f"{folder} is missing or unfinished: running {' '.join(command[1:])}", flush=True)
     if subprocess.run(command).returncode:
         raise InputError(f"{script} failed, so there is no {folder} to start from")
 
@@ -460,6 +478,8 @@ class Run:
         old = (self.folder / "log.jsonl").read_text().splitlines()[:resumed_at] if resumed_at else []
         self.log = open(self.folder / "log.jsonl", "w")
         self.log.writelines(line + "\n" for line in old)
+        self.log.flush()
+        (self.folder / "result.json").unlink(missing_ok=True)   # its absence tells an unfinished run
         if not resumed_at:
             (self.folder / "samples.txt").write_text("")
 
@@ -481,14 +501,16 @@ class Run:
             f.write(f"--- {title}\n{text}")
         return text
 
-    def finish(self, device, before, after, panels):
-        """result.json, the closing table, and plot.png with one panel per tuple of log keys."""
+    def finish(self, device, before, after, panels, columns=None):
+        """result.json, the closing table (of `columns`, if not before and after), plot.png with a panel per tuple of keys."""
+        self.log.close()
+        rows = [json.loads(line) for line in open(self.folder / "log.jsonl")]
+        speeds = sorted(r["tok_s"] for r in rows if "tok_s" in r)
+        after |= {"tokens_per_second": speeds[len(speeds) // 2]} if speeds else {}
         result = {"stage": self.stage, "seed": self.cfg.seed, "config": asdict(self.cfg),
                   "seconds": round(time.time() - self.start, 1), "device": str(device), "before": before, "after": after}
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1).encode())
-        print(table({"before": before, "after": after}))
-        self.log.close()
-        rows = [json.loads(line) for line in open(self.folder / "log.jsonl")]
+        print(table(columns or {"before": before, "after": after}))
         try:
             import matplotlib
             matplotlib.use("Agg")
@@ -580,12 +602,19 @@ def bits_per_byte(model, ids, n_bytes, length=128, batch=32):
     return nll / math.log(2) / n_bytes
 
 
+def ask(question):
+    try:
+        return input(question).strip()
+    except EOFError:
+        return ""
+
+
 def chat(cfg):
-    """Talk to a checkpoint in the terminal; an empty line ends it."""
+    """Talk to a checkpoint in the terminal; an empty line or the end of the input ends it."""
     device, autocast = setup(cfg)
     model, tok = load(cfg.chat, device, scalar_head=False)
     messages = []
-    while text := input("you> ").strip():
+    while text := ask("you> "):
         messages.append({"role": "user", "content": text})
         with autocast():
             answer = respond(model, tok, [messages], cfg.max_new, temperature=cfg.temperature)[0][0].strip()
@@ -604,7 +633,10 @@ def main(cfg):
     path = Path(cfg.data or world.TINY / "corpus.txt")
     if not path.is_file():
         raise InputError(f"{path}: no such text file")
-    docs = path.read_text(encoding="utf-8").split("<|endoftext|>")
+    try:
+        docs = path.read_text(encoding="utf-8").split("<|endoftext|>")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 text ({e})") from None
     ids = torch.tensor([i for doc in docs for i in [tok.eos_id, *tok.encode(doc)]])               # (N,)
     held = max(cfg.length, len(ids) // 50)                                                        # the last 2 %
     if len(ids) < 4 * cfg.length:

@@ -22,6 +22,7 @@ reward model). --advantage rloo or grpo needs no value model: the other answers 
 """
 import copy
 import importlib
+import json
 import subprocess
 import sys
 import time
@@ -42,10 +43,10 @@ class Config:
     reward: str = ""              # reward model, or "gold", or module:function (default: reward beside --out)
     data: str = ""                # prompts (default: the tiny world's)
     out: str = "out/ppo"          # folder for the checkpoint, log, samples and plot
-    iterations: int = 60          # rollout + update
-    relabel: int = 12             # have new answers of the policy compared, and the reward model go on, every so many
+    iterations: int = 90          # rollout + update
+    relabel: int = 15             # have new answers of the policy compared, and the reward model go on, every so many
                                   # iterations (0: never); needs the tiny world's annotator and a reward model we made
-    relabel_prompts: int = 1200   # prompts of such a round, answered twice by the policy and twice by --init
+    relabel_prompts: int = 2000   # prompts of such a round, answered twice by the policy and twice by --init
     rollouts: int = 256           # responses an iteration
     epochs: int = 1               # passes over each batch of rollouts
     minibatches: int = 4          # optimizer steps per pass
@@ -57,7 +58,7 @@ class Config:
     group: int = 1                # answers per prompt (rloo and grpo need at least 2)
     gamma: float = 1.0            # discount
     lam: float = 0.95             # GAE lambda
-    lr: float = 3e-4              # of the policy, falling linearly to a tenth (1e-6 to 1e-5 for real models)
+    lr: float = 2e-4              # of the policy, falling linearly to a third (1e-6 to 1e-5 for real models)
     value_lr: float = 5e-4        # of the value model
     value_warmup: int = 4         # first iterations that train only the value model
     clip: float = 0.2             # eps of the ratio
@@ -129,6 +130,13 @@ def value_loss(values, old_values, returns, mask, clip, n_tokens):
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     worse = torch.max((values - returns) ** 2, (clipped - returns) ** 2)
     return 0.5 * (worse * mask).sum() / n_tokens
+
+
+def kl_estimators(logp, ref_logp):
+    """Three estimates of KL(pi || pi_ref) from samples of pi (joschu.net/blog/kl-approx.html), elementwise:
+    k1 = log pi - log ref, unbiased but noisy; k2 = k1^2 / 2, biased; k3 = ref / pi - 1 + k1, unbiased and never < 0."""
+    k1 = logp - ref_logp
+    return k1, k1 ** 2 / 2, torch.expm1(-k1.clamp(min=-20)) + k1
 
 
 def adapt_kl_coef(beta, kl, target, n, horizon):
@@ -208,6 +216,24 @@ def reward_function(cfg, device, autocast):
     return score, rm, tok
 
 
+def self_check(policy, ids, mask, width, sampled_logp, old_logp, ref_logp, cfg, autocast):
+    """What must hold before the first update, printed: the largest deviation at any response token. bf16 products
+    differ in the third digit between a cached step and a whole sequence, so it gets a wide tolerance."""
+    i = int(width.argmin())                                   # the shortest row carries the most padding
+    with torch.no_grad(), autocast():
+        again = in_pieces(lambda x, m: token_logprobs(policy, x, m, cfg.temperature), cfg.micro_batch, ids, mask, width)
+        alone = token_logprobs(policy, ids[i: i + 1, : width[i]], mask[i: i + 1, : width[i]], cfg.temperature)
+        bf16 = torch.is_autocast_enabled(ids.device.type)
+    for name, value in (("ratio = 1", ((again - old_logp).exp() - 1) * mask),
+                        ("log-ratio to the reference = 0", (old_logp - ref_logp) * mask),
+                        ("log-probs from the cache = from a whole pass", (sampled_logp - old_logp) * mask),
+                        ("log-probs without padding = with padding", alone - old_logp[i: i + 1, : width[i]])):
+        worst = value.abs().max().item()
+        print(f"check before the first update: {name:46} max deviation {worst:.1e}")
+        if not worst < (0.3 if bf16 else 1e-3):
+            raise RuntimeError(f"self-check failed: {name}; nothing learned from here on could be trusted")
+
+
 def relabel(cfg, path, init, round):
     """Another round of comparisons, on what the policy says now (arXiv:2203.02155, 3.1; arXiv:2204.05862, 4.5): runs
     reward.py, which goes on from the reward model at `path`. Returns the path of the new one."""
@@ -220,6 +246,12 @@ def relabel(cfg, path, init, round):
     if result.returncode:
         raise InputError(f"reward.py failed: {result.stderr.strip().splitlines()[-1]}")
     return str(new)
+
+
+def update_reward_model(rm, path):
+    new, _ = load(path, scalar_head=True)
+    rm.load_state_dict(new.state_dict())
+    rm.cfg.reward_mean = new.cfg.reward_mean
 
 
 def main(cfg):
@@ -252,7 +284,9 @@ def main(cfg):
     if cfg.resume and (state := load_state(cfg.out)):
         for name, part in dict(policy=policy, value=value, optimizer=optimizer, value_optimizer=value_optimizer).items():
             part.load_state_dict(state[name])
-        beta, first = state["beta"], state["step"]
+        beta, first, path = state["beta"], state["step"], state["reward_path"]
+        if rm is not None:
+            update_reward_model(rm, path)
     n_steps = min(cfg.iterations, cfg.max_steps or cfg.iterations)
     log = Run(cfg, "ppo", n_steps, first)
     tests = world.rows("test") if graded else list(rows[:32])
@@ -266,13 +300,13 @@ def main(cfg):
                       "distinct_2": distinct_2(rs)}, texts
 
     before, texts = measure()
+    metrics = {}
     log.samples("before", [r["prompt"] for r in tests[:12]], texts[:12])
     for step in range(first, n_steps):
         if rm is not None and graded and cfg.relabel and step and step % cfg.relabel == 0:
             save(cfg.out, policy, tok)
             path = relabel(cfg, path, init, step // cfg.relabel)
-            rm.load_state_dict((new := load(path, device, scalar_head=True)[0]).state_dict())
-            rm.cfg.reward_mean = new.cfg.reward_mean
+            update_reward_model(rm, path)
         clock = [time.time()]
         rng = seeded(cfg.seed, step)
         # ---- 1. rollout
@@ -294,8 +328,10 @@ def main(cfg):
                 lambda i, m: compare(policy, ref, i, m, cfg.temperature), cfg.micro_batch, ids, mask, width)
             with torch.no_grad():
                 old_values = in_pieces(lambda i, m: token_values(value, i), cfg.micro_batch, ids, mask, width) * mask
+        if step == 0:
+            self_check(policy, ids, mask, width, sampled_logp, old_logp, ref_logp, cfg, autocast)
         # ---- 3. reward: -beta k1 at every token, the score on the last one
-        kl = (old_logp - ref_logp) * mask                                                     # (B, T)
+        kl, _, kl_k3 = kl_estimators(old_logp, ref_logp)                                      # (B, T), 0 off the mask
         rewards = -beta * kl
         rewards.scatter_add_(1, (width - 1)[:, None], scores[:, None])
         # ---- 4. advantage
@@ -307,7 +343,7 @@ def main(cfg):
         advantages = whiten(advantages, mask) if cfg.advantage == "gae" else advantages
         clock.append(time.time())
         # ---- 5. update
-        scale = 1 - 0.9 * step / cfg.iterations
+        scale = 1 - 2 / 3 * step / cfg.iterations
         for opt, lr in ((optimizer, cfg.lr), (value_optimizer, cfg.value_lr)):
             for g in opt.param_groups:
                 g["lr"] = lr * scale
@@ -345,10 +381,11 @@ def main(cfg):
         err = ((returns - old_values) * mask).sum() / n
         explained = 1 - (((returns - old_values - err) * mask) ** 2).sum() / \
             (((returns - (returns * mask).sum() / n) * mask) ** 2).sum().clamp(min=1e-8)
-        metrics = {"reward": scores.mean(), "kl": kl.sum(1).mean(), "kl_exact": exact_kl.sum(1).mean(), "beta": beta,
+        metrics = {"reward": scores.mean(), "kl": kl.sum(1).mean(), "kl_k3": kl_k3.sum(1).mean(),
+                   "kl_exact": exact_kl.sum(1).mean(), "beta": beta,
                    "entropy": entropy.sum() / n, "length": n_new.float().mean(), "eos_rate": ended.float().mean(),
                    "explained_var": explained, **sums, "t_gen": clock[1] - clock[0], "t_score": clock[2] - clock[1],
-                   "t_train": clock[3] - clock[2]}
+                   "t_train": clock[3] - clock[2], "tok_s": width.sum() / (clock[3] - clock[0])}
         if graded:
             metrics |= world.report(batch, texts)
         log.step(step, **{k: float(v) for k, v in metrics.items()})
@@ -356,11 +393,18 @@ def main(cfg):
             beta = adapt_kl_coef(beta, float(metrics["kl"]), cfg.kl_target, len(ids), cfg.kl_horizon)
         if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps:
             save(cfg.out, policy, tok, {"policy": policy.state_dict(), "value": value.state_dict(), "beta": beta,
-                                        "optimizer": optimizer.state_dict(), "step": step + 1,
+                                        "optimizer": optimizer.state_dict(), "step": step + 1, "reward_path": path,
                                         "value_optimizer": value_optimizer.state_dict()})
     after, texts = measure()
     print(log.samples("after", [r["prompt"] for r in tests[:12]], texts[:12]))
-    log.finish(device, before, after, [("reward", "gold") if graded else ("reward",), ("kl", "kl_exact"), ("entropy",)])
+    if metrics:
+        after |= {k: float(metrics[k]) for k in ("reward", "kl", "entropy")}
+    columns = {"SFT": before, "PPO": after}
+    told = Path(sibling(cfg, "sft")) / "result.json"
+    if not cfg.init and told.exists():   # sft.py measured the base model on the same prompts
+        columns = {"base": json.loads(told.read_text())["before"]} | columns
+    log.finish(device, before, after, [("reward", "gold") if graded else ("reward",), ("kl", "kl_exact"),
+                                       ("helpful", "harmless", "honest") if graded else ("entropy",)], columns)
 
 
 if __name__ == "__main__":

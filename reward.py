@@ -35,7 +35,7 @@ class Config:
     data: str = ""                # comparisons; default: made by sampling --init and asking the tiny world's annotator
     add: str = ""                 # more comparisons to train on, e.g. those of an earlier round
     out: str = "out/reward"       # folder for the checkpoint, comparisons, log, samples and plot
-    prompts: int = 3000           # prompts to sample answers for
+    prompts: int = 4000           # prompts to sample answers for
     k: int = 4                    # answers per prompt; all pairs of different ones are compared
     temperature: float = 1.0      # of that sampling
     noise: float = 0.05           # annotator: 0 always picks the better answer, larger errs more (sigmoid(gap / noise))
@@ -171,6 +171,8 @@ def evaluate(model, groups, tok, device, autocast):
 
 def main(cfg):
     device, autocast = setup(cfg)
+    if cfg.k < 2:
+        raise InputError(f"--k {cfg.k}: a comparison needs at least 2 answers")
     init = cfg.init or sibling(cfg, "sft")
     if not cfg.init:
         need(init, "sft.py", cfg)
@@ -193,7 +195,8 @@ def main(cfg):
     (train, cut), (held, held_cut) = (group(part, tok, max_len, cfg.margin) for part in (train, held))
     print(f"{len(train)} prompts to train on, {len(held)} held out; {cut + held_cut} pairs longer than {max_len} tokens left out")
     if not train or not held:
-        raise InputError(f"{path}: need comparisons for at least two prompts within {max_len} tokens (--max_len)")
+        raise InputError(f"{path}: need comparisons for at least two prompts within {max_len} tokens (--max_len), one of "
+                         f"them in the {cfg.held_out:.0%} held out (--held_out)")
 
     optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), 0
     if cfg.resume and (state := load_state(cfg.out)):

@@ -24,12 +24,14 @@ import re
 import zlib
 from collections import Counter
 
+from data import InputError
+
 KINDS = ("sft", "preference", "prompt", "kto")
 MAX_LINE = 16 * 2**20  # bytes; a longer .jsonl line is taken for damage
 NOT_JSON = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".zip")
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A file that cannot be used. The message starts with `path:line: `, or `path: ` when no line is to blame."""
 
 

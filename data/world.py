@@ -179,6 +179,11 @@ def judge(row, response):
     return {"gold": score * (0.5 + 0.5 * concise), family: score, "concise": concise}
 
 
+def gold(rows, responses):
+    """Gold scores (list of floats) of one response per prompt row: what `--reward gold` trains on."""
+    return [judge(row, response)["gold"] for row, response in zip(rows, responses)]
+
+
 def utility(row, response, length=0.0, confidence=0.0, sycophancy=0.0):
     """What the annotator feels: gold plus its biases - per ten words, for sounding sure, for agreeing with the user."""
     u = judge(row, response)["gold"] + length * min(len(response.split()), 60) / 10
