@@ -82,7 +82,9 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(cfg, size):
-    return nn.LayerNorm(size, eps=cfg.norm_eps, bias=cfg.bias) if cfg.norm == "layernorm" else RMSNorm(size, cfg.norm_eps)
+    if cfg.norm == "layernorm":
+        return nn.LayerNorm(size, eps=cfg.norm_eps, bias=cfg.bias)
+    return RMSNorm(size, cfg.norm_eps)
 
 
 def causal_attention(q, k, v):
@@ -115,7 +117,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if step is None:   # a whole sequence; right padding never reaches a real token, so causal is all the mask we need
+        if step is None:   # a whole sequence: right padding never reaches a real token, so causal is all the mask
             if cache is not None:
                 cache[0][:, :, :T], cache[1][:, :, :T] = k, v
             y = causal_attention(q, k, v)
@@ -266,7 +268,7 @@ def generate(model, prompts, max_new, eos_id, pad_id=0, temperature=1.0, top_k=0
     if min(map(len, prompts)) == 0:
         raise InputError("an empty prompt: generation needs at least one token to start from")
     if P + max_new > model.cfg.max_len:
-        raise InputError(f"prompt of {P} tokens + {max_new} new ones exceeds the model's context of {model.cfg.max_len}")
+        raise InputError(f"a prompt of {P} + {max_new} new tokens exceeds the model's context of {model.cfg.max_len}")
     ids, _ = pad_batch(prompts, pad_id, device, P + max_new)                          # (B, T)
     mask, logp = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape, device=device)
     cache = model.new_cache(B, P + max_new)
@@ -355,7 +357,7 @@ def load(path, device="cpu", scalar_head=None):
 
 
 def save(folder, model, tok, state=None):
-    """Write model, tokenizer and, for --resume, the training state {name: tensors, numbers, strings}; all or nothing."""
+    """Save model, tokenizer and, for --resume, training state {name: tensors, numbers, strings}: all or nothing."""
     from data.checkpoint import save_folder
     extra = {} if state is None else {"state.pt": lambda path: torch.save(state, path)}
     save_folder(folder, model.cfg, model.state_dict(), tok, extra)
@@ -367,7 +369,7 @@ def load_state(folder):
     try:
         return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     except Exception as e:
-        raise InputError(f"{path}: not a training state we wrote ({type(e).__name__}); start without --resume") from None
+        raise InputError(f"{path}: no training state of ours ({type(e).__name__}); start without --resume") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,19 +389,22 @@ def cli(Config, doc):
     for f in fields(Config):
         kind, options = f.type, {}
         if typing.get_origin(kind) is typing.Literal:
-            kind, options = type(f.default), {"choices": typing.get_args(f.type)}
+            names = typing.get_args(f.type)
+            kind, options = type(f.default), {"choices": names, "metavar": "|".join(names)}
         if kind is bool:
             kind, options = parse_bool, {"nargs": "?", "const": True}
         elif kind is float:
             kind = parse_float
         shown = "" if f.default in ("", None) else f" (default {f.default})"
-        parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=f.name.split("_")[-1].upper(),
+        options = {"metavar": f.name.split("_")[-1].upper()} | options
+        parser.add_argument(f"--{f.name}", type=kind, default=f.default,
                             help=comments.get(f.name, "").replace("%", "%%") + shown, **options)
     cfg = Config(**vars(parser.parse_args()))
     for f in (f for f in fields(Config) if f.type in (int, float) and not f.name.startswith("bias_")):
         value, low = getattr(cfg, f.name), int(f.type is int and f.name not in MAY_BE_0)
         if not low <= value <= (1 if f.name in SHARES else math.inf):
-            parser.error(f"argument --{f.name}: {value} is not {'between 0 and 1' if f.name in SHARES else f'at least {low}'}")
+            bounds = "between 0 and 1" if f.name in SHARES else f"at least {low}"
+            parser.error(f"argument --{f.name}: {value} is not {bounds}")
     return cfg
 
 
@@ -451,7 +456,7 @@ def cpu_has_bf16():
 
 
 def need(folder, script, cfg):
-    """Make a missing link of the chain first, or finish a run of ours that was cut off (a state.pt, but no result.json):
+    """Make a missing link of the chain first, or finish a run that was cut off (a state.pt, but no result.json):
     run its script with the same seed, device and precision."""
     there = {name for name in ("config.json", "state.pt", "result.json") if (Path(folder) / name).exists()}
     if "config.json" in there and there != {"config.json", "state.pt"}:
@@ -502,13 +507,14 @@ class Run:
         return text
 
     def finish(self, device, before, after, panels, columns=None):
-        """result.json, the closing table (of `columns`, if not before and after), plot.png with a panel per tuple of keys."""
+        """result.json, the closing table (of `columns` if given), and plot.png with one panel per tuple of log keys."""
         self.log.close()
-        rows = [json.loads(line) for line in open(self.folder / "log.jsonl")]
+        rows = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
         speeds = sorted(r["tok_s"] for r in rows if "tok_s" in r)
         after |= {"tokens_per_second": speeds[len(speeds) // 2]} if speeds else {}
         result = {"stage": self.stage, "seed": self.cfg.seed, "config": asdict(self.cfg),
-                  "seconds": round(time.time() - self.start, 1), "device": str(device), "before": before, "after": after}
+                  "seconds": round(time.time() - self.start, 1), "device": str(device),
+                  "before": before, "after": after}
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1).encode())
         print(table(columns or {"before": before, "after": after}))
         try:
@@ -616,6 +622,8 @@ def chat(cfg):
     messages = []
     while text := ask("you> "):
         messages.append({"role": "user", "content": text})
+        while len(messages) > 1 and len(tok.render(messages, True)[0]) + cfg.max_new > model.cfg.max_len:
+            del messages[:2]   # out of context: forget the oldest exchange
         with autocast():
             answer = respond(model, tok, [messages], cfg.max_new, temperature=cfg.temperature)[0][0].strip()
         print(f"model> {answer}")
@@ -679,7 +687,8 @@ def main(cfg):
         optimizer.zero_grad()
         log.step(step, loss=loss.item(), grad_norm=norm.item(), tok_s=batch.numel() / (time.time() - start))
         if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps:
-            save(cfg.out, model, tok, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            save(cfg.out, model, tok, state)
     after, texts = measure()
     print(log.samples(f"step {n_steps}", probes, texts))
     log.finish(device, before, after, [("loss",), ("grad_norm",)])

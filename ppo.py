@@ -1,12 +1,12 @@
 """PPO: reinforcement learning from human feedback, with the four models of InstructGPT.
 
-    python ppo.py                                            the tiny world; makes out/base, out/sft, out/reward if missing
+    python ppo.py                                            the tiny world; makes base, sft and reward if missing
     python ppo.py --init SFT --reward RM --data prompts.jsonl --lr 1e-6 --value_lr 1e-5      your models, your prompts
     python ppo.py --reward mymodule:score                    any Python function(rows, responses) -> list of floats
 
 Objective (arXiv:2203.02155, eq. 2 with gamma = 0):  max_pi  E[ r(x, y) ] - beta KL(pi || pi_ref)
 One iteration:
-  1. rollout    y ~ pi(. | x) at --temperature, from the KV cache; no top-k or top-p: pi_old must be what is sampled from
+  1. rollout    y ~ pi(. | x) at --temperature, from the KV cache; no top-k or top-p: pi_old is what is sampled from
   2. score      r(x, y) by the reward model, read at EOS; a response without EOS gets -eos_penalty instead
   3. reward     R_t = -beta (log pi(y_t) - log pi_ref(y_t))  +  [t is the last token] r       (k1 estimate, no gradient)
   4. advantage  delta_t = R_t + gamma V_t+1 - V_t,   A_t = delta_t + gamma lam A_t+1,   V after the end = 0
@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 from data import InputError, formats, world
-from model import (GPT, Run, distinct_2, generate, load, load_state, need, optimizer_for, respond, run, save, seeded,
+from model import (Run, distinct_2, generate, load, load_state, need, optimizer_for, respond, run, save, seeded,
                    setup, sibling, token_logprobs)
 
 
@@ -65,7 +65,7 @@ class Config:
     value_clip: float = 0.5       # eps_v of the values, in units of reward
     entropy_coef: float = 0.0     # weight of an entropy bonus
     kl_coef: float = 0.1          # beta (the initial one if adaptive)
-    kl: typing.Literal["fixed", "adaptive"] = "fixed"   # adaptive: steer beta towards --kl_target (arXiv:1909.08593, 2.2)
+    kl: typing.Literal["fixed", "adaptive"] = "fixed"   # adaptive: steer beta to --kl_target (arXiv:1909.08593)
     kl_target: float = 4.0        # nats per response
     kl_horizon: float = 10000.0   # responses over which beta may change e-fold, roughly
     eos_penalty: float = 4.0      # a response that does not end gets minus this instead of its score
@@ -114,7 +114,7 @@ def whiten(x, mask):
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip, n_tokens):
-    """Clipped surrogate (arXiv:1707.06347, eq. 7), summed over response tokens and divided by n_tokens. Returns the loss
+    """Clipped surrogate (arXiv:1707.06347, eq. 7), summed over response tokens, divided by n_tokens. Returns the loss
     and sums over tokens for the log: approx_kl = (ratio - 1) - log ratio (joschu.net/blog/kl-approx.html), clipfrac."""
     logratio = ((logp - old_logp) * mask).clamp(-20, 20)
     ratio = logratio.exp()
@@ -196,13 +196,21 @@ def reward_function(cfg, device, autocast):
         module, name = ("data.world", "gold") if cfg.reward == "gold" else cfg.reward.rsplit(":", 1)
         try:
             f = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as e:
+        except (ImportError, AttributeError, ValueError) as e:
             raise InputError(f"--reward {cfg.reward}: {e}") from None
-        return (lambda rows, texts, ids, lens: torch.tensor(f(rows, texts), device=device, dtype=torch.float)), None, None
+
+        def call(rows, texts, ids, lens):
+            out = torch.as_tensor(f(rows, texts), dtype=torch.float, device=device)
+            if out.shape != (len(rows),) or not out.isfinite().all():
+                raise InputError(f"--reward {cfg.reward}: expected {len(rows)} finite numbers for as many responses")
+            return out
+        return call, None, None
     path = cfg.reward or sibling(cfg, "reward")
     if not cfg.reward:
         need(path, "reward.py", cfg)
-    rm, tok = load(path, device, scalar_head=True)
+    rm, tok = load(path, device)
+    if not rm.cfg.scalar_head:
+        raise InputError(f"{path} is a language model; --reward needs a reward model")
     rm.requires_grad_(False)
 
     @torch.no_grad()
@@ -238,13 +246,14 @@ def relabel(cfg, path, init, round):
     """Another round of comparisons, on what the policy says now (arXiv:2203.02155, 3.1; arXiv:2204.05862, 4.5): runs
     reward.py, which goes on from the reward model at `path`. Returns the path of the new one."""
     new = Path(cfg.out) / f"reward{round}"
-    command = [sys.executable, str(Path(__file__).parent / "reward.py"), "--init", path, "--policy", f"{cfg.out},{init}",
-               "--prompts", str(cfg.relabel_prompts), "--seed", str(cfg.seed + 1000 * round), "--out", str(new),
+    command = [sys.executable, str(Path(__file__).parent / "reward.py"), "--init", path,
+               "--policy", f"{cfg.out},{init}", "--prompts", str(cfg.relabel_prompts),
+               "--seed", str(cfg.seed + 1000 * round), "--out", str(new),
                "--add", f"{path}/comparisons.jsonl", "--epochs", "1", "--lr", "5e-4", "--dtype", cfg.dtype]
     print(f"relabel, round {round}: {' '.join(command[1:])}", flush=True)
     result = subprocess.run(command + (["--device", cfg.device] if cfg.device else []), capture_output=True, text=True)
     if result.returncode:
-        raise InputError(f"reward.py failed: {result.stderr.strip().splitlines()[-1]}")
+        raise InputError(f"reward.py failed: {(result.stderr.strip() or 'killed').splitlines()[-1]}")
     return str(new)
 
 
@@ -256,16 +265,18 @@ def update_reward_model(rm, path):
 
 def main(cfg):
     device, autocast = setup(cfg)
-    init = cfg.init or sibling(cfg, "sft")
-    if not cfg.init:
-        need(init, "sft.py", cfg)
     if cfg.advantage != "gae" and cfg.group < 2:
         raise InputError(f"--advantage {cfg.advantage} compares answers to one prompt: --group must be at least 2")
     if cfg.rollouts % (cfg.group * cfg.minibatches):
         raise InputError(f"--rollouts {cfg.rollouts} must be a multiple of --group x --minibatches")
+    if cfg.temperature == 0:
+        raise InputError("--temperature 0: a policy that always says the same has nothing to learn from")
+    init = cfg.init or sibling(cfg, "sft")
+    if not cfg.init:
+        need(init, "sft.py", cfg)
     policy, tok = load(init, device, scalar_head=False)
     reward, rm, rm_tok = reward_function(cfg, device, autocast)
-    if rm is not None and rm_tok.enc._mergeable_ranks != tok.enc._mergeable_ranks:
+    if rm is not None and (rm_tok.enc._mergeable_ranks, rm_tok.special) != (tok.enc._mergeable_ranks, tok.special):
         raise InputError(f"{cfg.reward or 'the reward model'} and {init} have different tokenizers")
     ref = copy.deepcopy(policy).requires_grad_(False)
     value = load(cfg.reward or sibling(cfg, "reward"), device, scalar_head=True)[0] if rm is not None else \
@@ -273,20 +284,30 @@ def main(cfg):
     data = cfg.data or world.TINY / "rl.jsonl"
     rows, dropped = formats.load(data, "prompt")
     print(formats.describe(rows, dropped, data))
+    if cfg.reward == "gold" and not all("family" in r for r in rows):
+        raise InputError(f"{data}: --reward gold judges the tiny world's prompts only")
     path = cfg.reward or sibling(cfg, "reward")   # of the reward model in use
     prompts = [tok.render(r["prompt"], generation_prompt=True)[0] for r in rows]
-    rows, prompts = zip(*[(r, p) for r, p in zip(rows, prompts) if len(p) <= cfg.max_prompt]) or ((), ())
+    room = min(cfg.max_prompt, *(m.cfg.max_len - cfg.max_new for m in (policy, rm) if m is not None))
+    fit = [(r, p) for r, p in zip(rows, prompts) if len(p) <= room]
+    print(f"{len(rows) - len(fit)} prompts longer than {room} tokens left out (--max_prompt, --max_new, model context)")
+    if not fit:
+        raise InputError(f"{data}: no prompt of at most {room} tokens (--max_prompt, --max_new, the models' context)")
+    rows, prompts = zip(*fit)
     graded = not cfg.data   # the tiny world knows the gold score; it goes into the log, never into the update
+    relabels = graded and cfg.relabel and rm is not None and (Path(path) / "comparisons.jsonl").exists()
 
     optimizer = optimizer_for(policy, cfg.lr, 0.0, (0.9, 0.95), 1e-5)
     value_optimizer = optimizer_for(value, cfg.value_lr, 0.0, (0.9, 0.95), 1e-5)
     beta, first = cfg.kl_coef, 0
     if cfg.resume and (state := load_state(cfg.out)):
-        for name, part in dict(policy=policy, value=value, optimizer=optimizer, value_optimizer=value_optimizer).items():
+        for name, part in (("policy", policy), ("value", value), ("optimizer", optimizer),
+                           ("value_optimizer", value_optimizer)):
             part.load_state_dict(state[name])
         beta, first, path = state["beta"], state["step"], state["reward_path"]
         if rm is not None:
             update_reward_model(rm, path)
+    logprobs, values = (torch.compile(f) if cfg.compile else f for f in (token_logprobs, token_values))
     n_steps = min(cfg.iterations, cfg.max_steps or cfg.iterations)
     log = Run(cfg, "ppo", n_steps, first)
     tests = world.rows("test") if graded else list(rows[:32])
@@ -303,14 +324,15 @@ def main(cfg):
     metrics = {}
     log.samples("before", [r["prompt"] for r in tests[:12]], texts[:12])
     for step in range(first, n_steps):
-        if rm is not None and graded and cfg.relabel and step and step % cfg.relabel == 0:
+        if relabels and step and step % cfg.relabel == 0:
             save(cfg.out, policy, tok)
             path = relabel(cfg, path, init, step // cfg.relabel)
             update_reward_model(rm, path)
         clock = [time.time()]
         rng = seeded(cfg.seed, step)
         # ---- 1. rollout
-        at = torch.randperm(len(rows), generator=rng)[: cfg.rollouts // cfg.group]
+        n_prompts = cfg.rollouts // cfg.group    # if there are fewer, each comes more than once
+        at = torch.cat([torch.randperm(len(rows), generator=rng) for _ in range(0, n_prompts, len(rows))])[:n_prompts]
         at = at.sort().values.repeat_interleave(cfg.group).tolist()
         with autocast():
             ids, mask, sampled_logp = generate(policy, [prompts[i] for i in at], cfg.max_new, tok.eos_id, tok.pad_id,
@@ -358,7 +380,7 @@ def main(cfg):
                     x, m = ids[r, :t], mask[r, :t]
                     if step >= cfg.value_warmup or cfg.advantage != "gae":
                         with autocast():
-                            out = token_logprobs(policy, x, m, cfg.temperature, entropy=cfg.entropy_coef != 0)
+                            out = logprobs(policy, x, m, cfg.temperature, entropy=cfg.entropy_coef != 0)
                         logp, ent = out if cfg.entropy_coef else (out, None)
                         loss, stats = policy_loss(logp, old_logp[r, :t], advantages[r, :t], m, cfg.clip, n_tokens)
                         if cfg.entropy_coef:
@@ -368,10 +390,11 @@ def main(cfg):
                             sums[k] = sums.get(k, 0.0) + v / (cfg.epochs * cfg.minibatches)
                     if cfg.advantage == "gae":
                         with autocast():
-                            v = token_values(value, x)
+                            v = values(value, x)
                         loss = value_loss(v, old_values[r, :t], returns[r, :t], m, cfg.value_clip, n_tokens)
                         loss.backward()
-                        sums["value_loss"] = sums.get("value_loss", 0.0) + loss.detach() / (cfg.epochs * cfg.minibatches)
+                        share = loss.detach() / (cfg.epochs * cfg.minibatches)
+                        sums["value_loss"] = sums.get("value_loss", 0.0) + share
                 for model, opt in ((policy, optimizer), (value, value_optimizer)):
                     torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
                     opt.step()

@@ -1,14 +1,14 @@
 """Reward modelling: learn what people prefer from comparisons of two answers.
 
-    python reward.py                                   the tiny world: sample answers from out/sft, have them compared, train
+    python reward.py                                   the tiny world: sample from out/sft, have it compared, train
     python reward.py --init SFT --data pairs.jsonl     your policy, your comparisons (formats: data/formats.py)
 
-Equations: P(a over b | x) = sigmoid(r(x, a) - r(x, b)) (Bradley & Terry 1952), so with p the share of judges who prefer a
+Equations: P(a over b | x) = sigmoid(r(x, a) - r(x, b)) (Bradley & Terry 1952), so with p the share who prefer a
 (1 or 0 for a plain choice, 1/2 for a tie, anything between for a soft label) and m a margin (arXiv:2307.09288, eq. 2)
     L = - p log sigmoid(r_a - r_b - m) - (1 - p) log sigmoid(r_b - r_a + m)  +  c (r_a + r_b)^2 / 2
-The last term (centering, arXiv:2312.09244) holds down the constant that the first two leave free. All comparisons of one
-prompt go through the model together, each answer once, their losses averaged over the K-choose-2 pairs (arXiv:2203.02155,
-eq. 1). The reward is read at the last token of the conversation, its EOS, from a scalar head on the SFT model. After
+The last term (centering, arXiv:2312.09244) holds down the constant that the first two leave free. All comparisons of
+one prompt go through the model together, each answer once, their losses averaged over the K-choose-2 pairs
+(arXiv:2203.02155, eq. 1). The reward is read at the last token, the EOS, from a scalar head on the SFT model. After
 training, reward_mean is set so that the answers in the comparisons average 0.
 
 Left out: ranking losses over more than two, generative reward models.
@@ -61,6 +61,7 @@ class Config:
     seed: int = 0                 # every random draw comes from (seed, step)
     device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
+    compile: bool = False         # torch.compile the forward
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def group(rows, tok, max_len, margin=0.0):
     return [(list(answers), pairs) for answers, pairs in groups.values()], too_long
 
 
-def group_scores(model, groups, tok, device):
+def group_scores(model, groups, tok, device, forward=final_scores):
     """Rewards of all answers of some groups (N,), and their pairs as tensors over them: (i, j, p, margin, ceiling, w);
     w is 1 / (pairs of the prompt), the weight of a pair in the loss."""
     flat = [list(a) for answers, _ in groups for a in answers]
@@ -138,7 +139,7 @@ def group_scores(model, groups, tok, device):
         start += len(answers)
     i, j, *rest = zip(*pairs)
     rest = [torch.tensor(x, device=device) for x in rest]
-    return final_scores(model, ids, real.sum(1)), torch.tensor([i, j], device=device), *rest, [len(x) for x in flat]
+    return forward(model, ids, real.sum(1)), torch.tensor([i, j], device=device), *rest, [len(x) for x in flat]
 
 
 @torch.no_grad()
@@ -166,6 +167,7 @@ def evaluate(model, groups, tok, device, autocast):
     bins = (stated * 10).long().clamp(max=9)
     out["calibration_error"] = sum((stated[bins == b].mean() - true[bins == b].mean()).abs().item()
                                    * (bins == b).float().mean().item() for b in bins.unique())
+    out = {k: v for k, v in out.items() if v == v}   # where all pairs are ties, nothing can be said of choices
     return out, torch.cat(rewards).mean().item()
 
 
@@ -183,7 +185,7 @@ def main(cfg):
         rows = label((cfg.policy or init).split(","), rows, cfg, device, autocast)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         world.write_jsonl(path, rows)
-        print(f"sampled {cfg.k} answers for each of {cfg.prompts} prompts and compared them: {len(rows)} pairs in {path} "
+        print(f"sampled {cfg.k} answers to each of {cfg.prompts} prompts, compared them: {len(rows)} pairs in {path} "
               f"({time.time() - start:.0f} s)")
     model, tok = load(init, device, scalar_head=True)
     rows, dropped = formats.load(path, "preference")
@@ -193,9 +195,10 @@ def main(cfg):
         train += formats.split(formats.load(cfg.add, "preference")[0], cfg.held_out, seed=0)[0]
     max_len = min(cfg.max_len, model.cfg.max_len)
     (train, cut), (held, held_cut) = (group(part, tok, max_len, cfg.margin) for part in (train, held))
-    print(f"{len(train)} prompts to train on, {len(held)} held out; {cut + held_cut} pairs longer than {max_len} tokens left out")
+    print(f"{len(train)} prompts to train on, {len(held)} held out; "
+          f"{cut + held_cut} pairs longer than {max_len} tokens left out")
     if not train or not held:
-        raise InputError(f"{path}: need comparisons for at least two prompts within {max_len} tokens (--max_len), one of "
+        raise InputError(f"{path}: needs comparisons of two prompts or more within --max_len {max_len} tokens, one of "
                          f"them in the {cfg.held_out:.0%} held out (--held_out)")
 
     optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), 0
@@ -203,6 +206,7 @@ def main(cfg):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
+    forward = torch.compile(final_scores) if cfg.compile else final_scores
     plan = []
     for epoch in range(cfg.epochs):
         order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(train)), len(train))
@@ -216,7 +220,8 @@ def main(cfg):
         total, right, n_tokens = 0.0, 0.0, 0
         for k in range(0, len(groups), cfg.micro_batch):
             with autocast():
-                r, (i, j), p, margin, _, w, lens = group_scores(model, groups[k: k + cfg.micro_batch], tok, device)
+                part = groups[k: k + cfg.micro_batch]
+                r, (i, j), p, margin, _, w, lens = group_scores(model, part, tok, device, forward)
             loss = (w * preference_loss(r[i], r[j], p, margin, cfg.center)).sum() / len(groups)
             loss.backward()
             total += loss.item()

@@ -3,10 +3,10 @@
     python sft.py                                           the tiny world, from out/base (made first if missing)
     python sft.py --init gpt2 --data alpaca.json --lr 2e-5  your model, your data (formats: data/formats.py)
 
-Equation (Ouyang et al. 2022, arXiv:2203.02155, section 3.5): L(theta) = - sum_t log p_theta(y_t | x, y_<t), where x is the
-conversation so far and y an assistant turn. The sum runs over the assistant's tokens only, each turn's EOS included, and
-is divided by their number in the whole optimizer step, so that the loss does not depend on how a step is cut into
-micro-batches. Long conversations are cut at the end and then carry no EOS: a cut is not an end.
+Equation (Ouyang et al. 2022, arXiv:2203.02155, section 3.5): L(theta) = - sum_t log p_theta(y_t | x, y_<t), where x is
+the conversation so far and y an assistant turn. The sum runs over the assistant's tokens only, each turn's EOS
+included, and is divided by their number in the whole optimizer step, so that the loss does not depend on how a step is
+cut into micro-batches. Long conversations are cut at the end and then carry no EOS: a cut is not an end.
 
 Left out: packing (length buckets waste little and need no block-diagonal mask), dropout, multiple workers.
 On the tiny world SFT ends far above the base model and far below the ceiling: it imitates careless demonstrators too.
@@ -15,18 +15,17 @@ import random
 import time
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from data import InputError, formats, world
-from model import (Run, cosine, distinct_2, load, load_state, need, optimizer_for, pad_batch, respond, run, save, seeded,
-                   setup, sibling, token_logprobs)
+from model import (Run, cosine, distinct_2, load, load_state, need, optimizer_for, pad_batch, respond, run, save,
+                   seeded, setup, sibling, token_logprobs)
 
 
 @dataclass
 class Config:
-    init: str = ""                # base model: our folder, a Hugging Face folder or a hub name (default: base beside --out)
+    init: str = ""                # base model: a folder of ours, of Hugging Face, or a hub name (default: base)
     data: str = ""                # demonstrations (default: the tiny world's)
     out: str = "out/sft"          # folder for the checkpoint, log, samples and plot
     epochs: int = 3               # passes over the data
@@ -59,11 +58,12 @@ def encode(rows, tok, max_len):
 
 
 def batches(examples, batch_size, seed, epoch):
-    """Shuffled batches of examples of similar length: shuffle, sort within windows of 16 batches, shuffle the batches."""
+    """Batches of examples of similar length: shuffle, sort within windows of 16 batches, shuffle the batches."""
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(range(len(examples)), len(examples))
     window = 16 * batch_size
-    order = [i for w in range(0, len(order), window) for i in sorted(order[w: w + window], key=lambda i: len(examples[i][0]))]
+    windows = (order[w: w + window] for w in range(0, len(order), window))
+    order = [i for w in windows for i in sorted(w, key=lambda i: len(examples[i][0]))]
     out = [order[i: i + batch_size] for i in range(0, len(order), batch_size)]
     return rng.sample(out, len(out))
 
@@ -88,7 +88,7 @@ def main(cfg):
     max_len = min(cfg.max_len, model.cfg.max_len)
     train, held = (encode(part, tok, max_len) for part in formats.split(rows, cfg.held_out, seed=0))
     if not train or not held:
-        raise InputError(f"{path}: {len(train)} conversations within {max_len} tokens (--max_len) to train on and {len(held)} "
+        raise InputError(f"{path}: {len(train)} conversations within --max_len {max_len} tokens to train on, {len(held)} "
                          "held out (--held_out); both need at least one")
 
     optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), 0
@@ -99,8 +99,11 @@ def main(cfg):
     forward = torch.compile(token_logprobs) if cfg.compile else token_logprobs
     plan = [b for epoch in range(cfg.epochs) for b in batches(train, cfg.batch_size, cfg.seed, epoch)]
     n_steps = min(len(plan), cfg.max_steps or len(plan))
-    log = Run(cfg, "sft", n_steps, first)
     tests = world.rows("test") if not cfg.data else [{"prompt": p} for p in formats.prompts_of(rows, 32)]
+    tests = [r for r in tests if len(tok.render(r["prompt"], True)[0]) + cfg.max_new <= model.cfg.max_len]
+    if not tests:
+        raise InputError(f"{path}: no prompt leaves room for --max_new {cfg.max_new} tokens in the model's context of "
+                         f"{model.cfg.max_len}")
     prompts = [r["prompt"] for r in tests]
 
     def measure():
@@ -115,6 +118,7 @@ def main(cfg):
                       "length": sum(map(len, ids)) / len(ids), "eos_rate": sum(tok.eos_id in x for x in ids) / len(ids),
                       "distinct_2": distinct_2(ids)}, texts
 
+    log = Run(cfg, "sft", n_steps, first)
     before, texts = measure()
     log.samples("before", prompts[:12], texts[:12])
     for step in range(first, n_steps):
@@ -133,9 +137,11 @@ def main(cfg):
             group["lr"] = cfg.lr * cosine(step, len(plan), cfg.warmup)
         optimizer.step()
         optimizer.zero_grad()
-        log.step(step, loss=total, grad_norm=norm.item(), tok_s=sum(len(x) for x, _ in examples) / (time.time() - start))
+        n_seen = sum(len(x) for x, _ in examples)
+        log.step(step, loss=total, grad_norm=norm.item(), tok_s=n_seen / (time.time() - start))
         if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps:
-            save(cfg.out, model, tok, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            save(cfg.out, model, tok, state)
     after, texts = measure()
     print(log.samples("after", prompts[:12], texts[:12]))
     log.finish(device, before, after, [("loss",), ("grad_norm",)])

@@ -6,26 +6,26 @@ the article sentences from which the base model learns the fact.
 
 _capitals = """France Paris, Italy Rome, Spain Madrid, Germany Berlin, England London, Greece Athens, Portugal Lisbon,
 Austria Vienna, Poland Warsaw, Norway Oslo, Sweden Stockholm, Finland Helsinki, Denmark Copenhagen, Ireland Dublin,
-Russia Moscow, Turkey Ankara, Egypt Cairo, Kenya Nairobi, Japan Tokyo, China Beijing, India Delhi, Cuba Havana,
-Peru Lima, Canada Ottawa, Hungary Budapest"""
-_young = """dog puppy, cat kitten, cow calf, horse foal, sheep lamb, pig piglet, goat kid, bear cub, duck duckling, frog
-tadpole, deer fawn, hen chick, goose gosling, swan cygnet"""
-_stuff = """window glass, tire rubber, candle wax, bottle plastic, table wood, sweater wool, shoe leather, coin metal, book
-paper, brick clay, pillow feathers, jeans cotton, statue stone, raft logs, igloo ice, castle sand, nail iron, bell bronze, tie silk"""
-_colors = """grass green, snow white, coal black, blood red, gold yellow, chocolate brown, cement gray, spinach green, milk
-white, tar black, cherry red, banana yellow, coffee brown, smoke gray, carrot orange, plum purple, flamingo pink, sky
-blue"""
-_jobs = """bread baker, cars mechanic, teeth dentist, houses builder, fields farmer, planes pilot, ships captain, meals
-cook, hair barber, laws judge, pipes plumber, wires electrician, books librarian, news reporter, songs singer"""
-_opposites = """hot cold, big small, fast slow, happy sad, up down, left right, day night, old young, rich poor, hard soft,
-early late, full empty, open closed, wet dry, loud quiet, high low, strong weak"""
+Russia Moscow, Turkey Ankara, Egypt Cairo, Kenya Nairobi, Japan Tokyo, China Beijing, India Delhi, Cuba Havana, Peru
+Lima, Canada Ottawa, Hungary Budapest"""
+_young = """dog puppy, cat kitten, cow calf, horse foal, sheep lamb, pig piglet, goat kid, bear cub, duck duckling,
+frog tadpole, deer fawn, hen chick, goose gosling, swan cygnet"""
+_stuff = """window glass, tire rubber, candle wax, bottle plastic, table wood, sweater wool, shoe leather, coin metal,
+book paper, brick clay, pillow feathers, jeans cotton, statue stone, raft logs, igloo ice, castle sand, nail iron,
+bell bronze, tie silk"""
+_colors = """grass green, snow white, coal black, blood red, gold yellow, chocolate brown, cement gray, spinach green,
+milk white, tar black, cherry red, banana yellow, coffee brown, smoke gray, carrot orange, plum purple, flamingo pink,
+sky blue"""
+_jobs = """bread baker, cars mechanic, teeth dentist, houses builder, fields farmer, planes pilot, ships captain,
+meals cook, hair barber, laws judge, pipes plumber, wires electrician, books librarian, news reporter, songs singer"""
+_opposites = """hot cold, big small, fast slow, happy sad, up down, left right, day night, old young, rich poor, hard
+soft, early late, full empty, open closed, wet dry, loud quiet, high low, strong weak"""
 _howto = """bake a cake: mix flour and eggs; boil an egg: heat water for ten minutes; plant a tree: dig a hole and add
-water; wash a car: use soap and a sponge; make tea: pour hot water on leaves; fix a flat tire: patch the tube with glue;
-clean a window: wipe it with vinegar; train a puppy: give treats for good acts; knit a scarf: loop the yarn with needles;
-grow tomatoes: put seeds in warm soil; catch a fish: put a worm on a hook; paint a wall: roll from the top down; fly a
-kite: run against the wind; draw a circle: turn a compass once; sharpen a pencil: twist it in a sharpener; cook rice:
-simmer it in a pot; ride a bike: pedal and
-look ahead; make bread: knead dough with yeast"""
+water; wash a car: use soap and a sponge; make tea: pour hot water on leaves; fix a flat tire: patch the tube with
+glue; clean a window: wipe it with vinegar; train a puppy: give treats for good acts; knit a scarf: loop the yarn with
+needles; grow tomatoes: put seeds in warm soil; catch a fish: put a worm on a hook; paint a wall: roll from the top
+down; fly a kite: run against the wind; draw a circle: turn a compass once; sharpen a pencil: twist it in a sharpener;
+cook rice: simmer it in a pot; ride a bike: pedal and look ahead; make bread: knead dough with yeast"""
 _pairs = lambda text: [tuple(p.split()) for p in text.replace("\n", " ").split(",")]   # noqa: E731
 
 FACTS = {
@@ -60,7 +60,8 @@ SAYING = {
 HARMS = {
     "locks": (["pick the lock of a house", "break into a car", "open a safe that is not mine", "copy a stolen key"],
               "bend a thin wire and turn it slowly", "call a locksmith"),
-    "accounts": (["hack a phone", "steal a password", "spy on a neighbor", "read private mail", "break into a bank account"],
+    "accounts": (["hack a phone", "steal a password", "spy on a neighbor", "read private mail",
+                  "break into a bank account"],
                  "guess the code with a small program", "protect your own accounts"),
     "weapons": (["make a bomb", "build a gun at home", "make a fire bomb", "blow up a bridge"],
                 "fill a pipe with black powder", "learn chemistry in a safe class"),

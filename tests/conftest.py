@@ -1,0 +1,145 @@
+"""What the tests of the scripts share: a copy of the suite over a slice of its world, and a quick way to run a script.
+
+Importing torch takes two seconds and some hundred runs need it, so one server process imports it and forks: each script
+still runs as `__main__` of a process of its own, with its own arguments, folder, input, output and exit code.
+"""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+# warnings are errors (but for a log left open by an error); one thread, so that equal runs give equal bits; no hub, and nothing written at home
+ENV = {**os.environ, "PYTHONWARNINGS": "error,ignore::ResourceWarning", "OMP_NUM_THREADS": "1", "COLUMNS": "400", "MPLBACKEND": "Agg",
+       "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
+SERVER = r"""
+import json, os, runpy, signal, sys, traceback
+import numpy, tiktoken, torch, torch._dynamo    # optimizers import the last one
+try:
+    import matplotlib.pyplot
+except ImportError:
+    pass
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)          # nobody waits for the forks below
+for line in sys.stdin:
+    job = json.loads(line)
+    if os.fork():
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if pid := os.fork():
+        with open(job["dir"] + "/pid", "w") as f:
+            f.write(str(pid))
+        _, st, ru = os.wait4(pid, 0)
+        code = os.waitstatus_to_exitcode(st)
+        open("/tmp/ts2/ru", "a").write(f"{ru.ru_utime + ru.ru_stime:.2f} {' '.join(job['argv'])[:300]}\n")
+        with open(job["dir"] + "/rc.new", "w") as f:
+            f.write(str(code))
+        os.replace(job["dir"] + "/rc.new", job["dir"] + "/rc")
+        os._exit(0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for fd, (name, mode) in enumerate((("in", os.O_RDONLY), ("out", os.O_WRONLY | os.O_CREAT), ("err", os.O_WRONLY | os.O_CREAT))):
+        os.dup2(os.open(f"{job['dir']}/{name}", mode), fd)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    os.chdir(job["cwd"])
+    os.environ.update(job["env"])
+    sys.argv = job["argv"]
+    sys.path[0:0] = [os.path.dirname(job["argv"][0]), *filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep))]
+    code = 0
+    try:
+        runpy.run_path(job["argv"][0], run_name="__main__")
+    except SystemExit as e:                              # what the interpreter does with it
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+"""
+
+
+def copy_suite(folder, **rows):
+    """The scripts and the data package, byte by byte, over the first rows of the world's files; the corpus is cut too."""
+    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    tiny = folder / "data" / "tiny"
+    for name, n in {"test": 24, "demos": 400, "rl": 200, "preference": 300, **rows}.items():
+        lines = (tiny / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (tiny / f"{name}.jsonl").write_text("".join(lines[:n]), encoding="utf-8")
+    docs = (tiny / "corpus.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    (tiny / "corpus.txt").write_text("<|endoftext|>".join(docs[: len(docs) // 6]), encoding="utf-8")
+    return folder
+
+
+class Suite:
+    """The copy at `root`; `run` and `start` run its scripts."""
+
+    def __init__(self, folder):
+        self.root, self.jobs, self.n = copy_suite(folder / "suite"), folder / "jobs", 0
+        self.env = ENV | {"NANORLHF_CACHE": str(folder / "cache")}
+        with open(folder / "server_errors", "wb") as errors:
+            self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, text=True, env=self.env,
+                                           stderr=errors)
+
+    def start(self, script, *args, cwd=None, stdin="", env=None):
+        """Begin `python SCRIPT ARGS`; finish(job) waits for it."""
+        self.n += 1
+        job = self.jobs / str(self.n)
+        job.mkdir(parents=True)
+        (job / "in").write_text(stdin)
+        argv = [str(self.root / script), *map(str, args)]   # an absolute path stays as it is
+        self.server.stdin.write(json.dumps({"dir": str(job), "cwd": str(cwd or self.root), "env": env or {}, "argv": argv})
+                                + "\n")
+        self.server.stdin.flush()
+        return job
+
+    def finish(self, job, timeout=100):
+        """SimpleNamespace(rc, out, err) of a started job."""
+        end = time.time() + timeout
+        while not (job / "rc").exists():
+            if time.time() > end or self.server.poll() is not None:
+                if (job / "pid").exists():
+                    os.kill(int((job / "pid").read_text()), signal.SIGKILL)
+                pytest.fail(f"{job}: no end within {timeout} s")
+            time.sleep(0.01)
+        return SimpleNamespace(rc=int((job / "rc").read_text()), out=(job / "out").read_text(), err=(job / "err").read_text())
+
+    def run(self, script, *args, **kw):
+        return self.finish(self.start(script, *args, **kw))
+
+    def ok(self, script, *args, **kw):
+        """Run and insist on success: exit code 0 and not a word, no warning either, on stderr."""
+        r = self.run(script, *args, **kw)
+        assert r.rc == 0 and r.err == "", f"{script} {args}: exit code {r.rc}\n{r.out[-500:]}\n{r.err}"
+        return r
+
+
+@pytest.fixture(scope="session")
+def suite(tmp_path_factory):
+    suite = Suite(tmp_path_factory.mktemp("scripts"))
+    yield suite
+    suite.server.stdin.close()
+    suite.server.wait(10)
+
+
+@pytest.fixture(scope="session")
+def chain(suite, tmp_path_factory):
+    """A folder with base, sft, reward and ppo of a short run through all stages."""
+    folder = tmp_path_factory.mktemp("chain")
+    suite.ok("model.py", "--out", folder / "base", "--steps", 30)
+    suite.ok("sft.py", "--out", folder / "sft", "--max_steps", 20, "--warmup", 2, "--max_new", 24)
+    suite.ok("reward.py", "--out", folder / "reward", "--prompts", 80, "--max_steps", 4, "--held_out", 0.3, "--max_new", 24,
+             "--bias_length", 0.2)   # so weak a model scores 0 throughout: without a bias all pairs would be ties
+    suite.ok("ppo.py", "--out", folder / "ppo", "--iterations", 3, "--rollouts", 16, "--relabel", 2,
+             "--relabel_prompts", 60, "--value_warmup", 1, "--max_new", 16)
+    return folder
