@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +43,7 @@ for line in sys.stdin:
             f.write(str(code))
         os.replace(job["dir"] + "/rc.new", job["dir"] + "/rc")
         os._exit(0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setpgid(0, 0)                                     # so that what it starts can be ended with it
     for fd, (name, mode) in enumerate((("in", os.O_RDONLY), ("out", os.O_WRONLY | os.O_CREAT), ("err", os.O_WRONLY | os.O_CREAT))):
         os.dup2(os.open(f"{job['dir']}/{name}", mode), fd)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
@@ -107,14 +108,26 @@ class Suite:
         end = time.time() + timeout
         while not (job / "rc").exists():
             if time.time() > end or self.server.poll() is not None:
-                if (job / "pid").exists():
-                    os.kill(int((job / "pid").read_text()), signal.SIGKILL)
+                self.kill(job)
                 pytest.fail(f"{job}: no end within {timeout} s")
             time.sleep(0.01)
         return SimpleNamespace(rc=int((job / "rc").read_text()), out=(job / "out").read_text(), err=(job / "err").read_text())
 
+    def kill(self, job):
+        """End a job that has not ended, and all that it started."""
+        if (job / "pid").exists() and not (job / "rc").exists():
+            with suppress(ProcessLookupError):
+                os.killpg(int((job / "pid").read_text()), signal.SIGKILL)
+
     def run(self, script, *args, **kw):
         return self.finish(self.start(script, *args, **kw))
+
+    def run_all(self, commands, timeout=60, **kw):
+        """The results of several [script, *args], in order; two run at a time."""
+        jobs = []
+        for i in range(len(commands)):
+            jobs += [self.start(*command, **kw) for command in commands[len(jobs): i + 2]]
+            yield self.finish(jobs[i], timeout)
 
     def ok(self, script, *args, **kw):
         """Run and insist on success: exit code 0 and not a word, no warning either, on stderr."""
@@ -127,6 +140,8 @@ class Suite:
 def suite(tmp_path_factory):
     suite = Suite(tmp_path_factory.mktemp("scripts"))
     yield suite
+    for job in suite.jobs.iterdir():
+        suite.kill(job)
     suite.server.stdin.close()
     suite.server.wait(10)
 
