@@ -188,6 +188,7 @@ def main(cfg):
         print(f"sampled {cfg.k} answers to each of {cfg.prompts} prompts, compared them: {len(rows)} pairs in {path} "
               f"({time.time() - start:.0f} s)")
     model, tok = load(init, device, scalar_head=True)
+    model.cfg.reward_mean = 0.0   # a reward model to go on from has one; it is measured anew at every save
     rows, dropped = formats.load(path, "preference")
     print(formats.describe(rows, dropped, path))
     train, held = formats.split(rows, cfg.held_out, seed=0)
@@ -213,7 +214,8 @@ def main(cfg):
         plan += [order[i: i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
     n_steps = min(len(plan), cfg.max_steps or len(plan))
     log = Run(cfg, "reward", n_steps, first)
-    before, _ = evaluate(model, held, tok, device, autocast)
+    before, mean = evaluate(model, held, tok, device, autocast)
+    after = dict(before)
     for step in range(first, n_steps):
         start = time.time()
         groups = sorted((train[i] for i in plan[step]), key=lambda g: len(g[0][0]))
@@ -234,12 +236,11 @@ def main(cfg):
         optimizer.zero_grad()
         log.step(step, loss=total, accuracy=right, grad_norm=norm.item(), tok_s=n_tokens / (time.time() - start))
         if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps:
-            _, mean = evaluate(model, held, tok, device, autocast)
+            after, mean = evaluate(model, held, tok, device, autocast)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             model.cfg.reward_mean = mean
             save(cfg.out, model, tok, state)
             model.cfg.reward_mean = 0.0
-    after, mean = evaluate(model, held, tok, device, autocast)
     log.finish(device, before, after | {"reward_mean": mean}, [("loss",), ("accuracy",), ("grad_norm",)])
 
 
