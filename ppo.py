@@ -279,8 +279,7 @@ def main(cfg):
     if rm is not None and (rm_tok.enc._mergeable_ranks, rm_tok.special) != (tok.enc._mergeable_ranks, tok.special):
         raise InputError(f"{cfg.reward or 'the reward model'} and {init} have different tokenizers")
     ref = copy.deepcopy(policy).requires_grad_(False)
-    value = load(cfg.reward or sibling(cfg, "reward"), device, scalar_head=True)[0] if rm is not None else \
-        load(init, device, scalar_head=True)[0]
+    value = load(init, device, scalar_head=True)[0] if rm is None else copy.deepcopy(rm).requires_grad_(True)
     data = cfg.data or world.TINY / "rl.jsonl"
     rows, dropped = formats.load(data, "prompt")
     print(formats.describe(rows, dropped, data))

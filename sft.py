@@ -88,8 +88,8 @@ def main(cfg):
     max_len = min(cfg.max_len, model.cfg.max_len)
     train, held = (encode(part, tok, max_len) for part in formats.split(rows, cfg.held_out, seed=0))
     if not train or not held:
-        raise InputError(f"{path}: {len(train)} conversations within --max_len {max_len} tokens to train on, {len(held)} "
-                         "held out (--held_out); both need at least one")
+        raise InputError(f"{path}: {len(train)} conversations within --max_len {max_len} tokens to train on, "
+                         f"{len(held)} held out (--held_out); both need at least one")
 
     optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), 0
     if cfg.resume and (state := load_state(cfg.out)):
