@@ -377,7 +377,7 @@ def load_state(folder):
 
 
 MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel")   # all other whole numbers count from 1
-SHARES = ("held_out", "agreement", "gamma", "lam")                       # between 0 and 1; no number is negative
+SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate")   # between 0 and 1; none is negative
 
 
 def cli(Config, doc):

@@ -148,7 +148,7 @@ def suite(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chain(suite, fresh_clone, tmp_path_factory):
-    """A folder with base, sft, reward and ppo of a short run through all stages."""
+    """A folder with base, sft, reward, ppo and dpo of a short run through all stages."""
     folder = tmp_path_factory.mktemp("chain")
     suite.ok("model.py", "--out", folder / "base", "--steps", 30)
     suite.ok("sft.py", "--out", folder / "sft", "--max_steps", 20, "--warmup", 2, "--max_new", 24)
@@ -156,6 +156,7 @@ def chain(suite, fresh_clone, tmp_path_factory):
              "--bias_length", 0.2)   # so weak a model scores 0 throughout: without a bias all pairs would be ties
     suite.ok("ppo.py", "--out", folder / "ppo", "--iterations", 3, "--rollouts", 16, "--relabel", 2,
              "--relabel_prompts", 60, "--value_warmup", 1, "--max_new", 16)
+    suite.ok("dpo.py", "--out", folder / "dpo", "--max_steps", 3, "--max_new", 16)
     return folder
 
 

@@ -25,8 +25,8 @@ from data.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
 from model import MAY_BE_0, SHARES, cli, load
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
-SCRIPTS = ["model.py", "sft.py", "reward.py", "ppo.py"]
-STAGES = {"model.py": "pretrain", "sft.py": "sft", "reward.py": "reward", "ppo.py": "ppo"}
+SCRIPTS = ["model.py", "sft.py", "reward.py", "ppo.py", "dpo.py"]
+STAGES = {"model.py": "pretrain", "sft.py": "sft", "reward.py": "reward", "ppo.py": "ppo", "dpo.py": "dpo"}
 TIMES = ("tok_s", "t_gen", "t_score", "t_train")
 
 
@@ -76,14 +76,15 @@ def user(text):
 def test_every_stage_leaves_its_files(chain, script):
     stage = STAGES[script]
     folder = chain / {"pretrain": "base"}.get(stage, stage)
-    n = {"pretrain": 30, "sft": 20, "reward": 4, "ppo": 3}[stage]
+    n = {"pretrain": 30, "sft": 20, "reward": 4, "ppo": 3, "dpo": 3}[stage]
     assert [row["step"] for row in log_of(folder)] == list(range(1, n + 1))
     result = result_of(folder)
     assert set(result) == {"stage", "seed", "config", "seconds", "device", "before", "after"}
     assert (result["stage"], result["seed"], result["config"]["out"]) == (stage, 0, str(folder))
     assert set(result["config"]) == {f.name for f in fields(import_module(script[:-3]).Config)}
     wanted = {"pretrain": {"bits_per_byte"}, "sft": {"gold", "helpful", "harmless", "honest", "loss", "length", "eos_rate"},
-              "reward": {"loss", "accuracy"}, "ppo": {"gold", "helpful", "harmless", "honest", "length", "eos_rate"}}[stage]
+              "reward": {"loss", "accuracy"}, "ppo": {"gold", "helpful", "harmless", "honest", "length", "eos_rate"},
+              "dpo": {"gold", "loss", "accuracy", "length", "eos_rate"}}[stage]
     assert wanted <= set(result["before"]) and wanted <= set(result["after"])
     assert all(isinstance(v, (int, float)) for part in ("before", "after") for v in result[part].values())
     assert (folder / "samples.txt").exists() and ("->" in (folder / "samples.txt").read_text() or stage == "reward")
@@ -176,6 +177,8 @@ BAD_FLAGS = [("--learning_rate 1", "--learning_rate"), ("--max_step 3", "--max_s
 OWN_FLAGS = {"model.py": [("--size huge", "--size"), ("--steps 1.5", "--steps"), ("--steps 0", "--steps")],
              "sft.py": [("--batch_size 0", "--batch_size"), ("--held_out 1.5", "--held_out"), ("--epochs -1", "--epochs")],
              "reward.py": [("--prompts 0", "--prompts"), ("--max_new 0", "--max_new"), ("--agreement 2", "--agreement")],
+             "dpo.py": [("--loss dppo", "--loss"), ("--label_smoothing 1.5", "--label_smoothing"), ("--beta=-1", "--beta"),
+                        ("--online_steps 0", "--online_steps")],
              "ppo.py": [("--advantage sarsa", "--advantage"), ("--kl free", "--kl"), ("--rollouts 0", "--rollouts"),
                         ("--iterations 1e3", "--iterations"), ("--lam 1.1", "--lam"), ("--clip=-0.1", "--clip")]}
 
@@ -221,13 +224,15 @@ TRAIN = {   # flags of a short run, its length in steps, and where it is cut
     "sft.py": (["--batch_size", 8, "--warmup", 2, "--max_new", 8], 6, 2),
     "reward.py": (["--prompts", 40, "--batch_size", 4, "--micro_batch", 3, "--warmup", 2, "--held_out", 0.3, "--max_new", 16,
                    "--bias_length", 0.2], 5, 2),
+    "dpo.py": (["--batch_size", 8, "--micro_batch", 3, "--warmup", 2, "--max_new", 8], 6, 2),
     "ppo.py": (["--iterations", 5, "--rollouts", 12, "--minibatches", 2, "--value_warmup", 1, "--relabel", 2,
                 "--relabel_prompts", 50, "--kl", "adaptive", "--kl_horizon", 100, "--max_new", 12, "--epochs", 2], 5, 3)}
 
 
 def links(script, chain):
     return {"model.py": [], "sft.py": ["--init", chain / "base"], "reward.py": ["--init", chain / "sft"],
-            "ppo.py": ["--init", chain / "sft", "--reward", chain / "reward"]}[script]
+            "ppo.py": ["--init", chain / "sft", "--reward", chain / "reward"],
+            "dpo.py": ["--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl"]}[script]
 
 
 @pytest.fixture(scope="session")
@@ -336,6 +341,7 @@ def bad(chain, tmp_path_factory):
 
 
 INIT, PPO = "--init {chain}/sft ", "--init {chain}/sft --reward {chain}/reward --rollouts 8 --max_new 8 "
+DPO = INIT + "--data {bad}/pairs.jsonl "
 BAD_INPUT = [   # script, flags, what the message must hold
     ("sft.py", "--init {bad}/nosuch", "{bad}/nosuch: no such folder"),
     ("sft.py", "--init nosuch-model", "nosuch-model"),
@@ -394,6 +400,18 @@ BAD_INPUT = [   # script, flags, what the message must hold
     ("ppo.py", PPO + "--temperature 0", "--temperature"),
     ("ppo.py", "--advantage grpo", "--group"),            # told before anything missing is made
     ("reward.py", "--k 1", "--k 1"),
+    ("dpo.py", DPO + "--label_smoothing 0.5", "--label_smoothing"),
+    ("dpo.py", DPO + "--loss kto --online true", "--online"),
+    ("dpo.py", DPO + "--online true --data {bad}/prompts.jsonl", "--judge"),
+    ("dpo.py", INIT + "--online true --judge {chain}/sft", "--judge needs a reward model"),
+    ("dpo.py", INIT + "--online true --judge nomodule:f", "nomodule"),
+    ("dpo.py", INIT + "--data {bad}/same.jsonl", "3 identical pair"),
+    ("dpo.py", INIT + "--data {bad}/empty.jsonl", "{bad}/empty.jsonl"),
+    ("dpo.py", INIT + "--data {bad}/broken.jsonl", "{bad}/broken.jsonl:2: "),
+    ("dpo.py", INIT + "--data {bad}/sft.jsonl", "{bad}/sft.jsonl:1: "),
+    ("dpo.py", DPO + "--held_out 0", "--held_out"),
+    ("dpo.py", DPO + "--max_new 256", "--max_new 256"),
+    ("dpo.py", "--init {chain}/reward --data {bad}/pairs.jsonl", "is a reward model"),
     ("model.py", "--device gpu", "--device gpu"),
     ("sft.py", INIT + "--device cuda:x", "--device cuda:x"),
     ("sft.py", INIT + "--out {bad}/state --resume", "{bad}/state/state.pt"),

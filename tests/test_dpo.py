@@ -1,0 +1,350 @@
+"""dpo.py against float64 NumPy, against closed forms, and against everything that must change nothing."""
+import copy
+import math
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_oracles import (BETA, N_TOKENS, PROMPTS, RESPONSES, both, exact, full_logits, grad_of, ragged, same, tiny,
+                          wide)
+
+import dpo
+from data import InputError, world
+from data.tokenizer import tokenizer_from_ranks
+from model import optimizer_for, pad_batch
+
+f64 = torch.float64
+LOSSES = ["dpo", "ipo", "simpo", "orpo"]
+
+
+def config(**changes):
+    return dpo.Config(**changes)
+
+
+def numbers(seed=0, N=50):
+    """Log-probs, reference log-probs (2, N), lengths and labels: short and long, likely and unlikely, all labels."""
+    rng = np.random.default_rng(seed)
+    n = rng.integers(1, 40, size=(2, N)).astype(float)
+    logp, ref = -n * rng.exponential(0.7, size=(2, N)) - 1e-3, -n * rng.exponential(0.7, size=(2, N)) - 1e-3
+    p = np.where(rng.random(N) < 0.5, 1.0, rng.random(N))
+    return logp, ref, n, p
+
+
+def oracle(loss, logp, ref, n, p, beta, gamma=1.0, lam=1.0, smooth=0.0, flip=0.0, sft=0.0):
+    """Written from the papers, one pair at a time, with plain math on Python floats."""
+    out = []
+    log_sigmoid = lambda x: -np.logaddexp(0, -x)   # noqa: E731
+    for i in range(len(p)):
+        w, l, rw, rl, nw, nl = logp[0, i], logp[1, i], ref[0, i], ref[1, i], n[0, i], n[1, i]
+        if loss == "dpo":
+            x = beta * ((w - rw) - (l - rl))
+            win, lose = -log_sigmoid(x), -log_sigmoid(-x)
+        elif loss == "ipo":
+            x = (w - rw) / nw - (l - rl) / nl
+            win, lose = (x - 1 / (2 * beta)) ** 2, (-x - 1 / (2 * beta)) ** 2
+        elif loss == "simpo":
+            x = beta * (w / nw - l / nl)
+            win, lose = -log_sigmoid(x - gamma), -log_sigmoid(-x - gamma)
+        else:
+            odds = [math.exp(m) / -math.expm1(m) for m in (w / nw, l / nl)]
+            x = math.log(odds[0]) - math.log(odds[1])
+            win, lose = -lam * log_sigmoid(x), -lam * log_sigmoid(-x)
+        if smooth:      # cDPO: the label is wrong with this probability
+            q = p[i]
+            win, lose = (1 - smooth) * win + smooth * lose, (1 - smooth) * lose + smooth * win
+            value = q * win + (1 - q) * lose
+        elif flip:      # rDPO, arXiv:2403.00409, eq. 13
+            win, lose = (((1 - flip) * a - flip * b) / (1 - 2 * flip) for a, b in ((win, lose), (lose, win)))
+            value = p[i] * win + (1 - p[i]) * lose
+        else:
+            value = p[i] * win + (1 - p[i]) * lose
+        out.append(value - (sft + (loss == "orpo")) * w / nw)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("extra", [{}, {"label_smoothing": 0.1}, {"flip_rate": 0.2}, {"sft_coef": 0.3}])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_pair_losses_against_numpy(loss, extra):
+    logp, ref, n, p = numbers()
+    beta = 0.3 if loss != "simpo" else 2.0
+    cfg = config(loss=loss, gamma=0.7, odds_coef=0.4, **extra)
+    got, rewards = dpo.pair_loss(cfg, beta, *(torch.from_numpy(x) for x in (logp, ref, n, p)))
+    want = oracle(loss, logp, ref, n, p, beta, 0.7, 0.4, extra.get("label_smoothing", 0.0), extra.get("flip_rate", 0.0),
+                  extra.get("sft_coef", 0.0))
+    assert np.abs(got.numpy() - want).max() < 1e-10 * max(1, np.abs(want).max())
+    assert rewards.shape == (2, 50)
+    if loss == "dpo":
+        assert np.abs(rewards.numpy() - beta * (logp - ref)).max() < 1e-12
+
+
+def test_kto_loss_against_numpy():
+    logp, ref, _, p = numbers()
+    r, good, z, beta = (logp - ref)[0], (p > 0.7).astype(float), 0.8, 0.2
+    want = [(1.5 if g else 0.5) * (1 - 1 / (1 + math.exp(-beta * ((x - z) if g else (z - x))))) for x, g in zip(r, good)]
+    got = dpo.kto_loss(torch.from_numpy(r), torch.from_numpy(good), z, beta, 1.5, 0.5)
+    assert 0 < good.sum() < len(good) and np.abs(got.numpy() - want).max() < 1e-10
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "kto"])
+def test_gradcheck(loss):
+    logp, ref, n, p = (torch.from_numpy(x[..., :6]) for x in numbers(3))
+    p[0] = 0.25
+    logp.requires_grad_(True)
+    if loss == "kto":
+        f = lambda x: dpo.kto_loss(x[0] - ref[0], (p > 0.5).double(), 0.3, 0.2, 1.2, 0.7).sum()   # noqa: E731
+    else:
+        f = lambda x: dpo.pair_loss(config(loss=loss, sft_coef=0.1), 0.4, x, ref, n, p)[0].sum()   # noqa: E731
+    assert torch.autograd.gradcheck(f, (logp,), eps=1e-6, atol=1e-6)
+
+
+def test_log_odds_at_the_edges():
+    """p -> 0 and p -> -inf: finite values and gradients, where the textbook form gives inf - inf."""
+    p = torch.tensor([-1e-12, -1e-6, -0.3, -math.log(2), -0.7, -30.0, -500.0], dtype=f64, requires_grad=True)
+    out = dpo.log_odds(p)
+    out.sum().backward()
+    assert out.isfinite().all() and p.grad.isfinite().all()
+    want = [math.log(math.exp(x) / -math.expm1(x)) for x in (-1e-6, -0.3, -math.log(2), -0.7, -30.0)]
+    assert np.abs(out.detach().numpy()[1:6] - want).max() < 1e-9 and out[6].item() == pytest.approx(-500)
+
+
+def test_at_the_start_the_loss_is_ln_2():
+    logp, _, n, p = (torch.from_numpy(x) for x in numbers())
+    for extra in ({}, {"label_smoothing": 0.2}, {"flip_rate": 0.2}):
+        loss, rewards = dpo.pair_loss(config(**extra), 0.1, logp, logp, n, p)
+        assert (loss - math.log(2)).abs().max() < 1e-15 and rewards.abs().max() == 0
+    assert (dpo.pair_loss(config(loss="ipo"), 0.25, logp, logp, n, p)[0] - 4).abs().max() < 1e-15
+    assert (dpo.kto_loss(logp[0] - logp[0], p, 0.0, 0.1) - 0.5).abs().max() < 1e-15
+
+
+def test_rdpo_is_unbiased_under_flips_and_cdpo_is_not():
+    """The mean over flipped labels of the rDPO loss is the loss on clean ones: values and gradients, exactly."""
+    logp, ref, n, _ = (torch.from_numpy(x) for x in numbers(1))
+    logp.requires_grad_(True)
+    one, eps = torch.ones(50, dtype=f64), 0.3
+
+    def of(p, **extra):
+        loss = dpo.pair_loss(config(**extra), 0.2, logp, ref, n, p)[0].sum()
+        return torch.cat((loss.view(1), torch.autograd.grad(loss, logp)[0].flatten()))
+
+    clean = of(one)
+    noisy = {k: (1 - eps) * of(one, **{k: eps}) + eps * of(0 * one, **{k: eps}) for k in ("flip_rate", "label_smoothing")}
+    assert (noisy["flip_rate"] - clean).abs().max() < 1e-10
+    assert (noisy["label_smoothing"] - clean).abs().max() > 0.1
+
+
+def test_labels_are_symmetric():
+    """Chosen and rejected exchanged with label 1 - p is the same pair, for every loss without an SFT part."""
+    logp, ref, n, p = (torch.from_numpy(x) for x in numbers(2))
+    for loss in ("dpo", "ipo", "simpo"):
+        a = dpo.pair_loss(config(loss=loss), 0.5, logp, ref, n, p)[0]
+        b = dpo.pair_loss(config(loss=loss), 0.5, logp.flip(0), ref.flip(0), n.flip(0), 1 - p)[0]
+        assert (a - b).abs().max() < 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo"])
+def test_the_loss_does_not_depend_on_batching(dialect, loss, monkeypatch):
+    model, ref, rng = tiny(dialect), tiny(dialect, 1), random.Random(0)
+    tok = SimpleNamespace(pad_id=30)
+    examples = [(x, a, b, rng.random()) for x, a, b in zip(ragged(rng, 7, 1, 9), ragged(rng, 7, 1, 12), ragged(rng, 7, 1, 12))]
+
+    def run(name, examples, micro):
+        total = 0.0
+        for k in range(0, len(examples), micro):
+            part = examples[k: k + micro]
+            with torch.no_grad():
+                known = dpo.logps(ref, dpo.both(part), tok, "cpu")[0].view(2, -1)
+            logp, n = (t.view(2, -1) for t in dpo.logps(model, dpo.both(part), tok, "cpu"))
+            out = dpo.pair_loss(config(loss=loss), 0.2, logp, known, n, torch.tensor([e[3] for e in part]))[0].sum() / 7
+            out.backward()
+            total += out.item()
+        return name, total, grad_of(model)
+
+    variants = [run("whole", examples, 7), run("micro 1", examples, 1), run("micro 3", examples, 3),
+                run("reversed", examples[::-1], 4)]
+    monkeypatch.setattr(dpo, "pad_batch", wide(pad_batch, rng, 30))
+    same([*variants, run("garbage in the padding", examples, 7)])
+
+
+@both
+def test_logps_are_of_the_answer_only(dialect):
+    """Equal to the sum over single tokens of an unpadded row; the prompt's own log-probs play no part."""
+    model, rng = tiny(dialect), random.Random(1)
+    pairs = list(zip(ragged(rng, 6, 1, 9), ragged(rng, 6, 1, 12)))
+    got, n = dpo.logps(model, pairs, SimpleNamespace(pad_id=3), "cpu")
+    for (x, y), value, count in zip(pairs, got.tolist(), n.tolist()):
+        lp = full_logits(model, x + y).log_softmax(-1)
+        want = sum(lp[len(x) + i - 1, t].item() for i, t in enumerate(y))
+        assert count == len(y) and value == pytest.approx(want, rel=1e-5)
+    cached = dpo.all_logps(model, [(x, y, y, 1.0) for x, y in pairs], SimpleNamespace(pad_id=3), "cpu",
+                           lambda: torch.autocast("cpu", enabled=False), 4)
+    assert torch.allclose(cached, got.detach().expand(2, -1), rtol=1e-5)
+
+
+def test_the_prompt_mask_changes_no_dpo_loss_but_the_rewards(monkeypatch):
+    """With one prompt for both answers the prompt's terms cancel in h: what the blog post's code gets right by luck."""
+    model, ref, rng = tiny("llama"), tiny("llama", 1), random.Random(4)
+    examples = [(x, a, b, 1.0) for x, a, b in zip(ragged(rng, 5, 2, 9), ragged(rng, 5, 1, 9), ragged(rng, 5, 1, 9))]
+    moved = [(x[:1], x[1:] + a, x[1:] + b, p) for x, a, b, p in examples]      # the prompt counted as part of the answer
+
+    def of(examples, loss):
+        logp, known = (dpo.logps(m, dpo.both(examples), SimpleNamespace(pad_id=3), "cpu")[0].double().view(2, -1)
+                       for m in (model, ref))
+        n = torch.tensor([[len(e[1]) for e in examples], [len(e[2]) for e in examples]])
+        return dpo.pair_loss(config(loss=loss), 0.1, logp, known, n, torch.ones(5))
+
+    for loss, equal in (("dpo", True), ("ipo", False), ("simpo", False), ("orpo", False)):
+        (a, ra), (b, rb) = of(examples, loss), of(moved, loss)
+        assert torch.allclose(a, b, atol=1e-5) == equal and not torch.allclose(ra, rb, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_kto_never_pairs_a_prompt_with_its_own_completion():
+    rng = random.Random(0)
+    for n_prompts in (2, 3, 10):
+        examples = [([rng.randrange(n_prompts)], [i, 7], [i, 7], 1.0) for i in range(60)]
+        examples[0], examples[1] = ([0], [0, 7], [0, 7], 1.0), ([1], [1, 7], [1, 7], 0.0)
+        prompt_of = {tuple(a): x for x, a, _, _ in examples}
+        out = dpo.mismatch(examples, 3)
+        assert [(x, a, p) for x, a, _, p in out] == [(x, a, p) for x, a, _, p in examples]
+        assert all(prompt_of[tuple(b)] != x for x, _, b, _ in out)
+        if n_prompts == 10:   # where prompts seldom meet, nearly all answers serve once
+            assert len({tuple(b) for *_, b, _ in out}) > 45
+    with pytest.raises(InputError, match="same prompt"):
+        dpo.mismatch([([1], [i], [i], 1.0) for i in range(5)], 0)
+
+
+def test_encode_cuts_the_prompt_alike_and_counts_equal_answers():
+    tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken")
+    row = {"prompt": [{"role": "user", "content": "What is the capital of France? " * 6}], "chosen": "It is Paris.",
+           "rejected": "It is Paris. " * 20 + "No.", "label": 1.0}
+    whole = tok.render(row["prompt"], True)[0]
+    (x, w, l, p), = dpo.encode([row], tok, 20, 40)[0]
+    assert x == whole[-20:] and tok.decode(w[:-1]).strip() == "It is Paris." and w[-1] == tok.eos_id and p == 1.0
+    assert len(l) == 20 and tok.eos_id not in l                      # cut: it does not end
+    assert dpo.encode([row | {"chosen": row["rejected"] + " More."}], tok, 20, 40) == ([], 1)
+    (x, a, b, p), = dpo.encode([{"prompt": row["prompt"], "completion": "It is Paris.", "label": False}], tok, 200, 256)[0]
+    assert x == whole and a == b == w and p == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A task where everything that can be said can be counted: pi* ~ pi_ref exp(r / beta) is known.
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_the_known_optimum_is_reached(loss):
+    """All pairs of answers, labelled with the exact Bradley-Terry probabilities: DPO must end at pi*. IPO must end where
+    every log-ratio difference is what its own label asks for: (2p - 1) / (2 beta) for labels that are consistent."""
+    policy = tiny("gpt2", 6, vocab_size=N_TOKENS, n_layer=2, n_head=2, n_kv_head=1, n_embd=24, n_inner=48, max_len=5,
+                  head_dim=12)
+    with torch.no_grad():
+        policy.wte.weight.mul_(0.5)
+    ref, rng = copy.deepcopy(policy).requires_grad_(False), np.random.default_rng(0)
+    table = rng.normal(0, 0.7, size=(2, len(RESPONSES)))
+    p_ref = [exact(ref, p) for p in PROMPTS]
+    pairs = [(k, i, j) for k in range(2) for i in range(len(RESPONSES)) for j in range(i)]
+    tok, answers = SimpleNamespace(pad_id=5), [list(y) for y in RESPONSES]
+    n = torch.tensor([len(y) for y in answers])
+    k, i, j = (torch.tensor(x) for x in zip(*pairs))
+    gap = torch.tensor([table[a, b] - table[a, c] for a, b, c in pairs])
+    # IPO's label: averaged log-ratios of pi* differ by q, so P = 1/2 + beta q asks for exactly pi*
+    star = [q * np.exp(r / BETA) for q, r in zip(p_ref, table)]
+    p_star = [s / s.sum() for s in star]
+    ratio = torch.tensor(np.array([np.log(s / q) for s, q in zip(p_star, p_ref)])) / n
+    beta = BETA if loss == "dpo" else 0.02
+    label = gap.sigmoid() if loss == "dpo" else 0.5 + beta * (ratio[k, i] - ratio[k, j])
+    assert label.min() > 0 and label.max() < 1
+    flat = [(x, y) for x in PROMPTS for y in answers]
+    with torch.no_grad():
+        known = dpo.logps(ref, flat, tok, "cpu")[0].view(2, -1)
+    optimizer, n_steps = optimizer_for(policy, 0.0, 0.0, (0.9, 0.95), 1e-8), 900
+    for step in range(n_steps):
+        logp = dpo.logps(policy, flat, tok, "cpu")[0].view(2, -1)       # every answer once, then every pair
+        take = lambda t: torch.stack((t[k, i], t[k, j]))   # noqa: E731
+        out = dpo.pair_loss(config(loss=loss), beta, take(logp), take(known), torch.stack((n[i], n[j])), label)[0].mean()
+        out.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * (1 - step / n_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    for x, q, s in zip(PROMPTS, p_ref, p_star):
+        assert abs(q - s).sum() / 2 > 0.3                                # there was something to learn
+        assert abs(exact(policy, x) - s).sum() / 2 < 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script (its flags, resume, seeds and bad input: tests/test_scripts.py).
+
+KTO = [{"prompt": f"What is {i}?", "completion": f"It is {i}." if i % 3 else "Who knows?", "label": bool(i % 3)} for i in range(40)]
+
+
+def rows_of(path):
+    import json
+    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "kto"])
+def test_every_loss_learns_its_comparisons(suite, chain, tmp_path, loss):
+    """A rule that a small model can learn at once, politeness, is learnt by each of them: training accuracy rises."""
+    import json
+    rows = [{"prompt": f"Question number {i}", "chosen": f"Yes, please, number {i}.", "rejected": f"Go away, {i}!"}
+            for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    r = suite.ok("dpo.py", "--init", chain / "sft", "--data", tmp_path / "pairs.jsonl", "--loss", loss, "--out", tmp_path / "x",
+                 "--batch_size", 16, "--epochs", 4, "--warmup", 2, "--max_new", 8, "--held_out", 0.2, "--sft_coef", 0.1)
+    log = rows_of(tmp_path / "x")
+    assert log[-1]["accuracy"] >= 0.95 and log[-1]["loss"] < log[0]["loss"] and log[-1]["margin"] > log[0]["margin"]
+    if loss == "dpo":
+        assert log[0]["margin"] == 0 and "instead of a second model" in r.out
+    result = json.loads((tmp_path / "x" / "result.json").read_text())
+    assert result["stage"] == "dpo" and result["after"]["kl"] > 0.01 and result["after"]["accuracy"] >= 0.95
+
+
+def test_kto_on_unpaired_data(suite, chain, tmp_path):
+    import json
+    path = tmp_path / "kto.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in KTO))
+    suite.ok("dpo.py", "--init", chain / "sft", "--data", path, "--loss", "kto", "--out", tmp_path / "x", "--batch_size", 16,
+             "--epochs", 6, "--warmup", 2, "--max_new", 8, "--held_out", 0.2)
+    log = rows_of(tmp_path / "x")
+    assert log[-1]["accuracy"] > 0.9 and all(row["z"] >= 0 for row in log) and any(row["z"] > 0 for row in log)
+    path.write_text("".join(json.dumps(r | {"label": True}) + "\n" for r in KTO))
+    r = suite.run("dpo.py", "--init", chain / "sft", "--data", path, "--loss", "kto", "--out", tmp_path / "y")
+    assert r.rc == 1 and "good and bad" in r.err and "Traceback" not in r.err
+
+
+@pytest.mark.parametrize("judge", ["annotator", "rm", "mine:score"])
+def test_online(suite, chain, tmp_path, judge):
+    (tmp_path / "mine.py").write_text("def score(rows, texts):\n    return [-len(t) for t in texts]\n")
+    flags = ["--online", "true", "--online_steps", 3, "--batch_size", 12, "--max_new", 12, "--init", chain / "sft",
+             "--judge", chain / "reward" if judge == "rm" else judge]
+    suite.ok("dpo.py", *flags, "--out", tmp_path / "x", env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
+    assert [row["step"] for row in rows_of(tmp_path / "x")] == [1, 2, 3]
+    assert all(0 <= row["pairs"] <= 12 for row in rows_of(tmp_path / "x"))
+
+
+def test_online_pairs_are_what_the_policy_said(chain, tmp_path):
+    """The judge's order decides, unfinished answers lose, equal ones are left out."""
+    from model import load
+    policy, tok = load(chain / "sft")
+    rows = world.rows("rl")[:24]
+    seen = {}
+
+    def score(rows, texts):
+        seen.update({t: len(t) for t in texts})
+        return [len(t) for t in texts]
+
+    cfg = config(judge="mine:score", max_new=14)
+    out = dpo.online_pairs(policy, tok, rows, score, cfg, 0, "cpu", lambda: torch.autocast("cpu", enabled=False))
+    assert 0 < len(out) <= 24
+    for x, w, l, p in out:
+        assert p == 1.0 and w != l and tok.eos_id in w
+        assert tok.eos_id not in l or seen[tok.decode(w)] > seen[tok.decode(l)]
+
