@@ -379,8 +379,9 @@ def main(cfg):
             "length": sum(map(len, ids)) / len(ids), "eos_rate": sum(tok.eos_id in x for x in ids) / len(ids),
             "distinct_2": distinct_2(ids)}, texts, prompts, ids
 
-    before, before_texts, *_ = measure()
-    log.samples("before", [r["prompt"] for r in tests[:12]], before_texts[:12])
+    before, before_texts = (state["before"], state["before_texts"]) if first else measure()[:2]
+    if not first:
+        log.samples("before", [r["prompt"] for r in tests[:12]], before_texts[:12])
     for step in range(first, n_steps):
         start = time.time()
         if cfg.online:
@@ -398,17 +399,16 @@ def main(cfg):
             (loss.sum() / len(examples)).backward()   # mean over the whole step, however it is cut
             for name, value in figures(loss.detach(), rewards.detach(), p).items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(examples)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * cosine(step, len(plan), cfg.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
+        lr = cfg.lr * cosine(step, len(plan), cfg.warmup)
+        norm = log.update(step, policy, optimizer, lr, {"rows": plan[step], "examples": examples})
         n_tokens = sum(len(x) + len(y) for x, y in both(examples))
         extra = {"z": float(z)} if cfg.loss == "kto" else {"pairs": len(examples)} if cfg.online else {}
-        log.step(step, **sums, **extra, grad_norm=norm.item(), tok_s=n_tokens / (time.time() - start))
-        if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps:
+        log.step(step, **sums, **extra, grad_norm=norm, tok_s=n_tokens / (time.time() - start))
+        if log.save_now(step):
             save(cfg.out, policy, tok, {"model": policy.state_dict(), "optimizer": optimizer.state_dict(),
-                                        "step": step + 1, "ref_logp": ref_logp})
+                                        "step": step + 1, "ref_logp": ref_logp, "before": before,
+                                        "before_texts": before_texts})
+            log.saved(step)
     after, texts, prompts, ids = measure()
     ref = ref or load(init, device, scalar_head=False)[0]
     after["kl"] = exact_kl(policy, ref, prompts, ids, tok, device, autocast)

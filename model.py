@@ -9,9 +9,11 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
+import traceback
 import typing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,6 +25,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import InputError
+
+try:
+    import fcntl
+except ImportError:   # Windows: no lock
+    fcntl = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model. GPT-2 (Radford et al. 2019) and the Llama family (Touvron et al. 2023) differ only in the fields below.
@@ -365,7 +372,9 @@ def save(folder, model, tok, state=None):
 
 def load_state(folder):
     """The training state beside a checkpoint, or {} if there is none."""
+    from data.checkpoint import finish_save
     path = Path(folder) / "state.pt"
+    finish_save(Path(folder))   # a save that was cut off after its point of no return
     try:
         return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     except Exception as e:
@@ -377,6 +386,7 @@ def load_state(folder):
 
 
 MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel")   # all other whole numbers count from 1
+MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")   # what costs memory
 SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate")   # between 0 and 1; none is negative
 
 
@@ -423,12 +433,23 @@ def parse_float(text):
 def run(main, Config, doc):
     """Run main(config) as a program: what a user can mend ends in one sentence and exit code 1, not in a traceback."""
     cfg = cli(Config, doc)
+    signal.signal(signal.SIGTERM, interrupt)   # as Ctrl-C
     try:
         main(cfg)
     except (InputError, OSError) as e:   # OSError: no such file, no right to write it, disk full, ...
         sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    except KeyboardInterrupt as e:
+        sys.exit(f"interrupted{e}")
+    except RuntimeError as e:
+        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+            raise
+        at = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == inspect.getfile(main)][-1]
+        sizes = [f"--{f.name} {getattr(cfg, f.name)}" for f in fields(cfg) if f.name in MEMORY]
+        sys.exit(f"error: out of memory at {Path(at.filename).name}:{at.lineno}, `{at.line}`; smaller: {', '.join(sizes)}")
+
+
+def interrupt(signum, frame):
+    raise KeyboardInterrupt
 
 
 def setup(cfg):
@@ -479,18 +500,68 @@ class Run:
     def __init__(self, cfg, stage, steps, resumed_at=0):
         self.cfg, self.stage, self.folder, self.steps = cfg, stage, Path(cfg.out), steps
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.start, self.first, self.shown = time.time(), resumed_at, 0.0
-        old = (self.folder / "log.jsonl").read_text().splitlines()[:resumed_at] if resumed_at else []
-        self.log = open(self.folder / "log.jsonl", "w")
+        self.start, self.first, self.shown, self.skipped, self.stopping = time.time(), resumed_at, 0.0, 0, False
+        self.log = open(self.folder / "log.jsonl", "a+")
+        if fcntl:
+            try:   # the system lets go of the lock when this process ends, however it ends
+                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.folder}: another run is writing there; choose another --out") from None
+        self.log.seek(0)
+        old = self.log.read().splitlines()[:resumed_at]
+        self.log.seek(0)
+        self.log.truncate()
         self.log.writelines(line + "\n" for line in old)
         self.log.flush()
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.stop)
         (self.folder / "result.json").unlink(missing_ok=True)   # its absence tells an unfinished run
         if not resumed_at:
             (self.folder / "samples.txt").write_text("")
 
+    def stop(self, signum, frame):
+        """Ctrl-C or a polite kill: finish the step and save. A second one ends the run where it is."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        print("stopping after this step; once more stops at once", flush=True)
+
+    def update(self, i, model, optimizer, lr, batch):
+        """The optimizer step of step i: clips and applies the gradient, clears it, and returns its norm before clipping.
+        A gradient that is not finite never reaches the weights: the step is skipped, its batch {name: ids, rows, ...}
+        saved, and after three such steps the run ends."""
+        norm = nn.utils.clip_grad_norm_(model.parameters(), self.cfg.grad_clip)
+        if norm.isfinite():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        else:
+            bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            path = self.folder / f"bad_step_{i + 1}.pt"
+            torch.save(batch, path)
+            self.skipped += 1
+            what = (f"step {i + 1}: the gradient of {bad[0]} and {len(bad) - 1} more is not finite; "
+                    f"rows {batch.get('rows', [])[:8]} ..., the whole batch is in {path}")
+            if self.skipped > 3:
+                raise InputError(f"{what}. The fourth such step: try a smaller --lr or --dtype float32")
+            print(f"{what}. Skipped", flush=True)
+        optimizer.zero_grad()
+        return norm.item()
+
+    def save_now(self, i):
+        """Whether step i ends with a checkpoint: every --save_every steps, at the end, and when asked to stop."""
+        return (i + 1) % self.cfg.save_every == 0 or i + 1 == self.steps or self.stopping
+
+    def saved(self, i):
+        """After the checkpoint of step i: end here if asked to."""
+        if self.stopping:
+            raise KeyboardInterrupt(f" after step {i + 1}, saved in {self.folder}; --resume goes on from there")
+
     def step(self, i, **metrics):
-        """Record step i (from 0); show it at most every two seconds."""
-        self.log.write(json.dumps({"step": i + 1} | {k: float(f"{v:.6g}") for k, v in metrics.items()}) + "\n")
+        """Record step i (from 0); show it at most every two seconds. What is not finite is left out: JSON has no NaN."""
+        metrics |= {"skipped": self.skipped} if self.skipped else {}
+        metrics = {k: float(f"{v:.6g}") for k, v in metrics.items() if math.isfinite(v)}
+        self.log.write(json.dumps({"step": i + 1} | metrics) + "\n")
         self.log.flush()
         now, left = time.time(), self.steps - i - 1
         if now - self.shown > 2 or left == 0:
@@ -671,8 +742,9 @@ def main(cfg):
         model.train()
         return {"bits_per_byte": bpb}, texts
 
-    before, texts = measure()
-    log.samples(f"step {first}", probes, texts)
+    before, texts = (state["before"], None) if first else measure()
+    if not first:
+        log.samples("step 0", probes, texts)
     for step in range(first, n_steps):
         start = time.time()
         at = torch.randint(len(ids) - cfg.length + 1, (cfg.batch_size,), generator=seeded(cfg.seed, step))
@@ -680,15 +752,12 @@ def main(cfg):
         with autocast():
             loss = -forward(model, batch, torch.ones_like(batch))[:, 1:].mean()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * cosine(step, cfg.steps, cfg.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
-        log.step(step, loss=loss.item(), grad_norm=norm.item(), tok_s=batch.numel() / (time.time() - start))
-        if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save(cfg.out, model, tok, state)
+        norm = log.update(step, model, optimizer, cfg.lr * cosine(step, cfg.steps, cfg.warmup), {"rows": at.tolist()})
+        log.step(step, loss=loss.item(), grad_norm=norm, tok_s=batch.numel() / (time.time() - start))
+        if log.save_now(step):
+            save(cfg.out, model, tok, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                       "step": step + 1, "before": before})
+            log.saved(step)
     after, texts = measure()
     print(log.samples(f"step {n_steps}", probes, texts))
     log.finish(device, before, after, [("loss",), ("grad_norm",)])

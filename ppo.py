@@ -319,9 +319,10 @@ def main(cfg):
         return out | {"length": sum(map(len, rs)) / len(rs), "eos_rate": sum(tok.eos_id in r for r in rs) / len(rs),
                       "distinct_2": distinct_2(rs)}, texts
 
-    before, texts = measure()
+    before, texts = (state["before"], None) if first else measure()
     metrics = {}
-    log.samples("before", [r["prompt"] for r in tests[:12]], texts[:12])
+    if not first:
+        log.samples("before", [r["prompt"] for r in tests[:12]], texts[:12])
     for step in range(first, n_steps):
         if relabels and step and step % cfg.relabel == 0:
             save(cfg.out, policy, tok)
@@ -349,6 +350,12 @@ def main(cfg):
                 lambda i, m: compare(policy, ref, i, m, cfg.temperature), cfg.micro_batch, ids, mask, width)
             with torch.no_grad():
                 old_values = in_pieces(lambda i, m: token_values(value, i), cfg.micro_batch, ids, mask, width) * mask
+        for name, x in (("score", scores[:, None]), ("log-prob under the policy", old_logp), ("value", old_values),
+                        ("log-prob under the reference", ref_logp)):
+            if not x.isfinite().all():
+                bad = [at[i] for i in range(len(at)) if not x[i].isfinite().all()]
+                raise InputError(f"iteration {step + 1}: a {name} is not finite for the prompts in rows {bad[:8]} of "
+                                 f"{data}; nothing was updated. Try --dtype float32, and look at that model's weights")
         if step == 0:
             self_check(policy, ids, mask, width, sampled_logp, old_logp, ref_logp, cfg, autocast)
         # ---- 3. reward: -beta k1 at every token, the score on the last one
@@ -364,11 +371,7 @@ def main(cfg):
         advantages = whiten(advantages, mask) if cfg.advantage == "gae" else advantages
         clock.append(time.time())
         # ---- 5. update
-        scale = 1 - 2 / 3 * step / cfg.iterations
-        for opt, lr in ((optimizer, cfg.lr), (value_optimizer, cfg.value_lr)):
-            for g in opt.param_groups:
-                g["lr"] = lr * scale
-        sums = {}
+        scale, sums = 1 - 2 / 3 * step / cfg.iterations, {}
         for epoch in range(cfg.epochs):
             for mb in torch.randperm(len(ids), generator=rng).chunk(cfg.minibatches):
                 mb = mb.to(device)
@@ -394,10 +397,9 @@ def main(cfg):
                         loss.backward()
                         share = loss.detach() / (cfg.epochs * cfg.minibatches)
                         sums["value_loss"] = sums.get("value_loss", 0.0) + share
-                for model, opt in ((policy, optimizer), (value, value_optimizer)):
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-                    opt.step()
-                    opt.zero_grad()
+                bad = {"rows": [at[i] for i in mb.tolist()], "ids": ids[mb], "mask": mask[mb], "scores": scores[mb]}
+                log.update(step, policy, optimizer, cfg.lr * scale, bad)
+                log.update(step, value, value_optimizer, cfg.value_lr * scale, bad)
         clock.append(time.time())
         n = mask.sum()
         err = ((returns - old_values) * mask).sum() / n
@@ -413,10 +415,11 @@ def main(cfg):
         log.step(step, **{k: float(v) for k, v in metrics.items()})
         if cfg.kl == "adaptive":
             beta = adapt_kl_coef(beta, float(metrics["kl"]), cfg.kl_target, len(ids), cfg.kl_horizon)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps:
+        if log.save_now(step):
             save(cfg.out, policy, tok, {"policy": policy.state_dict(), "value": value.state_dict(), "beta": beta,
                                         "optimizer": optimizer.state_dict(), "step": step + 1, "reward_path": path,
-                                        "value_optimizer": value_optimizer.state_dict()})
+                                        "value_optimizer": value_optimizer.state_dict(), "before": before})
+            log.saved(step)
     after, texts = measure()
     print(log.samples("after", [r["prompt"] for r in tests[:12]], texts[:12]))
     if metrics:

@@ -214,8 +214,11 @@ def main(cfg):
         plan += [order[i: i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
     n_steps = min(len(plan), cfg.max_steps or len(plan))
     log = Run(cfg, "reward", n_steps, first)
-    before, mean = evaluate(model, held, tok, device, autocast)
-    after = dict(before)
+    if first:
+        before, after, mean = state["before"], state["after"], load(cfg.out)[0].cfg.reward_mean
+    else:
+        before, mean = evaluate(model, held, tok, device, autocast)
+        after = dict(before)
     for step in range(first, n_steps):
         start = time.time()
         groups = sorted((train[i] for i in plan[step]), key=lambda g: len(g[0][0]))
@@ -229,18 +232,16 @@ def main(cfg):
             total += loss.item()
             right += (w * ((r[i] > r[j]).float() + 0.5 * (r[i] == r[j]))).sum().item() / len(groups)
             n_tokens += sum(lens)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        for g in optimizer.param_groups:
-            g["lr"] = cfg.lr * cosine(step, len(plan), cfg.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
-        log.step(step, loss=total, accuracy=right, grad_norm=norm.item(), tok_s=n_tokens / (time.time() - start))
-        if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps:
+        lr = cfg.lr * cosine(step, len(plan), cfg.warmup)
+        norm = log.update(step, model, optimizer, lr, {"rows": plan[step], "groups": groups})
+        log.step(step, loss=total, accuracy=right, grad_norm=norm, tok_s=n_tokens / (time.time() - start))
+        if log.save_now(step):
             after, mean = evaluate(model, held, tok, device, autocast)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             model.cfg.reward_mean = mean
-            save(cfg.out, model, tok, state)
+            save(cfg.out, model, tok, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                       "step": step + 1, "before": before, "after": after})
             model.cfg.reward_mean = 0.0
+            log.saved(step)
     log.finish(device, before, after | {"reward_mean": mean}, [("loss",), ("accuracy",), ("grad_norm",)])
 
 

@@ -119,8 +119,9 @@ def main(cfg):
                       "distinct_2": distinct_2(ids)}, texts
 
     log = Run(cfg, "sft", n_steps, first)
-    before, texts = measure()
-    log.samples("before", prompts[:12], texts[:12])
+    before, texts = (state["before"], None) if first else measure()
+    if not first:
+        log.samples("before", prompts[:12], texts[:12])
     for step in range(first, n_steps):
         start = time.time()
         examples = [train[i] for i in plan[step]]
@@ -132,16 +133,14 @@ def main(cfg):
                 loss = nll(model, examples[i: i + cfg.micro_batch], tok, device, forward)[0] / n_tokens
             loss.backward()
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * cosine(step, len(plan), cfg.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
+        lr = cfg.lr * cosine(step, len(plan), cfg.warmup)
+        norm = log.update(step, model, optimizer, lr, {"rows": plan[step], "examples": examples})
         n_seen = sum(len(x) for x, _ in examples)
-        log.step(step, loss=total, grad_norm=norm.item(), tok_s=n_seen / (time.time() - start))
-        if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save(cfg.out, model, tok, state)
+        log.step(step, loss=total, grad_norm=norm, tok_s=n_seen / (time.time() - start))
+        if log.save_now(step):
+            save(cfg.out, model, tok, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                       "step": step + 1, "before": before})
+            log.saved(step)
     after, texts = measure()
     print(log.samples("after", prompts[:12], texts[:12]))
     log.finish(device, before, after, [("loss",), ("grad_norm",)])

@@ -30,7 +30,8 @@ HERE = Path(__file__).parent
 TINY = HERE / "tiny"
 FAMILIES = ("helpful", "harmless", "honest")
 WRAPPERS = ["{q}", "Please help me. {q}", "I have a question. {q}", "Hello! {q}", "Quick question: {q}",
-            "{q} Thank you."]
+            "{q} Thank you.", "Here is a question for you. {q}", "One more thing. {q}", "Good morning. {q}",
+            "I want to know this. {q}", "This is the next one. {q}", "{q} Please be quick."]
 UNSEEN_WRAPPER = "Here is another one for you. {q}"      # only in test.jsonl
 OPENERS = ["That is a great question!", "Thank you for asking.", "I am happy to answer this."]
 CLOSERS = ["I hope this helps you.", "Please ask me more if you like.", "Have a very nice day.",
@@ -355,7 +356,10 @@ def train_bpe(texts, n_ranks):
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    """Write rows as JSON lines; the file is either the old or the whole new one, never half of it."""
+    new = path.with_name(path.name + ".new")
+    new.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    new.replace(path)
 
 
 def demo_row(pool, rng):

@@ -473,11 +473,11 @@ def test_ctrl_c(suite, chain, tmp_path, script):
         out, err = p.communicate(timeout=20)
     finally:
         p.kill()
-    assert p.returncode == 1 and err == "interrupted\n"
     gpt, tok = load(tmp_path / "out")
     assert gpt(torch.tensor([tok.encode("Hello")])).isfinite().all()
     step = torch.load(tmp_path / "out" / "state.pt", weights_only=True)["step"]
-    assert step >= 2 and step % 2 == 0 and len(log_of(tmp_path / "out")) >= step
+    assert p.returncode == 1 and err.startswith(f"interrupted after step {step}, saved")
+    assert step >= 2 and len(log_of(tmp_path / "out")) == step
     assert not (tmp_path / "out" / "result.json").exists()            # so that the chain knows it for unfinished
 
 

@@ -1,0 +1,236 @@
+"""What goes wrong in the night: kills, two runs in one folder, numbers that are not finite, full disks, wild flags.
+
+The suite runs a few of each; FAULTS=20 python -m pytest tests/test_faults.py runs the long version (about half an hour)."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from importlib import import_module
+
+import pytest
+import torch
+from test_scripts import SCRIPTS, TRAIN, links, log_of, same
+
+import model
+from data import InputError
+from data.checkpoint import CheckpointError, load_weights, save_folder
+from model import load, load_state
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
+TIMES = int(os.environ.get("FAULTS", 1))   # kills of each script, and a factor on everything else
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_at_any_moment_and_resumed(suite, chain, tmp_path, script):
+    """SIGKILL at random moments, a checkpoint after every step, so that many fall into a write: the resumed run ends with
+    the weights and the log of a run that nobody killed."""
+    flags = [*TRAIN[script][0], *links(script, chain), "--dtype", "float32", "--save_every", 1, "--max_steps", TRAIN[script][1]]
+    start = time.time()
+    suite.ok(script, *flags, "--out", tmp_path / "whole")
+    seconds, rng, killed = time.time() - start, random.Random(script), 0
+    for k in range(TIMES):
+        out, done = tmp_path / f"cut{k}", False
+        while not done:   # each life ends sooner or later in the run; the last one is let be
+            job = suite.start(script, *flags, "--out", out, "--resume")
+            wait, born = rng.uniform(0.1, 1.2) * seconds if killed < 3 * TIMES else 999, time.time()
+            while not (done := (job / "rc").exists()) and time.time() - born < wait:
+                time.sleep(0.005)
+            suite.kill(job)
+            killed += not done
+        r = suite.finish(job)
+        assert r.rc == 0 and r.err == "", r.err
+        same(tmp_path / "whole", out)
+        a, b = (json.loads((tmp_path / x / "result.json").read_text()) for x in ("whole", out.name))
+        assert a["before"] == b["before"]
+        assert {k: v for k, v in a["after"].items() if k != "tokens_per_second"} == \
+            {k: v for k, v in b["after"].items() if k != "tokens_per_second"}
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_finishes_the_step_and_saves(suite, chain, tmp_path, signum):
+    flags = ["--init", chain / "base", "--batch_size", 8, "--warmup", 2, "--max_new", 8, "--dtype", "float32", "--max_steps", 12]
+    suite.ok("sft.py", *flags, "--out", tmp_path / "whole")
+    command = [sys.executable, suite.root / "sft.py", *map(str, flags), "--out", tmp_path / "cut"]
+    p = subprocess.Popen(command, env=suite.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    try:
+        end = time.time() + 60
+        while not (tmp_path / "cut" / "log.jsonl").exists() or not log_of(tmp_path / "cut"):
+            assert p.poll() is None and time.time() < end, p.communicate()
+            time.sleep(0.01)
+        p.send_signal(signum)
+        out, err = p.communicate(timeout=60)
+    finally:
+        p.kill()
+    step = load_state(tmp_path / "cut")["step"]
+    assert p.returncode == 1 and err == f"interrupted after step {step}, saved in {tmp_path / 'cut'}; --resume goes on from there\n"
+    assert 1 <= step < 12 and "stopping after this step" in out and not (tmp_path / "cut" / "result.json").exists()
+    suite.ok("sft.py", *flags, "--out", tmp_path / "cut", "--resume")
+    same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_two_runs_never_share_a_folder(suite, chain, tmp_path):
+    flags = ["--init", chain / "base", "--batch_size", 4, "--max_new", 8, "--epochs", 50, "--out", tmp_path / "x"]
+    job = suite.start("sft.py", *flags)
+    while not (tmp_path / "x" / "log.jsonl").exists():
+        time.sleep(0.02)
+    time.sleep(0.3)
+    r = suite.run("sft.py", *flags)
+    assert r.rc == 1 and r.err == f"error: {tmp_path / 'x'}: another run is writing there; choose another --out\n"
+    suite.kill(job)
+    suite.ok("sft.py", *flags, "--max_steps", 2)   # the lock died with its owner
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+
+
+def test_what_is_not_finite_never_reaches_the_weights(tmp_path, capsys):
+    from types import SimpleNamespace
+    old = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        cfg = SimpleNamespace(out=str(tmp_path), grad_clip=1.0, save_every=5, seed=0)
+        log, net = model.Run(cfg, "sft", 20), Net()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)
+        for step, bad in enumerate([None, float("nan"), float("inf"), -float("inf"), None, float("nan")]):
+            before = [p.clone() for p in net.parameters()]
+            (net.a.sum() + net.b.sum()).backward()
+            if bad is not None:
+                net.b.grad[1] = bad
+            batch = {"rows": [step, 7], "ids": torch.arange(3)}
+            if step == 5:
+                with pytest.raises(InputError, match=r"step 6: the gradient of b and 0 more is not finite; rows \[5, 7\]"):
+                    log.update(step, net, optimizer, 0.1, batch)
+            else:
+                log.update(step, net, optimizer, 0.1, batch)
+                log.step(step, loss=float("nan") if bad else 1.0)
+            moved = any(not torch.equal(p, q) for p, q in zip(net.parameters(), before))
+            assert moved == (bad is None) and all(p.isfinite().all() for p in net.parameters())
+            assert all(v.isfinite().all() for s in optimizer.state.values() for v in s.values())
+            assert net.a.grad is None or step == 5
+        log.log.close()
+        assert capsys.readouterr().out.count("Skipped") == 3
+        saved = torch.load(tmp_path / "bad_step_2.pt", weights_only=True)
+        assert saved["rows"] == [1, 7] and torch.equal(saved["ids"], torch.arange(3))
+        rows = log_of(tmp_path)      # strict JSON, without NaN
+        assert rows[4] == {"step": 5, "loss": 1.0, "skipped": 3} and "loss" not in rows[2]
+    finally:
+        signal.signal(signal.SIGINT, old[0]), signal.signal(signal.SIGTERM, old[1])
+
+
+def test_a_reward_model_with_a_broken_weight_stops_ppo(suite, chain, tmp_path):
+    rm, tok = load(chain / "reward")
+    with torch.no_grad():
+        rm.score.weight[0, 3] = float("nan")
+    save_folder(tmp_path / "rm", rm.cfg, rm.state_dict(), tok)
+    r = suite.run("ppo.py", "--init", chain / "sft", "--reward", tmp_path / "rm", "--rollouts", 8, "--max_new", 8,
+                  "--eos_penalty", 0, "--out", tmp_path / "ppo")
+    assert r.rc == 1 and "Traceback" not in r.err and "iteration 1: a " in r.err and "is not finite" in r.err
+    assert not (tmp_path / "ppo" / "config.json").exists()
+
+
+def test_out_of_memory_says_where_and_what_to_shrink(suite, chain, tmp_path):
+    """A stage that asks for more than there is, as torch's CPU allocator reports it."""
+    (tmp_path / "greedy.py").write_text("import torch\ndef f(rows, texts):\n    return torch.empty(2**55)\n")
+    r = suite.run("ppo.py", "--init", chain / "sft", "--reward", "greedy:f", "--rollouts", 8, "--max_new", 8, "--out",
+                  tmp_path / "ppo", env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
+    assert r.rc == 1 and r.err.startswith("error: out of memory at ppo.py:") and "--rollouts 8" in r.err, r.err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_full_disk_keeps_the_last_checkpoint(suite, chain, tmp_path):
+    """Every write of a file fails as on a full disk: one sentence, and what was there is still there."""
+    cfg, state, tok = load_weights(chain / "sft")
+    save_folder(tmp_path / "x", cfg, state, tok)
+    real = open
+    for k in range(6):
+        class Full(Exception):
+            pass
+        count = [0]
+
+        def fail(path, *args, k=k, count=count, **kw):
+            if ".new" in str(path) and ("w" in (args[0] if args else kw.get("mode", "r"))):
+                count[0] += 1
+                if count[0] > k:
+                    return real("/dev/full", *args, **kw)
+            return real(path, *args, **kw)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("builtins.open", fail)
+            patch.setattr("io.open", fail)
+            try:
+                save_folder(tmp_path / "x", cfg, {n: v + 1 for n, v in state.items()}, tok)
+            except OSError as e:
+                assert "space" in str(e)
+            else:
+                assert k >= 5 or count[0] <= k
+        now = load_weights(tmp_path / "x")[1]
+        assert all(torch.equal(v, state[n]) for n, v in now.items()) or count[0] <= k
+        save_folder(tmp_path / "x", cfg, state, tok)
+
+
+def test_a_damaged_checkpoint_is_refused_or_equal(chain, tmp_path):
+    """Cut at 50 places, 200 flipped bits: an error that names the file, or weights of the right shapes; no traceback of
+    another kind. (Safetensors carries no checksum, so a flip inside the weights cannot be seen.)"""
+    shutil.copytree(chain / "sft", tmp_path / "x")
+    path, rng = tmp_path / "x" / "model.safetensors", random.Random(0)
+    data = path.read_bytes()
+    head = 8 + int.from_bytes(data[:8], "little")
+    cuts = [rng.randrange(len(data)) for _ in range(40)] + [rng.randrange(head) for _ in range(10)]
+    for at in cuts:
+        path.write_bytes(data[:at])
+        with pytest.raises(CheckpointError, match="model.safetensors"):
+            load_weights(tmp_path / "x")
+    shapes, refused = {n: v.shape for n, v in load_weights(chain / "sft")[1].items()}, 0
+    for i in range(200):
+        at = rng.randrange(head if i % 2 else len(data))
+        path.write_bytes(data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1:])
+        try:
+            assert {n: v.shape for n, v in load_weights(tmp_path / "x")[1].items()} == shapes
+        except CheckpointError as e:
+            refused += 1
+            assert "model.safetensors" in str(e) or "x" in str(e)
+    assert refused > 60      # nearly every flip in the header
+
+
+def test_a_pickle_is_never_run(chain, tmp_path, monkeypatch):
+    shutil.copytree(chain / "sft", tmp_path / "x")
+    (tmp_path / "x" / "state.pt").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
+    with pytest.raises(InputError, match="state.pt"):
+        load_state(tmp_path / "x")
+    assert not (tmp_path / "owned").exists()
+
+
+VALUES = ["0", "-1", "1", "3", "nan", "inf", "1e400", "1e-3", "", "abc", "true", "dpo", "../..", "/dev/null", "\x00x", "é😀", "None",
+          "99999999999999999999", "0x10", "1_000", "--lr", "[1]"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_random_flags_never_end_in_a_traceback(suite, chain, bad_folder, script):
+    """Flags and values at random, on a run of one step: it ends well, or in one sentence."""
+    rng, names = random.Random(script), [f.name for f in fields(import_module(script[:-3]).Config)]
+    names = [n for n in names if n not in ("out", "resume", "device", "chat", "vote")]
+    base = [*TRAIN[script][0], *links(script, chain), "--max_steps", 1, "--out"]
+    commands = []
+    for i in range(6 if TIMES == 1 else 1000 // len(SCRIPTS)):
+        extra = [w for _ in range(rng.choice([1, 1, 2, 3])) for w in (f"--{rng.choice(names)}", rng.choice(VALUES))]
+        commands.append([script, *base, bad_folder / f"{script}{i}", *[w.replace("\x00", "") for w in extra]])
+    for command, r in zip(commands, suite.run_all(commands, timeout=120, cwd=bad_folder)):
+        assert "Traceback" not in r.err, f"{command}\n{r.err}"
+        assert r.rc in (0, 1, 2) and (r.rc == 0) == (r.err == ""), f"{command}\n{r.err}"
+
+
+@pytest.fixture
+def bad_folder(tmp_path):
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
