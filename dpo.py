@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 from data import InputError, formats, world
 from model import (Run, cosine, distinct_2, load, load_state, need, optimizer_for, pad_batch, respond, run, save,
-                   seeded, setup, sibling, token_logprobs)
+                   seeded, setup, sibling, token_logprobs, trained, with_lora)
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Config:
     beta: float = 0.0             # strength of the pull to the reference; 0: what suits the loss (see BETAS)
     label_smoothing: float = 0.0  # cDPO: chance that a label is wrong, below 0.5
     flip_rate: float = 0.0        # rDPO: the same, but undone
-    sft_coef: float = 0.0         # weight of the chosen answer's own - log pi / length
+    sft_coef: float = 0.2         # weight of the chosen answer's own - log pi / length; keeps sentences whole
     gamma: float = 1.0            # SimPO: margin that the chosen answer must win by
     odds_coef: float = 1.0        # ORPO: lambda
     good_weight: float = 1.0      # KTO: weight of good answers
@@ -61,18 +61,19 @@ class Config:
     judge: str = "annotator"      # of --online: annotator (of the tiny world), a reward model, or module:function
     noise: float = 0.05           # of the annotator: 0 always picks the better answer (see reward.py)
     online_steps: int = 150       # of --online
-    epochs: int = 1               # passes over the comparisons
+    epochs: int = 2               # passes over the comparisons
     batch_size: int = 64          # pairs (kto: answers) a step
     micro_batch: int = 64         # pairs per forward pass; smaller needs less memory and changes nothing else
     max_prompt: int = 128         # tokens of a prompt; longer ones lose their beginning, for both answers alike
     max_len: int = 256            # tokens of prompt and answer; longer answers are cut and then carry no EOS
-    lr: float = 5e-4              # peak learning rate of AdamW (5e-7 to 5e-6 for real models)
+    lr: float = 3e-4              # peak learning rate of AdamW (5e-7 to 5e-6 for real models)
     warmup: int = 10              # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.0     # on matrices only
     grad_clip: float = 1.0        # largest gradient norm
     held_out: float = 0.1         # share of the prompts kept for the report
     max_new: int = 32             # longest sampled answer, in tokens
     save_every: int = 100         # steps between checkpoints
+    lora: int = 0                 # rank of adapters on a frozen, shared trunk (0: train all weights)
     max_steps: int = 0            # stop after this many steps (0: run all)
     resume: bool = False          # go on from the last checkpoint in --out
     seed: int = 0                 # every random draw comes from (seed, step)
@@ -81,7 +82,7 @@ class Config:
     compile: bool = False         # torch.compile the training forward
 
 
-BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 1.0, "kto": 0.1}   # orpo has none; 1 keeps its rewards readable
+BETAS = {"dpo": 0.3, "ipo": 0.5, "simpo": 2.0, "orpo": 1.0, "kto": 0.3}   # orpo has none; 1 keeps its rewards readable
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,9 +313,11 @@ def main(cfg):
             order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(train)), len(train))
             plan += [order[i: i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
 
+    trunk = policy if cfg.lora else None   # without its adapters the policy is the reference
+    policy = with_lora(policy, cfg.lora) if cfg.lora else policy
     optimizer, first, ref_logp = optimizer_for(policy, cfg.lr, cfg.weight_decay, (0.9, 0.95), 1e-6), 0, None
     if cfg.resume and (state := load_state(cfg.out)):
-        policy.load_state_dict(state["model"])
+        policy.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         first, ref_logp = state["step"], state["ref_logp"]
     needs_ref = cfg.loss in ("dpo", "ipo", "kto")
@@ -326,7 +329,7 @@ def main(cfg):
             print(f"log-probs of the reference: {2 * len(train + held):,} answers once, {time.time() - start:.0f} s, "
                   f"{ref_logp.nbytes:,} bytes kept instead of a second model of "
                   f"{sum(p.nbytes for p in policy.parameters()):,}")
-    ref = load(init, device, scalar_head=False)[0].requires_grad_(False) if cfg.online and needs_ref else None
+    ref = (trunk or load(init, device, scalar_head=False)[0]) if cfg.online and needs_ref else None
     forward = torch.compile(token_logprobs) if cfg.compile else token_logprobs
     n_steps = min(len(plan), cfg.max_steps or len(plan))
     log = Run(cfg, "dpo", n_steps, first)
@@ -405,12 +408,12 @@ def main(cfg):
         extra = {"z": float(z)} if cfg.loss == "kto" else {"pairs": len(examples)} if cfg.online else {}
         log.step(step, **sums, **extra, grad_norm=norm, tok_s=n_tokens / (time.time() - start))
         if log.save_now(step):
-            save(cfg.out, policy, tok, {"model": policy.state_dict(), "optimizer": optimizer.state_dict(),
+            save(cfg.out, policy, tok, {"model": trained(policy), "optimizer": optimizer.state_dict(),
                                         "step": step + 1, "ref_logp": ref_logp, "before": before,
                                         "before_texts": before_texts})
             log.saved(step)
     after, texts, prompts, ids = measure()
-    ref = ref or load(init, device, scalar_head=False)[0]
+    ref = trunk or ref or load(init, device, scalar_head=False)[0]
     after["kl"] = exact_kl(policy, ref, prompts, ids, tok, device, autocast)
     if graded:   # head to head with where it started: share of test prompts on which gold is higher, ties one half
         a, b = (torch.tensor(world.gold(tests, t)) for t in (texts, before_texts))

@@ -3,6 +3,7 @@
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary, P prompt, R response, L layers.
 """
 import argparse
+import copy
 import inspect
 import json
 import math
@@ -233,6 +234,50 @@ class GPT(nn.Module):
         return torch.zeros(c.n_layer, 2, B, c.n_kv_head, S, c.head_dim, device=w.device, dtype=dtype)
 
 
+class LoRA(nn.Module):
+    """A frozen linear layer plus a trained low-rank one, W x + 2 B A x, where B starts at 0 (arXiv:2106.09685, eq. 3)."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        device, std = linear.weight.device, linear.in_features ** -0.5
+        self.linear = linear
+        self.a = nn.Parameter(torch.randn(rank, linear.in_features, device=device) * std)
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+
+    def forward(self, x):
+        return self.linear(x) + 2 * F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+
+
+def with_lora(trunk, rank, scalar_head=False):
+    """A model of its own adapters on the weights of `trunk`, which are frozen and shared, not copied: the trunk itself is
+    the reference, and policy and value model cost little more than nothing beside it."""
+    model = copy.deepcopy(trunk.requires_grad_(False), {id(p): p for p in trunk.parameters()})
+    for block in model.h:
+        for part, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "up"), (block.mlp, "down")):
+            setattr(part, name, LoRA(getattr(part, name), rank))
+    if scalar_head:
+        model.cfg.scalar_head, model.cfg.reward_mean = True, 0.0
+        model.score = nn.Linear(trunk.cfg.n_embd, 1, bias=False, device=trunk.wte.weight.device)
+        nn.init.normal_(model.score.weight, std=1 / math.sqrt(trunk.cfg.n_embd + 1))
+    return model
+
+
+def trained(model):
+    """The part of a model's state that training changes: all of it, or the adapters."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def merged(model):
+    """The state of a plain GPT, {name: tensor}, with adapters added into the weights they belong to."""
+    state = model.state_dict()
+    out = {name.replace(".linear.", "."): x for name, x in state.items() if not re.search(r"(qkv|proj|up|down)\.[ab]$", name)}
+    for name in state:
+        if name.endswith(".linear.weight"):
+            layer = name.removesuffix(".linear.weight")
+            out[f"{layer}.weight"] = state[name] + 2 * (state[f"{layer}.b"] @ state[f"{layer}.a"]).to(state[name].dtype)
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling and scoring. A "mask" is True on the tokens of a response (its EOS included); index t always means token t.
 
@@ -367,7 +412,7 @@ def save(folder, model, tok, state=None):
     """Save model, tokenizer and, for --resume, training state {name: tensors, numbers, strings}: all or nothing."""
     from data.checkpoint import save_folder
     extra = {} if state is None else {"state.pt": lambda path: torch.save(state, path)}
-    save_folder(folder, model.cfg, model.state_dict(), tok, extra)
+    save_folder(folder, model.cfg, merged(model), tok, extra)
 
 
 def load_state(folder):
@@ -385,7 +430,7 @@ def load_state(folder):
 # What every script starts and ends with.
 
 
-MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel")   # all other whole numbers count from 1
+MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora")   # all other whole numbers count from 1
 MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")   # what costs memory
 SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate")   # between 0 and 1; none is negative
 
@@ -530,8 +575,9 @@ class Run:
         """The optimizer step of step i: clips and applies the gradient, clears it, and returns its norm before clipping.
         A gradient that is not finite never reaches the weights: the step is skipped, its batch {name: ids, rows, ...}
         saved, and after three such steps the run ends."""
-        norm = nn.utils.clip_grad_norm_(model.parameters(), self.cfg.grad_clip)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if norm.isfinite():
+            nn.utils.clip_grads_with_norm_(model.parameters(), self.cfg.grad_clip, norm)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
@@ -660,8 +706,8 @@ class Config:
 
 def optimizer_for(model, lr, weight_decay, betas=(0.9, 0.95), eps=1e-8):
     """AdamW with weight decay on matrices only (norms and biases are left alone)."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad]
+    vectors = [p for p in model.parameters() if p.dim() < 2 and p.requires_grad]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
 

@@ -1,5 +1,6 @@
 """dpo.py against float64 NumPy, against closed forms, and against everything that must change nothing."""
 import copy
+import json
 import math
 import random
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ LOSSES = ["dpo", "ipo", "simpo", "orpo"]
 
 
 def config(**changes):
-    return dpo.Config(**changes)
+    return dpo.Config(**{"sft_coef": 0.0, **changes})
 
 
 def numbers(seed=0, N=50):
@@ -286,14 +287,12 @@ KTO = [{"prompt": f"What is {i}?", "completion": f"It is {i}." if i % 3 else "Wh
 
 
 def rows_of(path):
-    import json
     return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "kto"])
 def test_every_loss_learns_its_comparisons(suite, chain, tmp_path, loss):
     """A rule that a small model can learn at once, politeness, is learnt by each of them: training accuracy rises."""
-    import json
     rows = [{"prompt": f"Question number {i}", "chosen": f"Yes, please, number {i}.", "rejected": f"Go away, {i}!"}
             for i in range(60)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -307,8 +306,21 @@ def test_every_loss_learns_its_comparisons(suite, chain, tmp_path, loss):
     assert result["stage"] == "dpo" and result["after"]["kl"] > 0.01 and result["after"]["accuracy"] >= 0.95
 
 
+def test_adapters_train_alone_and_resume(suite, chain, tmp_path):
+    """--lora: the checkpoint is a plain one; a run cut in two ends as the whole one does."""
+    flags = ["--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl", "--lora", 2, "--batch_size", 8,
+             "--warmup", 1, "--max_new", 8, "--dtype", "float32"]
+    suite.ok("dpo.py", *flags, "--out", tmp_path / "a", "--max_steps", 4)
+    suite.ok("dpo.py", *flags, "--out", tmp_path / "b", "--max_steps", 2)
+    suite.ok("dpo.py", *flags, "--out", tmp_path / "b", "--max_steps", 4, "--resume")
+    files = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
+    assert files[0] == files[1] and len(files[0]) == len((chain / "sft" / "model.safetensors").read_bytes())
+    state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)["model"]
+    assert all(name[-2:] in (".a", ".b") for name in state)
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["after"]["kl"] > 0
+
+
 def test_kto_on_unpaired_data(suite, chain, tmp_path):
-    import json
     path = tmp_path / "kto.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in KTO))
     suite.ok("dpo.py", "--init", chain / "sft", "--data", path, "--loss", "kto", "--out", tmp_path / "x", "--batch_size", 16,

@@ -954,3 +954,35 @@ def test_encode_supervises_the_assistant_only():
     assert one == (full[: starts[0] + 2], mask[: starts[0] + 2]) and tok.eos_id not in one[0] and sum(one[1]) == 2
     two = sft.encode(rows[:1], tok, starts[1] + 1)[0]                 # the first turn ended, the second is cut
     assert two[0].count(tok.eos_id) == 1 and two[0][-1] != tok.eos_id and two[1][-1] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. Adapters.
+
+
+@both
+def test_lora_starts_as_its_trunk_trains_apart_and_merges(dialect):
+    """Policy and value model share the trunk's very weights; training one changes neither the trunk nor the other."""
+    trunk = tiny(dialect)
+    before = {k: v.clone() for k, v in trunk.state_dict().items()}
+    policy, value = model_py.with_lora(trunk, 3), model_py.with_lora(trunk, 3, scalar_head=True)
+    ids = torch.randint(V, (3, 11), generator=torch.Generator().manual_seed(0))
+    h = trunk(ids)
+    assert torch.equal(policy(ids), h) and torch.equal(value(ids), h)
+    shared = {p.data_ptr() for p in trunk.parameters()}
+    assert shared <= {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in value.parameters()}
+    assert set(model_py.trained(policy)) == {f"h.{i}.{x}.{m}" for i in range(2) for m in "ab"
+                                             for x in ("attn.qkv", "attn.proj", "mlp.up", "mlp.down")}
+    assert set(model_py.trained(value)) == {*model_py.trained(policy), "score.weight"}
+    optimizer = optimizer_for(policy, 1e-2, 0.0)
+    for _ in range(3):
+        token_logprobs(policy, ids, torch.ones_like(ids)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = policy(ids)
+    assert (moved - h).abs().max() > 0.01 and torch.equal(trunk(ids), h) and torch.equal(value(ids), h)
+    assert all(torch.equal(v, before[k]) for k, v in trunk.state_dict().items())
+    plain = GPT(trunk.cfg)
+    plain.load_state_dict(model_py.merged(policy))
+    assert (plain(ids) - moved).abs().max() < 2e-5 * moved.abs().max()
+    assert all(torch.equal(v, before[k]) for k, v in model_py.merged(trunk).items())
