@@ -547,9 +547,11 @@ def write_atomic(path, data):
 def table(columns):
     """Text table of {column: {row: number}}; rows in order of first appearance."""
     rows = list(dict.fromkeys(k for c in columns.values() for k in c))
-    lines = [f"{'':20}" + "".join(f"{name:>12}" for name in columns)]
+    widths = [max(12, len(name) + 2) for name in columns]
+    lines = [f"{'':20}" + "".join(f"{name:>{w}}" for name, w in zip(columns, widths))]
     for k in rows:
-        lines.append(f"{k:20}" + "".join(f"{c[k]:>12.3f}" if k in c else f"{'':>12}" for c in columns.values()))
+        cells = (f"{c[k]:.3f}" if k in c else "" for c in columns.values())
+        lines.append(f"{k:20}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths)))
     return "\n".join(lines)
 
 
