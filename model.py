@@ -540,7 +540,10 @@ class Run:
 def write_atomic(path, data):
     """Write bytes so that the file is either the old or the new one, never half of it."""
     new = Path(path).with_name(Path(path).name + ".new")
-    new.write_bytes(data)
+    with open(new, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(new, path)
 
 

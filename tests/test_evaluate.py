@@ -4,6 +4,11 @@ import json
 import math
 import os
 import random
+import select
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -169,3 +174,110 @@ def test_evaluate_refuses_in_one_sentence(suite, chain, tmp_path, flags, word):
                   env={"PYTHONPATH": str(suite.root)})
     assert not (tmp_path / "e").exists()
     fails(r, word)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. reward.py --vote, through a pseudo-terminal.
+
+
+class Terminal:
+    """A process whose terminal we are."""
+
+    def __init__(self, command, env):
+        import fcntl
+        import pty
+        import termios
+        self.ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True,
+                                        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(theirs)
+        self.shown = ""
+
+    def until(self, text, timeout=60):
+        """What is printed up to `text`, which must come."""
+        end = time.time() + timeout
+        while text not in self.shown:
+            assert time.time() < end, self.shown
+            if select.select([self.ours], [], [], 0.1)[0]:
+                with suppress(OSError):   # on Linux: the process has ended
+                    self.shown += os.read(self.ours, 9999).decode().replace("\r\n", "\n")
+        out, self.shown = self.shown.split(text, 1)
+        return out
+
+    def type(self, text):
+        os.write(self.ours, text.encode())
+
+
+def votes_in(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@needs_fork
+def test_no_vote_is_lost(suite, chain, tmp_path):
+    """20 votes in three sessions: the first ended by Ctrl-C, the second killed, the third by the end of the input."""
+    file, sessions, rng, want = tmp_path / "mine" / "v.jsonl", [], random.Random(0), []
+
+    def session():
+        sessions.append(Terminal([sys.executable, suite.root / "reward.py", "--vote", "--init", chain / "sft", "--out",
+                                  chain / "reward", "--votes", file, "--max_new", "24"], suite.env))
+        return sessions[-1]
+
+    def vote(t, key):
+        screen = t.until("q(uit)> ").split("user: ")[1]
+        prompt, upper, lower = (x.strip() for x in screen.split("\n\n")[:3])
+        t.type(key + "\n")
+        if key in "12t":
+            t.until("P(chosen) = ")
+            chosen, rejected = (lower, upper) if key == "2" else (upper, lower)
+            want.append({"prompt": user(prompt), "chosen": chosen, "rejected": rejected, "label": 0.5 if key == "t" else 1.0})
+            assert votes_in(file) == want             # on the disk by the time the reward model's opinion is shown
+
+    try:
+        t = session()
+        vote(t, "u")                                  # nothing to take back yet
+        for key in "12t2112":
+            vote(t, key)
+        vote(t, "s")
+        vote(t, "u")                                  # takes back the seventh, and asks it again
+        taken = want.pop()
+        assert f"[{len(want)} votes]" in t.until("q(uit)> ")
+        t.type("x\n\n2\n")                            # neither x nor an empty line is a vote
+        t.until("P(chosen) = ")
+        want.append(votes_in(file)[-1])
+        assert votes_in(file) == want and {want[-1]["chosen"], want[-1]["rejected"]} == {taken["chosen"], taken["rejected"]}
+        t.until("q(uit)> ")
+        t.type("\x03")
+        assert f"7 votes in {file}" in t.until("--out") + "--out" and t.process.wait(20) == 0
+
+        t = session()
+        for key in "22t12":
+            vote(t, key)
+        t.process.kill()
+        t.process.wait(20)
+        file.write_bytes(file.read_bytes()[:-1])      # and the disk lost the last newline
+
+        t = session()
+        vote(t, "u")                                  # the last vote of the session before
+        want.pop()
+        for key in rng.choices("12t", k=9):
+            vote(t, key)
+        t.until("q(uit)> ")
+        t.type("\x04")
+        assert f"20 votes in {file}" in t.until("--out") + "--out" and t.process.wait(20) == 0
+    finally:
+        for t in sessions:
+            t.process.kill()
+            os.close(t.ours)
+    assert len({str(v["prompt"]) for v in want}) == 20 == len(votes_in(file))
+    r = suite.ok("reward.py", "--init", chain / "reward", "--data", file, "--out", tmp_path / "rm", "--held_out", 0.3,
+                 "--batch_size", 4, "--warmup", 1)
+    assert "20 rows kept, 0 dropped" in r.out and result_of(tmp_path / "rm")["after"]["loss"] > 0
+    r = suite.ok("reward.py", "--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl", "--add", file,
+                 "--out", tmp_path / "rm2", "--max_steps", 1, "--held_out", 0.3)
+
+
+@needs_fork
+def test_voting_says_where_a_file_is_broken(suite, chain, tmp_path):
+    (tmp_path / "v.jsonl").write_text('{"prompt": "Hi", "chosen": "a", "rejected": "b"}\n{"prompt": "H')
+    r = suite.run("reward.py", "--vote", "--init", chain / "sft", "--out", chain / "reward", "--votes", tmp_path / "v.jsonl")
+    fails(r, f"{tmp_path / 'v.jsonl'}:2: ")
