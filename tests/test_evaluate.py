@@ -4,7 +4,9 @@ import json
 import math
 import os
 import random
+import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -188,8 +190,8 @@ class Terminal:
         import pty
         import termios
         self.ours, theirs = pty.openpty()
-        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True,
-                                        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env,
+                                        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
         os.close(theirs)
         self.shown = ""
 
@@ -229,7 +231,8 @@ def test_no_vote_is_lost(suite, chain, tmp_path):
         if key in "12t":
             t.until("P(chosen) = ")
             chosen, rejected = (lower, upper) if key == "2" else (upper, lower)
-            want.append({"prompt": user(prompt), "chosen": chosen, "rejected": rejected, "label": 0.5 if key == "t" else 1.0})
+            label = 0.5 if key == "t" else 1.0
+            want.append({"prompt": user(prompt), "chosen": chosen, "rejected": rejected, "label": label})
             assert votes_in(file) == want             # on the disk by the time the reward model's opinion is shown
 
     try:
@@ -244,7 +247,8 @@ def test_no_vote_is_lost(suite, chain, tmp_path):
         t.type("x\n\n2\n")                            # neither x nor an empty line is a vote
         t.until("P(chosen) = ")
         want.append(votes_in(file)[-1])
-        assert votes_in(file) == want and {want[-1]["chosen"], want[-1]["rejected"]} == {taken["chosen"], taken["rejected"]}
+        assert votes_in(file) == want
+        assert {want[-1]["chosen"], want[-1]["rejected"]} == {taken["chosen"], taken["rejected"]}
         t.until("q(uit)> ")
         t.type("\x03")
         assert f"7 votes in {file}" in t.until("--out") + "--out" and t.process.wait(20) == 0
@@ -279,5 +283,54 @@ def test_no_vote_is_lost(suite, chain, tmp_path):
 @needs_fork
 def test_voting_says_where_a_file_is_broken(suite, chain, tmp_path):
     (tmp_path / "v.jsonl").write_text('{"prompt": "Hi", "chosen": "a", "rejected": "b"}\n{"prompt": "H')
-    r = suite.run("reward.py", "--vote", "--init", chain / "sft", "--out", chain / "reward", "--votes", tmp_path / "v.jsonl")
+    r = suite.run("reward.py", "--vote", "--init", chain / "sft", "--out", chain / "reward", "--votes",
+                  tmp_path / "v.jsonl")
     fails(r, f"{tmp_path / 'v.jsonl'}:2: ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. ppo.py --inspect.
+
+
+@needs_fork
+@pytest.mark.parametrize("flags", [["--resume"], ["--lam", 0.8, "--gamma", 0.9, "--kl_coef", 0.3, "--clip", 0.01],
+                                   ["--advantage", "rloo", "--group", 4]], ids=["trained", "fresh", "rloo"])
+def test_inspect_adds_up(suite, chain, tmp_path, flags):
+    """Everything in the table follows from the columns before it, by the equations printed above it."""
+    if flags == ["--resume"]:
+        shutil.copytree(chain / "ppo", tmp_path / "ppo")
+    files = {p: p.read_bytes() for p in (tmp_path / "ppo").glob("*") if p.is_file()}
+    r = suite.ok("ppo.py", "--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 16, "--max_new", 12,
+                 "--out", tmp_path / "ppo", "--inspect", "--lr", 0.01, *flags)
+    assert files == {p: p.read_bytes() for p in (tmp_path / "ppo").glob("*") if p.name != "inspect.txt" and p.is_file()}
+    assert (tmp_path / "ppo" / "inspect.txt").read_text() in r.out
+    score, beta, gamma, lam, eps = map(float, re.search(
+        r"score .* = (\S+), beta = (\S+), gamma = (\S+), lam = (\S+), eps = (\S+)", r.out).groups())
+    mean, std = map(float, re.search(r"mean = (\S+), std = (\S+)", r.out).groups())
+    tables = []
+    for text in r.out.split("clipped\n")[1:]:
+        rows = [line.split()[-11:] for line in text.split("\n\n")[0].strip().splitlines()]
+        tables.append([(*map(float, row[:10]), row[10]) for row in rows])
+    before, after = tables
+    assert len(before) == len(after) >= 1
+    A, value_after = 0.0, 0.0
+    for i, row in reversed(list(enumerate(before))):
+        logp, old, ref, kl, reward, value, adv, whitened, ret, ratio, clipped = row
+        assert logp == old and ratio == 1 and clipped == "no" and kl == pytest.approx(old - ref, abs=2e-5)
+        assert reward == pytest.approx(-beta * kl + (score if i == len(before) - 1 else 0), abs=2e-5)
+        if "rloo" in flags:
+            assert whitened == adv == before[0][6]
+        else:
+            A = reward + gamma * value_after - value + gamma * lam * A
+            assert adv == pytest.approx(A, abs=1e-4) and ret == pytest.approx(adv + value, abs=2e-5)
+            assert whitened == pytest.approx((adv - mean) / std, abs=1e-4)
+        value_after = value
+    assert any(row[3] for row in before) == (flags == ["--resume"])       # KL: none before the first update
+    for old_row, row in zip(before, after):
+        assert (row[1], row[2], row[4], *row[6:9]) == (old_row[1], old_row[2], old_row[4], *old_row[6:9])
+        assert row[9] == pytest.approx(math.exp(row[0] - row[1]), rel=1e-3)
+        outside = row[9] > 1 + eps + 1e-5 if row[7] > 0 else row[9] < 1 - eps - 1e-5
+        assert (row[10] == "yes") == outside
+    assert any(row[9] != 1 for row in after)
+    if "rloo" not in flags:
+        assert any(row[5] != old_row[5] for old_row, row in zip(before, after))     # the values moved too
