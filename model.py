@@ -657,16 +657,21 @@ class Run:
 def write_atomic(path, data):
     """Write bytes so that the file is either the old or the new one, never half of it."""
     new = Path(path).with_name(Path(path).name + ".new")
-    new.write_bytes(data)
+    with open(new, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(new, path)
 
 
 def table(columns):
     """Text table of {column: {row: number}}; rows in order of first appearance."""
     rows = list(dict.fromkeys(k for c in columns.values() for k in c))
-    lines = [f"{'':20}" + "".join(f"{name:>12}" for name in columns)]
+    widths = [max(12, len(name) + 2) for name in columns]
+    lines = [f"{'':20}" + "".join(f"{name:>{w}}" for name, w in zip(columns, widths))]
     for k in rows:
-        lines.append(f"{k:20}" + "".join(f"{c[k]:>12.3f}" if k in c else f"{'':>12}" for c in columns.values()))
+        cells = (f"{c[k]:.3f}" if k in c else "" for c in columns.values())
+        lines.append(f"{k:20}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths)))
     return "\n".join(lines)
 
 

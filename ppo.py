@@ -3,6 +3,7 @@
     python ppo.py                                            the tiny world; makes base, sft and reward if missing
     python ppo.py --init SFT --reward RM --data prompts.jsonl --lr 1e-6 --value_lr 1e-5      your models, your prompts
     python ppo.py --reward mymodule:score                    any Python function(rows, responses) -> list of floats
+    python ppo.py --inspect                                  every number of one response, before and after an update
 
 Objective (arXiv:2203.02155, eq. 2 with gamma = 0):  max_pi  E[ r(x, y) ] - beta KL(pi || pi_ref)
 One iteration:
@@ -25,16 +26,18 @@ import importlib
 import json
 import subprocess
 import sys
+import tempfile
 import time
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from data import InputError, formats, world
 from model import (Run, distinct_2, generate, load, load_state, need, optimizer_for, respond, run, save, seeded,
-                   setup, sibling, token_logprobs)
+                   setup, sibling, token_logprobs, write_atomic)
 
 
 @dataclass
@@ -71,6 +74,8 @@ class Config:
     eos_penalty: float = 4.0      # a response that does not end gets minus this instead of its score
     grad_clip: float = 1.0        # largest gradient norm, for each model by itself
     save_every: int = 25          # iterations between checkpoints
+    inspect: bool = False         # do not train: print one response token by token, before and after one iteration's
+                                  # update (with --resume: of the policy in --out)
     max_steps: int = 0            # stop after this many iterations (0: run all)
     resume: bool = False          # go on from the last checkpoint in --out
     seed: int = 0                 # every random draw comes from (seed, iteration)
@@ -263,6 +268,125 @@ def update_reward_model(rm, path):
     rm.cfg.reward_mean = new.cfg.reward_mean
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# One iteration: rollout, score, credit (reward and advantage), update. What is known of its B responses is collected in
+# one namespace b, all tensors (B, T) or (B,).
+
+
+def rollout(policy, tok, rows, prompts, cfg, step, rng, autocast):
+    """1. Responses of the policy to this iteration's prompts: ids (B, T), mask, sampled_logp, width, ended (B,)."""
+    n_prompts = cfg.rollouts // cfg.group    # if there are fewer, each comes more than once
+    at = torch.cat([torch.randperm(len(rows), generator=rng) for _ in range(0, n_prompts, len(rows))])[:n_prompts]
+    at = at.sort().values.repeat_interleave(cfg.group).tolist()
+    device = policy.wte.weight.device
+    with autocast():
+        ids, mask, logp = generate(policy, [prompts[i] for i in at], cfg.max_new, tok.eos_id, tok.pad_id,
+                                   cfg.temperature, generator=seeded(cfg.seed, step, device))
+    width = torch.tensor([len(prompts[i]) for i in at], device=device) + mask.sum(1)          # (B,) prompt + response
+    ended = ids.gather(1, (width - 1)[:, None])[:, 0] == tok.eos_id                           # (B,)
+    return SimpleNamespace(at=at, rows=[rows[i] for i in at], ids=ids, mask=mask, sampled_logp=logp, width=width,
+                           ended=ended)
+
+
+def score(b, policy, ref, value, tok, reward, cfg, autocast):
+    """2. Scores (B,) of the responses, and at every token what policy, reference and value model say of them."""
+    b.texts = [tok.decode(x[m].tolist()) for x, m in zip(b.ids, b.mask)]
+    b.scores = torch.where(b.ended, reward(b.rows, b.texts, b.ids, b.width), -cfg.eos_penalty)
+    with torch.no_grad(), autocast():
+        b.old_logp, b.ref_logp, b.exact_kl, b.entropy = in_pieces(
+            lambda x, m: compare(policy, ref, x, m, cfg.temperature), cfg.micro_batch, b.ids, b.mask, b.width)
+        b.old_values = in_pieces(lambda x, m: token_values(value, x), cfg.micro_batch, b.ids, b.mask, b.width) * b.mask
+    for name, x in (("score", b.scores[:, None]), ("log-prob of the policy", b.old_logp), ("value", b.old_values),
+                    ("log-prob of the reference", b.ref_logp)):
+        if not x.isfinite().all():
+            bad = [i for i, row in zip(b.at, x) if not row.isfinite().all()]
+            raise InputError(f"a {name} is not finite for the prompts in rows {bad[:8]}; nothing was updated. Look at "
+                             "that model's weights, and try --dtype float32")
+
+
+def credit(b, beta, cfg):
+    """3. reward: -beta k1 at every token, the score on the last one. 4. advantage: raw, and as the update uses it."""
+    b.kl, _, b.kl_k3 = kl_estimators(b.old_logp, b.ref_logp)                                  # (B, T), 0 off the mask
+    b.rewards = -beta * b.kl
+    b.rewards.scatter_add_(1, (b.width - 1)[:, None], b.scores[:, None])
+    if cfg.advantage == "gae":
+        b.raw_advantages, b.returns = gae(b.rewards, b.old_values, b.mask, cfg.gamma, cfg.lam)
+        b.advantages = whiten(b.raw_advantages, b.mask)
+    else:
+        b.raw_advantages = group_advantages(b.rewards.sum(1), cfg.group, cfg.advantage)[:, None] * b.mask
+        b.advantages, b.returns = b.raw_advantages, b.old_values
+
+
+def update(b, policy, value, optimizer, value_optimizer, logprobs, values, cfg, step, rng, autocast, log):
+    """5. Epochs x minibatches of the clipped losses. Returns their means and those of approx_kl and clipfrac."""
+    scale, sums = 1 - 2 / 3 * step / cfg.iterations, {}
+    for epoch in range(cfg.epochs):
+        for mb in torch.randperm(len(b.ids), generator=rng).chunk(cfg.minibatches):
+            mb = mb.to(b.ids.device)
+            n_tokens = b.mask[mb].sum()
+            for piece in by_length(b.width[mb], cfg.micro_batch):
+                r = mb[piece]
+                t = int(b.width[r].max())
+                x, m = b.ids[r, :t], b.mask[r, :t]
+                if step >= cfg.value_warmup or cfg.advantage != "gae":
+                    with autocast():
+                        out = logprobs(policy, x, m, cfg.temperature, entropy=cfg.entropy_coef != 0)
+                    logp, ent = out if cfg.entropy_coef else (out, None)
+                    loss, stats = policy_loss(logp, b.old_logp[r, :t], b.advantages[r, :t], m, cfg.clip, n_tokens)
+                    if cfg.entropy_coef:
+                        loss = loss - cfg.entropy_coef * ent.sum() / n_tokens
+                    loss.backward()
+                    for k, v in {"policy_loss": loss.detach(), **stats}.items():
+                        sums[k] = sums.get(k, 0.0) + v / (cfg.epochs * cfg.minibatches)
+                if cfg.advantage == "gae":
+                    with autocast():
+                        v = values(value, x)
+                    loss = value_loss(v, b.old_values[r, :t], b.returns[r, :t], m, cfg.value_clip, n_tokens)
+                    loss.backward()
+                    share = loss.detach() / (cfg.epochs * cfg.minibatches)
+                    sums["value_loss"] = sums.get("value_loss", 0.0) + share
+            batch = {"rows": [b.at[i] for i in mb.tolist()], "ids": b.ids[mb], "mask": b.mask[mb], "scores": b.scores[mb]}
+            log.update(step, policy, optimizer, cfg.lr * scale, batch)
+            log.update(step, value, value_optimizer, cfg.value_lr * scale, batch)
+    return sums
+
+
+def token_table(b, logp, values, tok, cfg):
+    """Response 0 of b token by token, as text, with the log-probs and values (B, T) that the models give it by now."""
+    names = ("logp", "old", "ref", "logp-ref", "reward", "value", "adv", "whitened", "return", "ratio")
+    lines = [f"{'t':>3} {'token':14}" + "".join(f"{name:>10}" for name in names) + "  clipped"]
+    ratio = (logp - b.old_logp).exp()
+    for t in b.mask[0].nonzero()[:, 0].tolist():
+        row = [x[0, t].item() for x in (logp, b.old_logp, b.ref_logp, logp - b.ref_logp, b.rewards, values,
+                                        b.raw_advantages, b.advantages, b.returns, ratio)]
+        # clipped: clip(ratio) A is the smaller one in min(ratio A, clip(ratio) A), so that the token has no gradient
+        cut = row[9] > 1 + cfg.clip if row[7] > 0 else row[9] < 1 - cfg.clip
+        token = "<eos>" if b.ids[0, t] == tok.eos_id else repr(tok.decode([int(b.ids[0, t])]))
+        lines.append(f"{t:>3} {token:14.14}" + "".join(f"{round(x, 5) + 0.0:>10.5f}" for x in row)
+                     + ("  yes" if cut else "  no"))
+    return "\n".join(lines)
+
+
+def look_inside(b, before, after, beta, cfg):
+    """What --inspect prints of one iteration: the numbers behind every equation at the top of this file."""
+    raw = b.raw_advantages[b.mask]
+    return f"""{b.rows[0]["prompt"][-1]["content"]}
+    -> {b.texts[0].strip()}
+
+score r(x, y) = {b.scores[0]:.5f}, beta = {beta:g}, gamma = {cfg.gamma:g}, lam = {cfg.lam:g}, eps = {cfg.clip:g}
+R_t = -beta (old - ref), plus r at the last token;  return = A + V;  ratio = exp(logp - old)
+gae: delta_t = R_t + gamma V_t+1 - V_t,  A_t = delta_t + gamma lam A_t+1;  rloo and grpo: A from the sum of R_t
+whitened = (A - mean) / std over {len(raw)} tokens of {len(b.ids)} responses (gae): mean = {raw.mean():.5f}, \
+std = {raw.std(correction=0):.5f}
+
+before the update, logp = old
+{before}
+
+after {cfg.epochs * cfg.minibatches} optimizer steps on {len(b.ids)} responses; logp, value and ratio are new
+{after}
+"""
+
+
 def main(cfg):
     device, autocast = setup(cfg)
     if cfg.advantage != "gae" and cfg.group < 2:
@@ -307,6 +431,21 @@ def main(cfg):
         if rm is not None:
             update_reward_model(rm, path)
     logprobs, values = (torch.compile(f) if cfg.compile else f for f in (token_logprobs, token_values))
+    if cfg.inspect:
+        rng, cfg.value_warmup = seeded(cfg.seed, first), 0
+        b = rollout(policy, tok, rows, prompts, cfg, first, rng, autocast,
+               Run(replace(cfg, out=tempfile.mkdtemp()), "ppo", 1))
+        score(b, policy, ref, value, tok, reward, cfg, autocast)
+        credit(b, beta, cfg)
+        old = copy.copy(b)
+        update(b, policy, value, optimizer, value_optimizer, logprobs, values, cfg, first, rng, autocast,
+               Run(replace(cfg, out=tempfile.mkdtemp()), "ppo", 1))
+        score(b, policy, ref, value, tok, reward, cfg, autocast)
+        text = look_inside(old, *(token_table(old, x.old_logp, x.old_values, tok, cfg) for x in (old, b)), beta, cfg)
+        print(text)
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(cfg.out) / "inspect.txt", text.encode())
+        return
     n_steps = min(cfg.iterations, cfg.max_steps or cfg.iterations)
     log = Run(cfg, "ppo", n_steps, first)
     tests = world.rows("test") if graded else list(rows[:32])
@@ -328,93 +467,30 @@ def main(cfg):
             save(cfg.out, policy, tok)
             path = relabel(cfg, path, init, step // cfg.relabel)
             update_reward_model(rm, path)
-        clock = [time.time()]
-        rng = seeded(cfg.seed, step)
-        # ---- 1. rollout
-        n_prompts = cfg.rollouts // cfg.group    # if there are fewer, each comes more than once
-        at = torch.cat([torch.randperm(len(rows), generator=rng) for _ in range(0, n_prompts, len(rows))])[:n_prompts]
-        at = at.sort().values.repeat_interleave(cfg.group).tolist()
-        with autocast():
-            ids, mask, sampled_logp = generate(policy, [prompts[i] for i in at], cfg.max_new, tok.eos_id, tok.pad_id,
-                                               cfg.temperature, generator=seeded(cfg.seed, step, device))
-        width = torch.tensor([len(prompts[i]) for i in at], device=device) + mask.sum(1)      # (B,) prompt + response
-        n_new = mask.sum(1)                                                                   # (B,)
+        clock, rng = [time.time()], seeded(cfg.seed, step)
+        b = rollout(policy, tok, rows, prompts, cfg, step, rng, autocast)
         clock.append(time.time())
-        # ---- 2. score
-        texts = [tok.decode(x[m].tolist()) for x, m in zip(ids, mask)]
-        batch = [rows[i] for i in at]
-        ended = ids.gather(1, (width - 1)[:, None])[:, 0] == tok.eos_id                       # (B,)
-        scores = torch.where(ended, reward(batch, texts, ids, width), -cfg.eos_penalty)       # (B,)
-        with autocast():
-            old_logp, ref_logp, exact_kl, entropy = in_pieces(
-                lambda i, m: compare(policy, ref, i, m, cfg.temperature), cfg.micro_batch, ids, mask, width)
-            with torch.no_grad():
-                old_values = in_pieces(lambda i, m: token_values(value, i), cfg.micro_batch, ids, mask, width) * mask
-        for name, x in (("score", scores[:, None]), ("log-prob under the policy", old_logp), ("value", old_values),
-                        ("log-prob under the reference", ref_logp)):
-            if not x.isfinite().all():
-                bad = [at[i] for i in range(len(at)) if not x[i].isfinite().all()]
-                raise InputError(f"iteration {step + 1}: a {name} is not finite for the prompts in rows {bad[:8]} of "
-                                 f"{data}; nothing was updated. Try --dtype float32, and look at that model's weights")
+        score(b, policy, ref, value, tok, reward, cfg, autocast)
         if step == 0:
-            self_check(policy, ids, mask, width, sampled_logp, old_logp, ref_logp, cfg, autocast)
-        # ---- 3. reward: -beta k1 at every token, the score on the last one
-        kl, _, kl_k3 = kl_estimators(old_logp, ref_logp)                                      # (B, T), 0 off the mask
-        rewards = -beta * kl
-        rewards.scatter_add_(1, (width - 1)[:, None], scores[:, None])
-        # ---- 4. advantage
-        if cfg.advantage == "gae":
-            advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-        else:
-            advantages = group_advantages(rewards.sum(1), cfg.group, cfg.advantage)[:, None] * mask
-            returns = old_values
-        advantages = whiten(advantages, mask) if cfg.advantage == "gae" else advantages
+            self_check(policy, b.ids, b.mask, b.width, b.sampled_logp, b.old_logp, b.ref_logp, cfg, autocast)
+        credit(b, beta, cfg)
         clock.append(time.time())
-        # ---- 5. update
-        scale, sums = 1 - 2 / 3 * step / cfg.iterations, {}
-        for epoch in range(cfg.epochs):
-            for mb in torch.randperm(len(ids), generator=rng).chunk(cfg.minibatches):
-                mb = mb.to(device)
-                n_tokens = mask[mb].sum()
-                for piece in by_length(width[mb], cfg.micro_batch):
-                    r = mb[piece]
-                    t = int(width[r].max())
-                    x, m = ids[r, :t], mask[r, :t]
-                    if step >= cfg.value_warmup or cfg.advantage != "gae":
-                        with autocast():
-                            out = logprobs(policy, x, m, cfg.temperature, entropy=cfg.entropy_coef != 0)
-                        logp, ent = out if cfg.entropy_coef else (out, None)
-                        loss, stats = policy_loss(logp, old_logp[r, :t], advantages[r, :t], m, cfg.clip, n_tokens)
-                        if cfg.entropy_coef:
-                            loss = loss - cfg.entropy_coef * ent.sum() / n_tokens
-                        loss.backward()
-                        for k, v in {"policy_loss": loss.detach(), **stats}.items():
-                            sums[k] = sums.get(k, 0.0) + v / (cfg.epochs * cfg.minibatches)
-                    if cfg.advantage == "gae":
-                        with autocast():
-                            v = values(value, x)
-                        loss = value_loss(v, old_values[r, :t], returns[r, :t], m, cfg.value_clip, n_tokens)
-                        loss.backward()
-                        share = loss.detach() / (cfg.epochs * cfg.minibatches)
-                        sums["value_loss"] = sums.get("value_loss", 0.0) + share
-                bad = {"rows": [at[i] for i in mb.tolist()], "ids": ids[mb], "mask": mask[mb], "scores": scores[mb]}
-                log.update(step, policy, optimizer, cfg.lr * scale, bad)
-                log.update(step, value, value_optimizer, cfg.value_lr * scale, bad)
+        sums = update(b, policy, value, optimizer, value_optimizer, logprobs, values, cfg, step, rng, autocast, log)
         clock.append(time.time())
-        n = mask.sum()
-        err = ((returns - old_values) * mask).sum() / n
-        explained = 1 - (((returns - old_values - err) * mask) ** 2).sum() / \
-            (((returns - (returns * mask).sum() / n) * mask) ** 2).sum().clamp(min=1e-8)
-        metrics = {"reward": scores.mean(), "kl": kl.sum(1).mean(), "kl_k3": kl_k3.sum(1).mean(),
-                   "kl_exact": exact_kl.sum(1).mean(), "beta": beta,
-                   "entropy": entropy.sum() / n, "length": n_new.float().mean(), "eos_rate": ended.float().mean(),
+        n = b.mask.sum()
+        err = ((b.returns - b.old_values) * b.mask).sum() / n
+        explained = 1 - (((b.returns - b.old_values - err) * b.mask) ** 2).sum() / \
+            (((b.returns - (b.returns * b.mask).sum() / n) * b.mask) ** 2).sum().clamp(min=1e-8)
+        metrics = {"reward": b.scores.mean(), "kl": b.kl.sum(1).mean(), "kl_k3": b.kl_k3.sum(1).mean(),
+                   "kl_exact": b.exact_kl.sum(1).mean(), "beta": beta, "entropy": b.entropy.sum() / n,
+                   "length": b.mask.sum(1).float().mean(), "eos_rate": b.ended.float().mean(),
                    "explained_var": explained, **sums, "t_gen": clock[1] - clock[0], "t_score": clock[2] - clock[1],
-                   "t_train": clock[3] - clock[2], "tok_s": width.sum() / (clock[3] - clock[0])}
+                   "t_train": clock[3] - clock[2], "tok_s": b.width.sum() / (clock[3] - clock[0])}
         if graded:
-            metrics |= world.report(batch, texts)
+            metrics |= world.report(b.rows, b.texts)
         log.step(step, **{k: float(v) for k, v in metrics.items()})
         if cfg.kl == "adaptive":
-            beta = adapt_kl_coef(beta, float(metrics["kl"]), cfg.kl_target, len(ids), cfg.kl_horizon)
+            beta = adapt_kl_coef(beta, float(metrics["kl"]), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
         if log.save_now(step):
             save(cfg.out, policy, tok, {"policy": policy.state_dict(), "value": value.state_dict(), "beta": beta,
                                         "optimizer": optimizer.state_dict(), "step": step + 1, "reward_path": path,

@@ -2,6 +2,8 @@
 
     python reward.py                                   the tiny world: sample from out/sft, have it compared, train
     python reward.py --init SFT --data pairs.jsonl     your policy, your comparisons (formats: data/formats.py)
+    python reward.py --vote                            you are the annotator: two answers, pick one, see what it says
+    python reward.py --init out/reward --data out/reward/votes.jsonl --out out/mine    go on from there with your votes
 
 Equations: P(a over b | x) = sigmoid(r(x, a) - r(x, b)) (Bradley & Terry 1952), so with p the share who prefer a
 (1 or 0 for a plain choice, 1/2 for a tie, anything between for a soft label) and m a margin (arXiv:2307.09288, eq. 2)
@@ -13,6 +15,8 @@ training, reward_mean is set so that the answers in the comparisons average 0.
 
 Left out: ranking losses over more than two, generative reward models.
 """
+import json
+import os
 import random
 import time
 import typing
@@ -25,7 +29,7 @@ import torch.nn.functional as F
 
 from data import InputError, formats, world
 from model import (Run, cosine, load, load_state, need, optimizer_for, pad_batch, respond, run, save, seeded, setup,
-                   sibling)
+                   sibling, write_atomic)
 
 
 @dataclass
@@ -35,6 +39,8 @@ class Config:
     data: str = ""                # comparisons; default: made by sampling --init and asking the tiny world's annotator
     add: str = ""                 # more comparisons to train on, e.g. those of an earlier round
     out: str = "out/reward"       # folder for the checkpoint, comparisons, log, samples and plot
+    vote: bool = False            # do not train: compare answers yourself, then see what the reward model in --out says
+    votes: str = ""               # file that the votes go to (default: votes.jsonl in --out)
     prompts: int = 4000           # prompts to sample answers for
     k: int = 4                    # answers per prompt; all pairs of different ones are compared
     temperature: float = 1.0      # of that sampling
@@ -171,6 +177,74 @@ def evaluate(model, groups, tok, device, autocast):
     return out, torch.cat(rewards).mean().item()
 
 
+def pairs_to_vote_on(paths, rows, cfg, device, autocast):
+    """One prompt with two different, finished answers of the policies at `paths` at a time: (prompt, text, text)."""
+    policies = [load(path, device, scalar_head=False) for path in paths]
+    for prompt in (row["prompt"] for row in rows):
+        rng, answers = random.Random(f"{cfg.seed} {prompt}"), {}
+        for n, (policy, tok) in enumerate(policies):
+            many = [prompt] * (cfg.k // len(paths) + (n < cfg.k % len(paths)))
+            if len(tok.render(prompt, generation_prompt=True)[0]) + cfg.max_new > policy.cfg.max_len:
+                continue
+            with autocast():
+                texts, _, ids = respond(policy, tok, many, cfg.max_new, temperature=cfg.temperature,
+                                        generator=seeded(rng.getrandbits(32), 0, device))
+            answers |= {t.strip(): None for t, x in zip(texts, ids) if tok.eos_id in x and t.strip()}
+        if len(answers) > 1:
+            yield prompt, *rng.sample(list(answers), 2)
+
+
+def vote(cfg, init, device, autocast):
+    """A person compares answers in the terminal. Each vote is on the disk before the next question is asked, and the
+    next session leaves out the prompts voted on, so that Ctrl-C or a lost connection costs nothing."""
+    path = Path(cfg.votes or Path(cfg.out) / "votes.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as f:
+        if f.tell() and (f.seek(-1, 2), f.read())[1] != b"\n":
+            f.write(b"\n")   # a line that a power cut left half written shall not swallow the next vote
+    votes = formats.load(path, "preference")[0] if path.stat().st_size else []
+    rm, tok = load(cfg.out, device, scalar_head=True) if (Path(cfg.out) / "config.json").exists() else (None, None)
+    rows = formats.load(cfg.data or world.TINY / "preference.jsonl", "prompt")[0]
+    seen = [v["prompt"] for v in votes]
+    rows = [r for r in random.Random(cfg.seed).sample(rows, len(rows)) if r["prompt"] not in seen]
+    pairs, again = pairs_to_vote_on((cfg.policy or init).split(","), rows, cfg, device, autocast), []
+    try:
+        while pair := again.pop() if again else next(pairs, None):
+            prompt, *answers = pair
+            print("\n" + "\n".join(f"{m['role']}: {m['content']}" for m in prompt), *answers, sep="\n\n    ")
+            key = ""
+            while key not in ("1", "2", "t", "s", "u", "q"):
+                key = input(f"\n[{len(votes)} votes] 1 (upper), 2 (lower), t(ie), s(kip), u(ndo), q(uit)> ").strip()[:1]
+            if key == "q":
+                break
+            if key == "s":
+                continue
+            if key == "u":
+                again += [pair]
+                if votes:   # take back the last vote, also one of an earlier session, and ask again
+                    write_atomic(path, b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+                    last = votes.pop()
+                    again += [(last["prompt"], *sorted((last["chosen"], last["rejected"])))]
+                continue
+            chosen, rejected = answers[::-1] if key == "2" else answers
+            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "label": 0.5 if key == "t" else 1.0}
+            with open(path, "ab") as f:
+                f.write(json.dumps(row).encode() + b"\n")
+                f.flush()
+                os.fsync(f.fileno())
+            votes.append(row)
+            groups = group([row | {"margin": 0.0}], tok, rm.cfg.max_len)[0] if rm else []
+            if groups:   # P(chosen over rejected) = sigmoid(r_chosen - r_rejected), Bradley & Terry
+                with torch.no_grad(), autocast():
+                    r = group_scores(rm, groups, tok, device)[0]
+                print(f"\n    {r[0]:+.2f} {chosen}\n    {r[1]:+.2f} {rejected}\n    reward model: P(chosen) = "
+                      f"{(r[0] - r[1]).sigmoid():.2f}" + (", and you called it a tie" if key == "t" else ""))
+    except (EOFError, KeyboardInterrupt):
+        print()
+    print(f"{len(votes)} votes in {path}; to learn from them: "
+          f"python reward.py --init {cfg.out} --data {path} --out {sibling(cfg, 'mine')}")
+
+
 def main(cfg):
     device, autocast = setup(cfg)
     if cfg.k < 2:
@@ -178,6 +252,10 @@ def main(cfg):
     init = cfg.init or sibling(cfg, "sft")
     if not cfg.init:
         need(init, "sft.py", cfg)
+    if cfg.vote:
+        if not cfg.init:
+            need(cfg.out, "reward.py", cfg)
+        return vote(cfg, init, device, autocast)
     path = cfg.data or Path(cfg.out) / "comparisons.jsonl"
     if not cfg.data and not (cfg.resume and path.exists()):
         start, rows = time.time(), world.rows("preference")
