@@ -39,8 +39,8 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, formats, world
-from model import (Run, cosine, distinct_2, load, load_state, need, optimizer_for, pad_batch, respond, run, save,
-                   seeded, setup, sibling, token_logprobs, trained, with_lora)
+from model import (Run, cosine, distinct_2, frozen, load, load_state, need, optimizer_for, pad_batch, respond, run,
+                   save, seeded, setup, sibling, token_logprobs, trained, with_lora)
 
 
 @dataclass
@@ -313,8 +313,8 @@ def main(cfg):
             order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(train)), len(train))
             plan += [order[i: i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
 
-    trunk = policy if cfg.lora else None   # without its adapters the policy is the reference
-    policy = with_lora(policy, cfg.lora) if cfg.lora else policy
+    trunk = frozen(policy, autocast) if cfg.lora else None   # without its adapters the policy is the reference
+    policy = with_lora(trunk, cfg.lora) if cfg.lora else policy
     optimizer, first, ref_logp = optimizer_for(policy, cfg.lr, cfg.weight_decay, (0.9, 0.95), 1e-6), 0, None
     if cfg.resume and (state := load_state(cfg.out)):
         policy.load_state_dict(state["model"], strict=False)
@@ -329,7 +329,7 @@ def main(cfg):
             print(f"log-probs of the reference: {2 * len(train + held):,} answers once, {time.time() - start:.0f} s, "
                   f"{ref_logp.nbytes:,} bytes kept instead of a second model of "
                   f"{sum(p.nbytes for p in policy.parameters()):,}")
-    ref = (trunk or load(init, device, scalar_head=False)[0]) if cfg.online and needs_ref else None
+    ref = (trunk or frozen(load(init, device, scalar_head=False)[0], autocast)) if cfg.online and needs_ref else None
     forward = torch.compile(token_logprobs) if cfg.compile else token_logprobs
     n_steps = min(len(plan), cfg.max_steps or len(plan))
     log = Run(cfg, "dpo", n_steps, first)

@@ -234,6 +234,17 @@ class GPT(nn.Module):
         return torch.zeros(c.n_layer, 2, B, c.n_kv_head, S, c.head_dim, device=w.device, dtype=dtype)
 
 
+def frozen(model, autocast):
+    """The model without gradients. Under bf16 autocast its linear layers are kept in bf16, which they would be cast to
+    anyway: half the memory and the same numbers. Used for what is never trained: reference, reward model, LoRA's trunk."""
+    with autocast():
+        bf16 = torch.is_autocast_enabled(model.wte.weight.device.type)
+    for layer in model.h.modules():
+        if bf16 and isinstance(layer, nn.Linear):
+            layer.bfloat16()
+    return model.requires_grad_(False)
+
+
 class LoRA(nn.Module):
     """A frozen linear layer plus a trained low-rank one, W x + 2 B A x, where B starts at 0 (arXiv:2106.09685, eq. 3)."""
 
@@ -249,9 +260,9 @@ class LoRA(nn.Module):
 
 
 def with_lora(trunk, rank, scalar_head=False):
-    """A model of its own adapters on the weights of `trunk`, which are frozen and shared, not copied: the trunk itself is
+    """A model of its own adapters on the weights of a frozen `trunk`, which are shared, not copied: the trunk itself is
     the reference, and policy and value model cost little more than nothing beside it."""
-    model = copy.deepcopy(trunk.requires_grad_(False), {id(p): p for p in trunk.parameters()})
+    model = copy.deepcopy(trunk, {id(p): p for p in trunk.parameters()})
     for block in model.h:
         for part, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "up"), (block.mlp, "down")):
             setattr(part, name, LoRA(getattr(part, name), rank))
@@ -269,12 +280,13 @@ def trained(model):
 
 def merged(model):
     """The state of a plain GPT, {name: tensor}, with adapters added into the weights they belong to."""
-    state = model.state_dict()
-    out = {name.replace(".linear.", "."): x for name, x in state.items() if not re.search(r"(qkv|proj|up|down)\.[ab]$", name)}
-    for name in state:
+    state, out = {name: x.float() for name, x in model.state_dict().items()}, {}
+    for name, x in state.items():
         if name.endswith(".linear.weight"):
             layer = name.removesuffix(".linear.weight")
-            out[f"{layer}.weight"] = state[name] + 2 * (state[f"{layer}.b"] @ state[f"{layer}.a"]).to(state[name].dtype)
+            x = x + 2 * state[f"{layer}.b"] @ state[f"{layer}.a"]
+        if not re.search(r"(qkv|proj|up|down)\.[ab]$", name):
+            out[name.replace(".linear.", ".")] = x
     return out
 
 

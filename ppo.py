@@ -36,8 +36,8 @@ from types import SimpleNamespace
 import torch
 
 from data import InputError, formats, world
-from model import (Run, distinct_2, generate, load, load_state, need, optimizer_for, respond, run, save, seeded,
-                   setup, sibling, token_logprobs, write_atomic)
+from model import (Run, distinct_2, frozen, generate, load, load_state, need, optimizer_for, respond, run, save, seeded,
+                   setup, sibling, token_logprobs, trained, with_lora, write_atomic)
 
 
 @dataclass
@@ -76,6 +76,7 @@ class Config:
     save_every: int = 25          # iterations between checkpoints
     inspect: bool = False         # do not train: print one response token by token, before and after one iteration's
                                   # update (with --resume: of the policy in --out)
+    lora: int = 0                 # rank of adapters for policy and value model on one frozen trunk (0: train all weights)
     max_steps: int = 0            # stop after this many iterations (0: run all)
     resume: bool = False          # go on from the last checkpoint in --out
     seed: int = 0                 # every random draw comes from (seed, iteration)
@@ -402,8 +403,14 @@ def main(cfg):
     reward, rm, rm_tok = reward_function(cfg, device, autocast)
     if rm is not None and (rm_tok.enc._mergeable_ranks, rm_tok.special) != (tok.enc._mergeable_ranks, tok.special):
         raise InputError(f"{cfg.reward or 'the reward model'} and {init} have different tokenizers")
-    ref = copy.deepcopy(policy).requires_grad_(False)
-    value = load(init, device, scalar_head=True)[0] if rm is None else copy.deepcopy(rm).requires_grad_(True)
+    if cfg.lora:   # one trunk: the reference is the policy without its adapters, the value model has others
+        ref = frozen(policy, autocast)
+        policy, value = with_lora(ref, cfg.lora), with_lora(ref, cfg.lora, scalar_head=True)
+    else:
+        ref = frozen(copy.deepcopy(policy), autocast)
+        value = load(init, device, scalar_head=True)[0] if rm is None else copy.deepcopy(rm).requires_grad_(True)
+    if rm is not None:
+        frozen(rm, autocast)
     data = cfg.data or world.TINY / "rl.jsonl"
     rows, dropped = formats.load(data, "prompt")
     print(formats.describe(rows, dropped, data))
@@ -426,7 +433,7 @@ def main(cfg):
     if cfg.resume and (state := load_state(cfg.out)):
         for name, part in (("policy", policy), ("value", value), ("optimizer", optimizer),
                            ("value_optimizer", value_optimizer)):
-            part.load_state_dict(state[name])
+            part.load_state_dict(state[name], **({"strict": False} if cfg.lora and name in ("policy", "value") else {}))
         beta, first, path = state["beta"], state["step"], state["reward_path"]
         if rm is not None:
             update_reward_model(rm, path)
@@ -492,7 +499,7 @@ def main(cfg):
         if cfg.kl == "adaptive":
             beta = adapt_kl_coef(beta, float(metrics["kl"]), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
         if log.save_now(step):
-            save(cfg.out, policy, tok, {"policy": policy.state_dict(), "value": value.state_dict(), "beta": beta,
+            save(cfg.out, policy, tok, {"policy": trained(policy), "value": trained(value), "beta": beta,
                                         "optimizer": optimizer.state_dict(), "step": step + 1, "reward_path": path,
                                         "value_optimizer": value_optimizer.state_dict(), "before": before})
             log.saved(step)

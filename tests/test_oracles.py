@@ -965,6 +965,7 @@ def test_lora_starts_as_its_trunk_trains_apart_and_merges(dialect):
     """Policy and value model share the trunk's very weights; training one changes neither the trunk nor the other."""
     trunk = tiny(dialect)
     before = {k: v.clone() for k, v in trunk.state_dict().items()}
+    assert model_py.frozen(trunk, lambda: torch.autocast("cpu", enabled=False)) is trunk
     policy, value = model_py.with_lora(trunk, 3), model_py.with_lora(trunk, 3, scalar_head=True)
     ids = torch.randint(V, (3, 11), generator=torch.Generator().manual_seed(0))
     h = trunk(ids)
@@ -986,3 +987,14 @@ def test_lora_starts_as_its_trunk_trains_apart_and_merges(dialect):
     plain.load_state_dict(model_py.merged(policy))
     assert (plain(ids) - moved).abs().max() < 2e-5 * moved.abs().max()
     assert all(torch.equal(v, before[k]) for k, v in model_py.merged(trunk).items())
+
+
+@both
+def test_a_frozen_model_in_bf16_gives_the_same_numbers(dialect):
+    """Under autocast, bit for bit: otherwise the KL to the reference would not start at 0."""
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)   # noqa: E731
+    model = tiny(dialect)
+    half, ids = model_py.frozen(copy.deepcopy(model), autocast), torch.randint(V, (3, 11))
+    assert half.h[0].attn.qkv.weight.dtype == torch.bfloat16 and half.wte.weight.dtype == torch.float32
+    with autocast(), torch.no_grad():
+        assert torch.equal(token_logprobs(model, ids, torch.ones_like(ids)), token_logprobs(half, ids, torch.ones_like(ids)))
