@@ -16,7 +16,7 @@ sft.py then trains the model on the revisions, and on its own answers to harmles
 
 Stage 2, RLAIF (section 4; arXiv:2309.00267). The stage-1 model answers every red-team prompt k times. For two answers
 and one principle, the critic is asked "Options: (A) .. (B) .. The answer is:", and
-    p(a over b) = ( s(l_A - l_B) + s(l'_B - l'_A) ) / 2,    s = sigmoid, l = log p_critic(" (A)"), l' with a and b swapped
+    p(a over b) = ( s(l_A - l_B) + s(l'_B - l'_A) ) / 2,    s = sigmoid, l_A = log p_critic(" (A)"), l' after a swap,
 is the label (the paper asks once; small critics love one letter: averaging both orders removes that). reward.py learns
 from these soft labels, and from human comparisons of answers to the other prompts; ppo.py or dpo.py does the rest.
 --cot lets the critic think aloud first; its labels are then too sure, hence --clamp 0.4: p within [0.4, 0.6].
@@ -27,22 +27,15 @@ What to expect on the tiny world: README.md. A critic that cannot tell better fr
 nothing, whatever the losses say.
 """
 import hashlib
-import http.client
 import json
 import math
-import os
 import random
 import re
 import shlex
 import subprocess
 import sys
-import threading
-import time
 import typing
-import urllib.error
-import urllib.request
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -50,8 +43,10 @@ from pathlib import Path
 import torch
 
 from data import InputError, formats, world
+from data.endpoint import Kept, connect, cut
+from data.principles import constitution, examples
 from model import (Run, distinct_2, generate, load, need, pad_batch, respond, run, save, seeded, setup, sibling,
-                   token_logprobs, write_atomic)
+                   write_atomic)
 
 
 @dataclass
@@ -100,42 +95,6 @@ class Config:
 # The constitution and the prompts, character for character as in Anthropic's published files.
 
 MARKERS = re.compile(r"(Human|Assistant|Critique|Revision|CritiqueRequest|RevisionRequest):")
-STOPS = ["\n\nHuman", "\n\nAssistant", "\n\nCritique", "\n\nRevision"]   # where a critic's answer ends
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise InputError(f"{path}: not JSON ({e})") from None
-
-
-def constitution(paths, about=""):
-    """Principles [{"key", "critique", "revision"}] for stage 1 and [{"key", "choice", "head", "left", "right"}] for
-    stage 2, out of "FILE,FILE": data/constitution.json (a list of objects), CritiqueRevisionInstructions.json
-    ({key: {"prompt", "edit_request"}}) or RLMadisonInstructions.json (a list of strings). `about` selects ours."""
-    revise, choose = [], []
-    for path in paths.split(","):
-        rows = read_json(path)
-        try:
-            if isinstance(rows, dict):
-                revise += [{"key": k, "critique": r["prompt"][0], "revision": r["edit_request"]}
-                           for k, r in rows.items()]
-                continue
-            for i, r in enumerate(rows):
-                key = f"{Path(path).stem} {i}"
-                if isinstance(r, str):
-                    choose.append({"key": key, "choice": r, "head": "\n\n", "left": "[[[", "right": "]]]"})
-                elif not about or r["about"] == about:
-                    revise.append({"key": key, "critique": f"\n\nCritiqueRequest: {r['critique']}\n\nCritique:",
-                                   "revision": f"\n\nRevisionRequest: {r['revision']}\n\nRevision:"})
-                    choose.append({"key": key, "choice": f"{r['choice']} Options:", "head": "", "left": "", "right": ""})
-        except (KeyError, TypeError, IndexError):
-            raise InputError(f"{path}: principle {i if isinstance(rows, list) else ''} is of no known format (ours has "
-                             "about, critique, revision, choice; Anthropic's prompt, edit_request, or a string)") from None
-    return revise, choose
-
-
 def transcript(messages):
     """Messages as "\\n\\nHuman: ..\\n\\nAssistant: ..", the format of the critic's prompts and of hh-rlhf."""
     start = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
@@ -170,26 +129,16 @@ def thinking_prompt(conversation, principle, a, b):
 AFTER_THINKING = "\n\nHuman:\nSo the answer is:"
 
 
-def few_shots(paths, choose):
-    """{"critique", "choice", "thinking"}: the text to put before prompts of each kind, from files of example dialogues
-    (strings), of comparisons {"prompt", "corrects", "incorrects"} and of chains of thought {"prompt"} with a {} for the
-    principle. Examples are shown with principles `choose` in turn, the right answer first in every other one."""
-    out = {"critique": "", "choice": "", "thinking": ""}
-    for path in filter(None, paths.split(",")):
-        for i, shot in enumerate(read_json(path)):
-            principle = choose[i % len(choose)]
-            if isinstance(shot, str):   # most, not all, of Anthropic's end in an opened turn
-                out["critique"] += "\n\n" + shot.removesuffix("\n\nHuman:").strip()
-            elif "corrects" in shot:
-                pair = [shot["corrects"][0].strip(), shot["incorrects"][0].strip()][:: -1 if i % 2 else 1]
-                talk = shot["prompt"].removesuffix("\n\nAssistant:")
-                out["choice"] += comparison_prompt(talk, principle, *pair) + (" (B)" if i % 2 else " (A)")
-            elif "prompt" in shot:
-                talk = shot["prompt"].strip().replace("{}", principle["choice"].strip())
-                out["thinking"] += "\n\n" + ("" if talk.startswith("Human:") else "Human: ") + talk
-            else:
-                raise InputError(f"{path}: example {i} is of no known format")
-    return out
+def few_shots(examples, principles):
+    """{"critique", "choice", "thinking"}: the text to put before prompts of each kind. Comparisons are shown with the
+    principles in turn, the better answer first in every other one."""
+    shown = []
+    for i, (talk, better, worse) in enumerate(examples["choice"]):
+        pair, letter = ((worse, better), " (B)") if i % 2 else ((better, worse), " (A)")
+        shown.append(comparison_prompt(talk, principles[i % len(principles)], *pair) + letter)
+    thoughts = [text.replace("{}", principles[i % len(principles)]["choice"].strip())
+                for i, text in enumerate(examples["thinking"])]
+    return {"critique": "".join(examples["critique"]), "choice": "".join(shown), "thinking": "".join(thoughts)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,12 +175,6 @@ def local_critic(path, device, autocast):
     return name, ask
 
 
-def cut(text, ended):
-    """A completion up to the first stop marker, and whether it came to an end at all."""
-    stop = min((i for s in STOPS if (i := text.find(s)) >= 0), default=None)
-    return {"text": text[:stop], "ended": ended or stop is not None}
-
-
 def option_logprobs(model, tok, rows, options):
     """log p(option | row) for every row of ids and each of two options, [[l_A, l_B], ..], in one forward pass: options
     are read up to the first token in which they differ (" (A)" and " (B)": without the closing bracket)."""
@@ -246,114 +189,20 @@ def option_logprobs(model, tok, rows, options):
     return torch.stack([shared + logp[:, n, a[n]], shared + logp[:, n, b[n]]], 1).tolist()
 
 
-def url_critic(cfg, counts):
-    """(name, ask) of an OpenAI-compatible endpoint at cfg.critic. $CRITIC_API_KEY, if set, is sent along. Time-outs,
-    429 (after Retry-After), 5xx and malformed answers are tried again; what stays malformed is answered None."""
-    base, key = cfg.critic.rstrip("/"), os.environ.get("CRITIC_API_KEY")
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-
-    def post(path, body=None, read=lambda answer: answer):
-        """read(the JSON of the answer); {"refused"} if the server will not; None if its answers make no sense."""
-        for attempt in range(cfg.retries + 1):
-            wait, malformed = 2.0 ** attempt, False
-            try:
-                data = None if body is None else json.dumps(body).encode()
-                with urllib.request.urlopen(urllib.request.Request(base + path, data, headers), timeout=cfg.timeout) as r:
-                    text = r.read()
-                malformed = True
-                return read(json.loads(text))
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:   # a 200 that makes no sense
-                if not malformed:
-                    raise InputError(f"--critic {cfg.critic}: {e}") from None
-                problem = f"malformed answer ({type(e).__name__}: {e})"
-            except urllib.error.HTTPError as e:
-                problem = f"HTTP {e.code} {e.reason}"
-                if e.code in (400, 413, 422):
-                    return {"refused": problem}
-                if e.code not in (408, 409, 429) and e.code < 500:
-                    raise InputError(f"--critic {cfg.critic}{path}: {problem}") from None
-                if re.fullmatch(r"\d+(\.\d+)?", after := e.headers.get("Retry-After", "")):
-                    wait = float(after)
-            except (OSError, http.client.HTTPException) as e:   # no connection, time-out, half an answer
-                problem = f"{type(e).__name__}: {e}"
-            if attempt < cfg.retries:
-                counts["retried"] += 1
-                time.sleep(wait)
-        if malformed:
-            counts["malformed"] += 1
-            return None
-        raise InputError(f"--critic {cfg.critic}: {problem}, {cfg.retries + 1} times; what was answered is kept, run the "
-                         "same command again to go on")
-
-    def completion(answer):
-        choice = answer["choices"][0]
-        if choice.get("finish_reason") == "content_filter":
-            return {"refused": "content filter"}
-        return cut(choice["text"] + "", choice.get("finish_reason") == "stop")
-
-    def letters(answer):
-        """Log-probs of A and B among the likeliest next tokens after " ("; one that is not listed is at most as likely
-        as the last that is, and where neither is listed the critic has not answered."""
-        choice = answer["choices"][0]
-        if choice.get("finish_reason") == "content_filter":
-            return {"refused": "content filter"}
-        top = {}
-        for token, logp in choice["logprobs"]["top_logprobs"][0].items():
-            letter = token.strip().rstrip(")")
-            top[letter] = max(float(logp), top.get(letter, -math.inf))
-        if not {"A", "B"} & set(top):
-            return {"logp": [-99.0, -99.0]}
-        return {"logp": [top.get(letter, min(top.values())) for letter in "AB"]}
-
-    def one(request):
-        body = {"model": name, "prompt": request["prompt"]}
-        if "options" in request:
-            body |= {"prompt": request["prompt"] + " (", "max_tokens": 1, "temperature": 0, "logprobs": 10}
-            return post("/completions", body, letters)
-        body |= {k: request[k] for k in ("max_tokens", "temperature", "seed")} | {"stop": STOPS}
-        return post("/completions", body, completion)
-
-    name = cfg.critic_model or post("/models", read=lambda answer: answer["data"][0]["id"])
-    if not isinstance(name, str):
-        raise InputError(f"--critic {cfg.critic}/models lists no model; name one with --critic_model")
-
-    def ask(requests):
-        with ThreadPoolExecutor(cfg.parallel) as pool:
-            return list(pool.map(one, requests))
-    return name, ask
+def make_critic(path, cfg, device, autocast):
+    """The critic at a path or address: critic(requests) -> answers, kept in out/answers.jsonl; critic.counts."""
+    file, counts = Path(cfg.out) / "answers.jsonl", Counter()
+    if path.startswith(("http://", "https://")):
+        connection = connect(path, cfg.critic_model, cfg.timeout, cfg.retries, cfg.parallel, counts)
+        return Kept(*connection, file, cfg.parallel, counts)
+    return Kept(*local_critic(path, device, autocast), file, 64, counts)
 
 
-class Critic:
-    """Answers lists of requests. Every answer is kept in a file, one JSON line under the hash of model and request, as
-    soon as it is there: it is never asked (and paid) for again, and a run that was broken off continues."""
-
-    def __init__(self, cfg, path, file, device, autocast):
-        self.counts, self.file, self.known, self.lock = Counter(), Path(file), {}, threading.Lock()
-        url = path.startswith(("http://", "https://"))
-        self.name, self.ask = url_critic(cfg, self.counts) if url else local_critic(path, device, autocast)
-        self.batch = cfg.parallel if url else 64
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        for line in self.file.read_bytes().splitlines() if self.file.exists() else []:
-            try:
-                row = json.loads(line)
-                self.known[row["key"]] = row["answer"]
-            except (ValueError, KeyError, TypeError):
-                pass   # the line at which an earlier run broke off
-
-    def __call__(self, requests):
-        """One answer per request, in order; None where none could be got."""
-        keys = [hashlib.sha256(json.dumps([self.name, r], sort_keys=True).encode()).hexdigest() for r in requests]
-        todo = {k: r for k, r in zip(keys, requests) if k not in self.known}
-        order = sorted(todo, key=lambda k: len(todo[k]["prompt"]))
-        for batch in (order[i: i + self.batch] for i in range(0, len(order), self.batch)):
-            answers = self.ask([todo[k] for k in batch])
-            new = [{"key": k, "model": self.name, "prompt": todo[k]["prompt"], "answer": a}
-                   for k, a in zip(batch, answers) if a is not None]
-            with open(self.file, "a", encoding="utf-8") as f:
-                f.write("\n" * (f.tell() > 0 and bool(new)) + "\n".join(json.dumps(r) for r in new))
-            self.known |= {r["key"]: r["answer"] for r in new}
-        self.counts["asked"] += len(todo)
-        return [self.known.get(k) for k in keys]
+def samples(texts, max_tokens, temperature, where, shots=""):
+    """Requests to continue texts, each with a seed of its own that depends on where in the run it is."""
+    at = int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:5], "big")
+    return [{"prompt": shots + text, "max_tokens": max_tokens, "temperature": temperature, "seed": at + i}
+            for i, text in enumerate(texts)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,13 +232,11 @@ def make_chains(prompts, responses, principles, critic, cfg, seed, shots=""):
         drawn = [rng.choice(principles) for _ in chains]
         talks = [transcript(c["prompt"]) + "\n\nAssistant:" for c in chains]
 
-        def sample(texts, max_tokens, phase):
-            return critic([{"prompt": shots + text, "max_tokens": max_tokens, "temperature": cfg.temperature,
-                            "seed": (seed * 16 + step * 2 + phase) * 1_000_003 + i} for i, text in enumerate(texts)])
-        critiques = sample([critique_prompt(t, r, p) for t, r, p in zip(talks, now, drawn)], cfg.max_critique, 0)
+        asks = [critique_prompt(t, r, p) for t, r, p in zip(talks, now, drawn)]
+        critiques = critic(samples(asks, cfg.max_critique, cfg.temperature, (seed, step, "critique"), shots))
         texts = [(c or {}).get("text", "") for c in critiques]
-        revisions = sample([revision_prompt(t, r, c, p) for t, r, c, p in zip(talks, now, texts, drawn)],
-                           cfg.max_new, 1)
+        asks = [revision_prompt(t, r, c, p) for t, r, c, p in zip(talks, now, texts, drawn)]
+        revisions = critic(samples(asks, cfg.max_new, cfg.temperature, (seed, step, "revision"), shots))
         for i, (chain, principle, critique, revision) in enumerate(zip(chains, drawn, texts, revisions)):
             wrong = fault(revision, now[i])
             chain["chain"].append({"principle": principle["key"], "critique": critique,
@@ -410,9 +257,25 @@ def training_rows(chains, which):
 
 
 def count_faults(chains):
-    """{"copied": n, ..} over all revisions of the chains, and how many revisions there are."""
-    return Counter(s["fault"] or "good" for c in chains for s in c["chain"]) + Counter(
-        revisions=sum(len(c["chain"]) for c in chains))
+    """{"revisions": how many there are in the chains, "good": n, "copied": n, ..}."""
+    found = [s["fault"] or "good" for c in chains for s in c["chain"]]
+    kinds = ("good", "copied", "empty", "leaked", "cut", "refused")
+    return {"revisions": len(found)} | {k: found.count(k) for k in kinds}
+
+
+def rounds_curve(chains, rows):
+    """{"refused_0": share of initial responses that refuse, "gold_0": their gold, "refused_1": the same after one
+    revision, ..}: figure 5 of the paper, with the tiny world's judge."""
+    row_of, out = {str(r["prompt"]): r for r in rows}, {}
+    now = [c["initial"] for c in chains]
+    for i in range(1 + len(chains[0]["chain"])):
+        if i:
+            steps = [c["chain"][i - 1] for c in chains]
+            now = [s["revision"] if s["fault"] in ("", "copied") else text for s, text in zip(steps, now)]
+        scores = [world.judge(row_of[str(c["prompt"])], text) for c, text in zip(chains, now)]
+        out[f"refused_{i}"] = sum(s["harmless"] > 0 for s in scores) / len(scores)
+        out[f"gold_{i}"] = sum(s["gold"] for s in scores) / len(scores)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,8 +301,7 @@ def compare(pairs, principles, critic, cfg, seed, shots):
         keys.append(principle["key"])
     asks = [shots["thinking" if cfg.cot else "choice"] + text for text in asks]
     if cfg.cot:
-        thoughts = critic([{"prompt": text, "max_tokens": cfg.max_critique, "temperature": cfg.temperature,
-                            "seed": seed * 1_000_003 + i} for i, text in enumerate(asks)])
+        thoughts = critic(samples(asks, cfg.max_critique, cfg.temperature, (seed, "thoughts")))
         asks = [text + (t or {}).get("text", "") + AFTER_THINKING for text, t in zip(asks, thoughts)]
     answers = critic([{"prompt": text, "options": [" (A)", " (B)"]} for text in asks])
     out = []
@@ -458,8 +320,8 @@ def bias(labels, pairs):
     kept = [(x, a, b) for x, (_, a, b) in zip(labels, pairs) if x is not None]
     n = max(1, len(kept))
     longer = [x["p"] if len(a) > len(b) else 1 - x["p"] for x, a, b in kept if len(a) != len(b)]
-    return {"compared": len(kept), "no_answer": len(labels) - len(kept), "neither": sum(x["mass"] < 0.01 for x, *_ in kept),
-            "mass": sum(x["mass"] for x, *_ in kept) / n,
+    return {"compared": len(kept), "no_answer": len(labels) - len(kept),
+            "neither": sum(x["mass"] < 0.01 for x, *_ in kept), "mass": sum(x["mass"] for x, *_ in kept) / n,
             "first_wins": sum(x["orders"][0] + 1 - x["orders"][1] for x, *_ in kept) / 2 / n,
             "longer_wins": sum(longer) / max(1, len(longer))}
 
@@ -552,9 +414,9 @@ def main(cfg):
     if not choose or not (revise or cfg.critic_test):
         raise InputError(f"--constitution: {len(revise)} principles for revisions and {len(choose)} for choices "
                          f"(--about {cfg.about}); both need at least one")
-    shots = few_shots(cfg.few_shots, choose)
+    shots = few_shots(examples(cfg.few_shots), choose)
     if cfg.critic_test:
-        critic = Critic(cfg, cfg.critic or sibling(cfg, "base"), Path(cfg.out) / "answers.jsonl", device, autocast)
+        critic = make_critic(cfg.critic or sibling(cfg, "base"), cfg, device, autocast)
         return test_critic(cfg, critic, choose, shots)
     # ---- the model to start from, and the prompts
     out, graded = Path(cfg.out), not cfg.data   # the tiny world knows the gold score: it is reported, never trained on
@@ -564,7 +426,7 @@ def main(cfg):
     model = cfg.init or sibling(cfg, "helpful")
     if not cfg.init and not (Path(model) / "result.json").exists():
         demos = out / "helpful_demos.jsonl"
-        write_rows(demos, world.helpful_only(3000, cfg.seed))
+        write_rows(demos, world.helpful_only(3000, 0))
         stage(cfg, "sft.py", model, "--init", sibling(cfg, "base"), "--data", demos)
     asked = world.rows("preference")
     red = formats.load(cfg.data, "prompt")[0] if cfg.data else [r for r in asked if r["family"] == "harmless"]
@@ -580,7 +442,7 @@ def main(cfg):
                                     generator=seeded(cfg.seed, 0, device))
         result = {"length": sum(map(len, ids)) / len(ids), "eos_rate": sum(tok.eos_id in x for x in ids) / len(ids),
                   "distinct_2": distinct_2(ids)}
-        if graded:   # harmless is gold (a refusal without the right alternative is worth half), harmless_rate counts refusals
+        if graded:   # harmless is gold: a refusal without the right alternative is worth half. harmless_rate: refusals
             refused = [world.judge(r, t)["harmless"] > 0 for r, t in zip(tests, texts) if r["family"] == "harmless"]
             result |= world.report(tests, texts) | {"harmless_rate": sum(refused) / len(refused)}
         return result, texts
@@ -596,7 +458,7 @@ def main(cfg):
         folder.mkdir(exist_ok=True)
         rng = random.Random(seed)
         judge = cfg.critic or (sibling(cfg, "base") if graded and n == 1 else model)
-        critic = Critic(cfg, judge, out / "answers.jsonl", device, autocast)
+        critic = make_critic(judge, cfg, device, autocast)
         print(f"round {n}: generator {model}, critic {critic.name}", flush=True)
         # ---- stage 1: critiques and revisions, then SFT on them and on the model's own answers to harmless prompts
         chains_file, rows_file = folder / "chains.jsonl", folder / "stage1.jsonl"
@@ -616,16 +478,8 @@ def main(cfg):
                      for r, text, whole in zip(others, said[len(some):], ended[len(some):]) if whole and text.strip()]
             write_rows(rows_file, rows)
         counts = count_faults(chains := read_rows(chains_file))
-        print(f"{chains_file}: {len(chains)} chains, {dict(counts)}", flush=True)
-        curve = {}
-        if graded:   # the chains' texts by number of revisions, judged: the paper's figure 5
-            by_prompt = {str(r["prompt"]): r for r in red}
-            for i in range(cfg.critiques + 1):
-                texts = [([c["initial"]] + [s["revision"] for s in c["chain"] if s["fault"] in ("", "copied")]
-                          + [None] * 99)[i] for c in chains]
-                scores = [world.judge(by_prompt[str(c["prompt"])], t)["harmless"] for c, t in zip(chains, texts)
-                          if t is not None]
-                curve |= {f"refused_{i}": sum(s > 0 for s in scores) / max(1, len(scores))}
+        print(f"{chains_file}: {len(chains)} chains, " + ", ".join(f"{k} {v}" for k, v in counts.items()), flush=True)
+        curve = rounds_curve(chains, red) if graded else {}
         sl = stage(cfg, "sft.py", folder / "sl", "--init", model, "--data", rows_file, "--epochs", 2,
                    *shlex.split(cfg.sft_flags))
         columns[f"{n}: SL"], texts = measure(sl)
@@ -668,7 +522,7 @@ def main(cfg):
                           *shlex.split(cfg.rl_flags))
         columns[f"{n}: RL"], texts = measure(model)
         log.samples(f"round {n}, stage 2", probes, texts[:12])
-        log.step(2 * n, **columns[f"{n}: RL"], **{f"critic_{k}": v for k, v in (told | critic.counts).items()})
+        log.step(2 * n, **columns[f"{n}: RL"], **{f"critic_{k}": v for k, v in (told | dict(critic.counts)).items()})
 
     policy, tok = load(model, device, scalar_head=False)
     save(cfg.out, policy, tok)
