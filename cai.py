@@ -74,7 +74,8 @@ class Config:
     k: int = 4                    # answers per prompt in stage 2; all pairs of different ones are compared
     max_new: int = 32             # longest response and revision, in tokens
     max_critique: int = 32        # longest critique or chain of thought, in tokens
-    temperature: float = 1.0      # of all sampling
+    temperature: float = 1.0      # of the model's answers
+    critic_temperature: float = 0.4   # of critiques, revisions and thoughts (1 in the paper; a small critic rambles)
     noise: float = 0.05           # of the tiny world's annotator (see reward.py)
     against: str = ""             # a model to compare the final one with, answer by answer, by the gold judge
     critic_test: str = ""         # only measure the critic on these comparisons, then stop
@@ -233,10 +234,10 @@ def make_chains(prompts, responses, principles, critic, cfg, seed, shots=""):
         talks = [transcript(c["prompt"]) + "\n\nAssistant:" for c in chains]
 
         asks = [critique_prompt(t, r, p) for t, r, p in zip(talks, now, drawn)]
-        critiques = critic(samples(asks, cfg.max_critique, cfg.temperature, (seed, step, "critique"), shots))
+        critiques = critic(samples(asks, cfg.max_critique, cfg.critic_temperature, (seed, step, "critique"), shots))
         texts = [(c or {}).get("text", "") for c in critiques]
         asks = [revision_prompt(t, r, c, p) for t, r, c, p in zip(talks, now, texts, drawn)]
-        revisions = critic(samples(asks, cfg.max_new, cfg.temperature, (seed, step, "revision"), shots))
+        revisions = critic(samples(asks, cfg.max_new, cfg.critic_temperature, (seed, step, "revision"), shots))
         for i, (chain, principle, critique, revision) in enumerate(zip(chains, drawn, texts, revisions)):
             wrong = fault(revision, now[i])
             chain["chain"].append({"principle": principle["key"], "critique": critique,
@@ -301,7 +302,7 @@ def compare(pairs, principles, critic, cfg, seed, shots):
         keys.append(principle["key"])
     asks = [shots["thinking" if cfg.cot else "choice"] + text for text in asks]
     if cfg.cot:
-        thoughts = critic(samples(asks, cfg.max_critique, cfg.temperature, (seed, "thoughts")))
+        thoughts = critic(samples(asks, cfg.max_critique, cfg.critic_temperature, (seed, "thoughts")))
         asks = [text + (t or {}).get("text", "") + AFTER_THINKING for text, t in zip(asks, thoughts)]
     answers = critic([{"prompt": text, "options": [" (A)", " (B)"]} for text in asks])
     out = []
@@ -514,7 +515,7 @@ def main(cfg):
         else:
             reward = stage(cfg, "reward.py", folder / "reward", "--init", sl, "--data", pairs_file, *add,
                            *shlex.split(cfg.reward_flags))
-            flags = ["--relabel", 0, "--iterations", 45]
+            flags = ["--relabel", 0, "--iterations", 20]
             if not graded:
                 write_rows(folder / "rl.jsonl", [{"prompt": r["prompt"]} for r in red + helpful])
                 flags += ["--data", folder / "rl.jsonl"]

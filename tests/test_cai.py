@@ -66,7 +66,7 @@ def test_all_recorded_chains_are_replayed(name):
         messages = [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": said}
                     for who, said in zip(turns[::2], turns[1::2])]
         drawn = iter([by_key[step["cst_key"]] for step in record["cst"]])
-        cfg = SimpleNamespace(critiques=4, max_critique=9, max_new=9, temperature=1.0)
+        cfg = SimpleNamespace(critiques=4, max_critique=9, max_new=9, critic_temperature=1.0)
         with pytest.MonkeyPatch.context() as m:
             m.setattr(random.Random, "choice", lambda self, principles: next(drawn))
             chain, = cai.make_chains([messages], [record["initial_response"][0]["sample"]], revise, lambda requests: [
@@ -163,7 +163,7 @@ def stub(choose):
 
 def test_compare_and_bias():
     pairs = [([{"role": "user", "content": f"q{i}"}], "short", "a longer answer") for i in range(4)]
-    cfg = SimpleNamespace(cot=False, clamp=0.0, max_critique=9, temperature=1.0)
+    cfg = SimpleNamespace(cot=False, clamp=0.0, max_critique=9, critic_temperature=1.0)
     _, choose = constitution(OURS)
 
     def ask(f, rules=choose):
@@ -187,7 +187,7 @@ def test_thinking_aloud():
     def critic(requests):
         asked.append(requests)
         return [{"logp": [-1.0, -1.0]} if "options" in r else {"text": " Hm.", "ended": True} for r in requests]
-    cfg = SimpleNamespace(cot=True, clamp=0.4, max_critique=9, temperature=1.0)
+    cfg = SimpleNamespace(cot=True, clamp=0.4, max_critique=9, critic_temperature=1.0)
     label, = cai.compare([([{"role": "user", "content": "q"}], "a", "b")], choose, critic, cfg, 0, {"thinking": "SHOTS"})
     assert label["p"] == 0.5 and [len(x) for x in asked] == [2, 2] and len({r["seed"] for r in asked[0]}) == 2
     assert all(r["prompt"].startswith("SHOTS\n\nHuman: Consider") for r in asked[0])
@@ -212,7 +212,7 @@ def test_chains_keep_the_response_when_a_revision_is_of_no_use():
     def critic(requests):
         asked.extend(requests)
         return [{"text": next(texts), "ended": True} for _ in requests]
-    cfg = SimpleNamespace(critiques=3, max_critique=9, max_new=9, temperature=1.0)
+    cfg = SimpleNamespace(critiques=3, max_critique=9, max_new=9, critic_temperature=1.0)
     prompt = [{"role": "user", "content": "q"}]
     chain, = chains = cai.make_chains([prompt], [" bad"], revise, critic, cfg, 0)
     assert [s["fault"] for s in chain["chain"]] == ["empty", "", "copied"]
@@ -408,9 +408,9 @@ def test_critic_test_at_an_address(suite, server, tmp_path):
 
 
 @needs_fork
-def test_the_script(suite, tmp_path):
+def test_the_script(suite, chain, tmp_path):
     """Both stages on a slice of the tiny world with models of a few steps; then --resume, which has nothing to do."""
-    suite.ok("model.py", "--out", tmp_path / "base", "--steps", 30)
+    (tmp_path / "base").symlink_to(chain / "base")
     flags = ["--out", tmp_path / "cai", "--prompts", 60, "--helpful_prompts", 60, "--max_steps", 20, "--k", 3, "--critiques", 1,
              "--max_new", 24, "--max_critique", 16, "--sft_flags", "--max_new 16 --warmup 2", "--reward_flags", "--held_out 0.3",
              "--rl_flags", "--iterations 1 --rollouts 16 --max_new 16"]
