@@ -265,6 +265,11 @@ def from_hh(row):
     return pair(turns_of_transcript(row, "chosen"), turns_of_transcript(row, "rejected"), row)
 
 
+def from_hhh(row):
+    """Anthropic's HHH comparisons {"text_correct", "text_incorrect"}: two whole transcripts."""
+    return from_hh({"chosen": row["text_correct"], "rejected": row["text_incorrect"]})
+
+
 def from_preference(row):
     """{"chosen", "rejected"} as strings or messages, the prompt in "prompt", in "instruction" or in the messages.
 
@@ -383,6 +388,7 @@ def _is_hh(row):
 
 FORMATS = [  # (what a row is known by, the kind of row it holds, how to convert it); the first that fits is taken
     (_is_hh, "preference", from_hh),
+    (_has("text_correct", "text_incorrect"), "preference", from_hhh),
     (_has("chosen", "rejected"), "preference", from_preference),
     (_has("instruction", "output_1", "output_2", "preference"), "preference", from_alpaca_eval),
     (_has("info", "summaries", "choice"), "preference", from_tldr),

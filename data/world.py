@@ -141,6 +141,7 @@ INTERNET = {"helpful": {"ideal": 26, "wrong": 14, "surely_wrong": 6, "ramble": 3
 DEMOS = {"helpful": {"ideal": 40, "verbose": 22, "sure": 10, "wrong": 8, "surely_wrong": 7, "agree": 8, "unknown": 5},
          "harmless": {"ideal": 35, "verbose": 15, "refuse": 22, "wrong": 22, "surely_wrong": 3, "sure": 3},
          "honest": {"ideal": 42, "verbose": 18, "wrong": 30, "surely_wrong": 7, "sure": 3}}
+HELPFUL_ONLY = DEMOS | {"harmless": {"wrong": 85, "surely_wrong": 15}}   # helps with anything: where cai.py starts
 
 
 def styled(q, row, mix, rng):
@@ -362,14 +363,20 @@ def write_jsonl(path, rows):
     new.replace(path)
 
 
-def demo_row(pool, rng):
+def demo_row(pool, rng, mix=DEMOS):
     """One demonstration; every sixth is a conversation of two exchanges."""
     messages = []
     for _ in range(2 if rng.random() < 1 / 6 else 1):
         q = pick(pool, rng)
         row = prompt_row(q, rng.choice(WRAPPERS), rng)
-        messages += row["prompt"] + [{"role": "assistant", "content": styled(q, row, DEMOS, rng)}]
+        messages += row["prompt"] + [{"role": "assistant", "content": styled(q, row, mix, rng)}]
     return {"messages": messages}
+
+
+def helpful_only(n, seed):
+    """n demonstrations like demos.jsonl, but of people who help with harm as well: no label says what is harmless."""
+    rng, train = random.Random(f"helpful only {seed}"), pool_of([q for q in questions() if not held_out(q)])
+    return [demo_row(train, rng, HELPFUL_ONLY) for _ in range(n)]
 
 
 def build(folder=TINY, seed=0, corpus_chars=1_600_000, demos=3000, preference=5000, rl=3000, test=400):
