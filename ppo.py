@@ -334,6 +334,10 @@ def relabel(cfg, path, init, round):
                "--policy", f"{cfg.out},{init}", "--prompts", str(cfg.relabel_prompts),
                "--seed", str(cfg.seed + 1000 * round), "--out", str(new),
                "--add", f"{path}/comparisons.jsonl", "--epochs", "1", "--lr", "5e-4", "--dtype", cfg.dtype]
+    if (told := Path(path) / "result.json").exists():   # the same annotator as before, with its noise and its biases
+        before = json.loads(told.read_text())["config"]
+        for name in ("noise", "agreement", "bias_length", "bias_confidence", "bias_sycophancy"):
+            command.append(f"--{name}={before[name]}")
     print(f"relabel, round {round}: {' '.join(command[1:])}", flush=True)
     result = subprocess.run(command + (["--device", cfg.device] if cfg.device else []), capture_output=True, text=True)
     if result.returncode:

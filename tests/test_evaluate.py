@@ -12,14 +12,19 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import fields
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import hacking
 import ppo
-from data import evaluate, world
-from model import GPT, GPTConfig, distinct_2
+from data import InputError, evaluate, world
+from model import GPT, GPTConfig, cli, distinct_2
 from test_scripts import fails, log_of, result_of, user, write
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
@@ -99,6 +104,7 @@ def test_the_ai_judge_asks_as_the_corpus_does():
 def test_labels_are_short_and_different():
     assert evaluate.labels(["out/sft", "out/ppo"]) == ["sft", "ppo"]
     assert evaluate.labels(["a/1/ppo", "a/2/ppo/"]) == ["1/ppo", "2/ppo"]
+    assert evaluate.labels(["out/control"]) == ["out/control"]           # not to be taken for the control
     with pytest.raises(evaluate.InputError, match="twice"):
         evaluate.labels(["a/ppo", "a/ppo"])
 
@@ -481,3 +487,74 @@ def test_health_speaks_up_once(train):
     out, log = train("ill", "--reward", "gold", "--iterations", 12, "--lr", 0.1, "--rollouts", 4)
     said = re.findall(r"^health, (.*?): ", out, re.M)
     assert said and len(said) == len(set(said)) and all("unique" in row for row in log)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. tests/hacking.py, the driver of the long runs, in a small way.
+
+
+def test_hacking_driver(tmp_path, monkeypatch, capsys):
+    """Every command it would run is one its script takes; of made-up logs it draws and tabulates what they hold."""
+    commands = []
+
+    def pretend(command, **kw):
+        script, argv = Path(command[1]).name, command[2:]
+        if command[1] == "-m":
+            script, n = command[2], command.index("--reference")
+            argv = ["--models", ",".join(command[3:n]), *command[n:]]
+        monkeypatch.setattr(sys, "argv", [script, *argv])
+        cfg = cli(import_module(script.removesuffix(".py")).Config, "")
+        commands.append((script, cfg))
+        out, result = Path(cfg.out), {}
+        if script == "ppo.py":   # gold 0.5 -> 0.9 -> its end, over 30 iterations
+            end = {"none": 0.5, "budget": 0.9, "center": 0.7}[out.name]
+            gold = [0.5 + 0.04 * i for i in range(11)] + [0.9] * 4
+            gold += [0.9 + (end - 0.9) * i / 10 for i in range(11)] + [end] * 4
+            write(out / "log.jsonl", [{"kl_exact": 0.1 * i, "reward": 0.2 * i, "gold": x} for i, x in enumerate(gold)])
+        if script == "data.evaluate":
+            result = {"models": {Path(p).name: {"reward": 1.0, "gold": 0.5, "kl": 2.0} for p in cfg.models.split(",")},
+                      "best_of": [{"n": n, "kl": n / 2, "reward": n, "gold": n} for n in (1, 2)]}
+        (out / "result.json").write_text(json.dumps(result))
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(hacking.subprocess, "run", pretend)
+    cfg = hacking.Config(out=str(tmp_path), biases="length,sycophancy", seeds="0,1", cures="center,budget",
+                         strength=2.0, ppo_flags="--iterations 30")
+    hacking.main(cfg)
+    assert [name for name, _ in commands] == [
+        "sft.py", "reward.py", "ppo.py", "reward.py", "ppo.py", "ppo.py", "data.evaluate"] * 2 + [
+        "reward.py", "ppo.py", "reward.py", "ppo.py", "ppo.py", "data.evaluate"] * 2
+    configs = {name: [c for n, c in commands if n == name] for name in ("reward.py", "ppo.py", "data.evaluate")}
+    assert [(c.bias_length, c.bias_sycophancy) for c in configs["reward.py"][::4]] == [(1, 0), (0, 3)]
+    assert [(c.center, c.seed) for c in configs["reward.py"][:3]] == [(0.01, 0), (0.2, 0), (0.01, 1)]
+    none, center, budget = configs["ppo.py"][:3]
+    assert (none.relabel, none.kl_coef, none.iterations, none.kl_budget, budget.kl_budget) == (0, 0.01, 30, 0, 0.7)
+    assert none.reward == budget.reward == configs["reward.py"][0].out and center.reward == configs["reward.py"][1].out
+    assert configs["data.evaluate"][0].reward == none.reward
+    rows = {row["cure"]: row for row in json.loads((tmp_path / "cures.json").read_text()) if row["seed"] == 1}
+    assert {c: (round(r["lost"], 3), round(r["cured"], 3)) for c, r in rows.items()} == {
+        "none": (0.4, 0), "center": (0.2, 0.5), "budget": (0, 1)}
+    text = capsys.readouterr().out
+    assert (tmp_path / "cures.txt").read_text() in text + "\n" and "0.500 (0.500 to 0.500)" in text
+    if find_spec("matplotlib"):
+        assert (tmp_path / "length.png").exists() and (tmp_path / "sycophancy.png").exists()
+    commands.clear()
+    hacking.main(cfg)
+    assert commands == []                                               # nothing is made twice
+    with pytest.raises(InputError, match="prayer"):
+        hacking.main(hacking.Config(cures="prayer"))
+
+
+def test_every_cure_is_a_command(monkeypatch):
+    for flags in hacking.CURES.values():
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *flags.split()])
+        assert cli(ppo.Config, "") != ppo.Config()
+
+
+def test_relabelling_asks_the_same_annotator(tmp_path, monkeypatch):
+    """With the noise and the biases that the reward model's comparisons were made with."""
+    commands = []
+    monkeypatch.setattr(ppo.subprocess, "run", lambda c, **kw: commands.append(c) or SimpleNamespace(returncode=0))
+    config = {"noise": 0.2, "agreement": 0.7, "bias_length": -0.5, "bias_confidence": 1.0, "bias_sycophancy": 0.0}
+    (tmp_path / "result.json").write_text(json.dumps({"config": config}))
+    ppo.relabel(ppo.Config(), str(tmp_path), "sft", 1)
+    assert {f"--{k}={v}" for k, v in config.items()} <= set(commands[0])
