@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, formats, world
-from model import (Run, cosine, distinct_2, frozen, load, load_state, need, optimizer_for, pad_batch, respond, run,
+from model import (Run, batches, cosine, distinct_2, frozen, load, load_state, need, optimizer_for, pad_batch, respond, run,
                    save, seeded, setup, sibling, token_logprobs, trained, with_lora)
 
 
@@ -308,10 +308,8 @@ def main(cfg):
                              "need at least one" + (", kto good and bad answers" if cfg.loss == "kto" else ""))
         if cfg.loss == "kto":
             train, held = mismatch(train, cfg.seed), mismatch(held, cfg.seed)
-        plan = []
-        for epoch in range(cfg.epochs):
-            order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(train)), len(train))
-            plan += [order[i: i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
+        lengths = [len(x) + max(len(a), len(b)) for x, a, b, _ in train]
+        plan = [b for epoch in range(cfg.epochs) for b in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
 
     trunk = frozen(policy, autocast) if cfg.lora else None   # without its adapters the policy is the reference
     policy = with_lora(trunk, cfg.lora) if cfg.lora else policy

@@ -382,6 +382,18 @@ def token_logprobs(model, ids, mask, temperature=1.0, entropy=False, chunk=4096)
     return (logp, scatter([p[1] for p in parts])) if entropy else logp
 
 
+def batches(lengths, batch_size, seed, epoch):
+    """One pass over examples of these lengths, as lists of their numbers, batch by batch, each of similar lengths, so
+    that little is padded: shuffle, sort within windows of 16 batches, shuffle the batches."""
+    rng = random.Random(f"{seed} {epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths))
+    window = 16 * batch_size
+    windows = (order[w: w + window] for w in range(0, len(order), window))
+    order = [i for w in windows for i in sorted(w, key=lambda i: lengths[i])]
+    out = [order[i: i + batch_size] for i in range(0, len(order), batch_size)]
+    return rng.sample(out, len(out))
+
+
 def respond(model, tok, prompts, max_new, batch=256, **kw):
     """Sample one response per prompt (lists of messages). Returns the texts and (ids, mask) of each row, as lists, in
     the order of the prompts; batches are sorted by length so that little is padded."""

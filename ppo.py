@@ -15,6 +15,10 @@ One iteration:
   5. update     epochs x minibatches:  ratio = pi / pi_old,
                 L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)                            (arXiv:1707.06347, eq. 7)
                 L_V = max((V - ret)^2, (clip(V, V_old - eps_v, V_old + eps_v) - ret)^2) / 2
+Against reward hacking (data/evaluate.py shows it): several reward models at once (--reward A,B,C --ensemble uwo),
+--kl_budget, --kl adaptive, --length_penalty, --entropy_coef, --relabel. Against forgetting: pretraining text mixed in,
+    L - ptx_coef E[ log pi(x) ]  over the corpus (arXiv:2203.02155, eq. 2). A run that goes wrong says so (health).
+
 All temperatures divide logits in pi, pi_old and pi_ref alike. All means are over response tokens, EOS included, and use
 the token count of the whole minibatch, so a minibatch may be cut into micro-batches freely.
 
@@ -43,17 +47,22 @@ from model import (Run, distinct_2, frozen, generate, load, load_state, need, op
 @dataclass
 class Config:
     init: str = ""                # policy to start from and to stay close to (default: sft beside --out)
-    reward: str = ""              # reward model, or "gold", or module:function (default: reward beside --out)
+    reward: str = ""              # reward model, or "gold", or module:function, or several: A,B,C (default: reward
+                                  # beside --out)
+    ensemble: typing.Literal["mean", "min", "uwo"] = "mean"   # what several rewards become: their mean, the smallest,
+                                  # or uwo: mean - uwo_coef x variance (arXiv:2310.02743)
+    uwo_coef: float = 0.5         # of the variance
+    reward_weights: str = ""      # of several rewards, 1,0.5 (default: equal), e.g. of a helpful and a harmless one
     data: str = ""                # prompts (default: the tiny world's)
     out: str = "out/ppo"          # folder for the checkpoint, log, samples and plot
     iterations: int = 90          # rollout + update
-    relabel: int = 15             # have new answers of the policy compared, and the reward model go on, every so many
-                                  # iterations (0: never); needs the tiny world's annotator and a reward model we made
-    relabel_prompts: int = 2000   # prompts of such a round, answered twice by the policy and twice by --init
+    relabel: int = 20             # have new answers of the policy compared, and the reward model go on, every so many
+                                  # iterations (0: never); needs the tiny world's annotator and one reward model of ours
+    relabel_prompts: int = 1500   # prompts of such a round, answered twice by the policy and twice by --init
     rollouts: int = 256           # responses an iteration
     epochs: int = 1               # passes over each batch of rollouts
     minibatches: int = 4          # optimizer steps per pass
-    micro_batch: int = 64         # sequences per forward pass; smaller needs less memory and changes nothing else
+    micro_batch: int = 32         # sequences per forward pass; smaller needs less memory and changes nothing else
     max_prompt: int = 128         # longer prompts are left out and counted, in tokens
     max_new: int = 32             # longest response, in tokens
     temperature: float = 1.0      # of sampling and of every log-prob
@@ -67,10 +76,14 @@ class Config:
     clip: float = 0.2             # eps of the ratio
     value_clip: float = 0.5       # eps_v of the values, in units of reward
     entropy_coef: float = 0.0     # weight of an entropy bonus
+    length_penalty: float = 0.0   # taken off the score for every token of the response
+    ptx_coef: float = 0.0         # weight of the pretraining loss mixed into every step (arXiv:2203.02155, eq. 2)
+    ptx_data: str = ""            # its text, documents separated by <|endoftext|> (default: the tiny world's corpus)
     kl_coef: float = 0.1          # beta (the initial one if adaptive)
     kl: typing.Literal["fixed", "adaptive"] = "fixed"   # adaptive: steer beta to --kl_target (arXiv:1909.08593)
     kl_target: float = 4.0        # nats per response
     kl_horizon: float = 10000.0   # responses over which beta may change e-fold, roughly
+    kl_budget: float = 0.0        # stop where the exact KL reaches so many nats per response (0: no limit)
     eos_penalty: float = 4.0      # a response that does not end gets minus this instead of its score
     grad_clip: float = 1.0        # largest gradient norm, for each model by itself
     save_every: int = 25          # iterations between checkpoints
@@ -150,6 +163,56 @@ def adapt_kl_coef(beta, kl, target, n, horizon):
     return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
 
 
+def ensemble(rewards, kind, coef):
+    """One reward (B,) of those of K models (K, B) that err differently (arXiv:2310.02743, eq. 4-6): their mean, the
+    smallest (min), or uncertainty-weighted (uwo), mean - coef x variance between the models."""
+    if kind == "min":
+        return rewards.min(0).values
+    return rewards.mean(0) - (coef * rewards.var(0, correction=0) if kind == "uwo" else 0)
+
+
+def health(history):
+    """What is wrong with a run, in words: {name: sentence}, from its log rows so far (list of dicts). Compares the last
+    five with the first five, and says nothing while there are fewer than ten."""
+    if len(history) < 10:
+        return {}
+
+    def means(rows):
+        return {k: sum(r[k] for r in rows if k in r) / sum(k in r for r in rows) for k in rows[-1]}
+    old, now, said = means(history[:5]), means(history[-5:]), {}
+    if now["kl"] < -0.1:
+        said["negative KL"] = f"""the KL is estimated at {now['kl']:.2f}, and no KL is negative: the log-probs are not
+            those of what was sampled from; see the checks before the first update, try --dtype float32"""
+    if now["eos_rate"] < min(0.9, old["eos_rate"] - 0.1):
+        said["EOS rate"] = f"""only {now['eos_rate']:.2f} of the responses end, it was {old['eos_rate']:.2f}: rambling
+            pays; try a larger --eos_penalty, or a larger --max_new if good answers need it"""
+    if now["entropy"] < 0.05 * old["entropy"]:
+        said["entropy"] = f"""it fell from {old['entropy']:.3f} to {now['entropy']:.3f} nats per token: the policy has
+            stopped exploring; try --entropy_coef 0.01, a larger --kl_coef or a smaller --lr"""
+    if now.get("unique", 1) < 0.3 * old.get("unique", 1):
+        said["identical responses"] = f"""only {now['unique']:.2f} of them differ, it was {old['unique']:.2f}: one
+            answer pays for many prompts; read the samples, try a larger --kl_coef or --entropy_coef 0.01"""
+    if now["length"] > 1.5 * old["length"]:
+        said["length"] = f"""it grew from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for talk;
+            try --length_penalty 0.05"""
+    if now["length"] < 0.5 * old["length"]:
+        said["length"] = f"""it shrank from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for
+            brevity; read the samples, try a larger --kl_coef or a smaller --eos_penalty"""
+    if now.get("clipfrac", 0) > 0.3 or now.get("approx_kl", 0) > 0.1:
+        said["ratio"] = f"""{now['clipfrac']:.2f} of the ratios are clipped and approx_kl is {now['approx_kl']:.3f}: the
+            steps are too large; try a smaller --lr or fewer --epochs"""
+    if len(history) >= 20 and "value_loss" in now and now["explained_var"] <= 0:
+        said["value model"] = f"""it explains {now['explained_var']:.2f} of the variance of the returns, where a
+            constant explains 0: try a larger --value_lr or --value_warmup, or do without: --advantage rloo --group 4"""
+    if "gold" in now:   # the best five iterations in a row against the last five
+        best = max((means(history[i: i + 5]) for i in range(len(history) - 4)), key=lambda m: m["gold"])
+        if now["gold"] < best["gold"] - 0.05 and now["reward"] > best["reward"]:
+            said["reward hacking"] = f"""gold fell from {best['gold']:.2f} to {now['gold']:.2f} while the reward rose
+                from {best['reward']:.2f} to {now['reward']:.2f}: the policy exploits the reward model (Goodhart's law);
+                try --relabel 15, --kl_budget {best['kl_exact']:.1f}, a larger --kl_coef, or --ensemble uwo"""
+    return {name: " ".join(sentence.split()) for name, sentence in said.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The four models at work.
 
@@ -196,27 +259,24 @@ def in_pieces(f, size, ids, mask, width):
     return out
 
 
-def reward_function(cfg, device, autocast):
-    """(score(rows, texts, ids, last) -> list of floats, reward model or None, its tokenizer or None)."""
-    if cfg.reward == "gold" or ":" in cfg.reward:
-        module, name = ("data.world", "gold") if cfg.reward == "gold" else cfg.reward.rsplit(":", 1)
+def one_reward(name, cfg, device, autocast):
+    """(score(rows, texts, ids, lens) -> (B,), reward model or None, its tokenizer or None) of one --reward."""
+    if name == "gold" or ":" in name:
+        module, function = ("data.world", "gold") if name == "gold" else name.rsplit(":", 1)
         try:
-            f = getattr(importlib.import_module(module), name)
+            f = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, ValueError) as e:
-            raise InputError(f"--reward {cfg.reward}: {e}") from None
+            raise InputError(f"--reward {name}: {e}") from None
 
         def call(rows, texts, ids, lens):
             out = torch.as_tensor(f(rows, texts), dtype=torch.float, device=device)
             if out.shape != (len(rows),) or not out.isfinite().all():
-                raise InputError(f"--reward {cfg.reward}: expected {len(rows)} finite numbers for as many responses")
+                raise InputError(f"--reward {name}: expected {len(rows)} finite numbers for as many responses")
             return out
         return call, None, None
-    path = cfg.reward or sibling(cfg, "reward")
-    if not cfg.reward:
-        need(path, "reward.py", cfg)
-    rm, tok = load(path, device)
+    rm, tok = load(name, device)
     if not rm.cfg.scalar_head:
-        raise InputError(f"{path} is a language model; --reward needs a reward model")
+        raise InputError(f"{name} is a language model; --reward needs a reward model")
     rm.requires_grad_(False)
 
     @torch.no_grad()
@@ -228,6 +288,26 @@ def reward_function(cfg, device, autocast):
             out[at] = rm.scores(hidden[torch.arange(len(at), device=device), lens[at] - 1])
         return out
     return score, rm, tok
+
+
+def reward_function(cfg, device, autocast):
+    """(score(rows, texts, ids, lens) -> (B,), [(reward model, its tokenizer)]) of all of --reward together."""
+    path = cfg.reward or sibling(cfg, "reward")
+    if not cfg.reward:
+        need(path, "reward.py", cfg)
+    names = path.split(",")
+    try:
+        weights = [float(w) for w in cfg.reward_weights.split(",")] if cfg.reward_weights else [1.0] * len(names)
+    except ValueError:
+        weights = []
+    if len(weights) != len(names) or not 0 < sum(weights) < torch.inf:
+        raise InputError(f"--reward_weights {cfg.reward_weights}: expected {len(names)} numbers with commas between")
+    functions, *models = zip(*(one_reward(name, cfg, device, autocast) for name in names))
+    weights = torch.tensor(weights, device=device)[:, None] * len(names) / sum(weights)       # (K, 1), 1 on average
+
+    def score(*args):
+        return ensemble(torch.stack([f(*args) for f in functions]) * weights, cfg.ensemble, cfg.uwo_coef)
+    return score, [(rm, tok) for rm, tok in zip(*models) if rm is not None]
 
 
 def self_check(policy, ids, mask, width, sampled_logp, old_logp, ref_logp, cfg, autocast):
@@ -256,6 +336,10 @@ def relabel(cfg, path, init, round):
                "--policy", f"{cfg.out},{init}", "--prompts", str(cfg.relabel_prompts),
                "--seed", str(cfg.seed + 1000 * round), "--out", str(new),
                "--add", f"{path}/comparisons.jsonl", "--epochs", "1", "--lr", "5e-4", "--dtype", cfg.dtype]
+    if (told := Path(path) / "result.json").exists():   # the same annotator as before, with its noise and its biases
+        before = json.loads(told.read_text())["config"]
+        for name in ("noise", "agreement", "bias_length", "bias_confidence", "bias_sycophancy"):
+            command.append(f"--{name}={before[name]}")
     print(f"relabel, round {round}: {' '.join(command[1:])}", flush=True)
     result = subprocess.run(command + (["--device", cfg.device] if cfg.device else []), capture_output=True, text=True)
     if result.returncode:
@@ -306,10 +390,11 @@ def score(b, policy, ref, value, tok, reward, cfg, autocast):
 
 
 def credit(b, beta, cfg):
-    """3. reward: -beta k1 at every token, the score on the last one. 4. advantage: raw, and as the update uses it."""
+    """3. reward: -beta k1 at every token, the score (less what its length costs) on the last one.
+    4. advantage: raw, and as the update uses it."""
     b.kl, _, b.kl_k3 = kl_estimators(b.old_logp, b.ref_logp)                                  # (B, T), 0 off the mask
     b.rewards = -beta * b.kl
-    b.rewards.scatter_add_(1, (b.width - 1)[:, None], b.scores[:, None])
+    b.rewards.scatter_add_(1, (b.width - 1)[:, None], (b.scores - cfg.length_penalty * b.mask.sum(1))[:, None])
     if cfg.advantage == "gae":
         b.raw_advantages, b.returns = gae(b.rewards, b.old_values, b.mask, cfg.gamma, cfg.lam)
         b.advantages = whiten(b.raw_advantages, b.mask)
@@ -318,7 +403,7 @@ def credit(b, beta, cfg):
         b.advantages, b.returns = b.raw_advantages, b.old_values
 
 
-def update(b, policy, value, optimizer, value_optimizer, logprobs, values, cfg, step, rng, autocast, log):
+def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, step, rng, autocast, log):
     """5. Epochs x minibatches of the clipped losses. Returns their means and those of approx_kl and clipfrac."""
     scale, sums = 1 - 2 / 3 * step / cfg.iterations, {}
     for epoch in range(cfg.epochs):
@@ -346,10 +431,27 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, cfg, 
                     loss.backward()
                     share = loss.detach() / (cfg.epochs * cfg.minibatches)
                     sums["value_loss"] = sums.get("value_loss", 0.0) + share
+            if cfg.ptx_coef and step >= cfg.value_warmup:   # 8 windows of text: L_ptx = - mean log pi(x_t | x_<t)
+                at = torch.randint(corpus.shape[0], (8,), generator=rng)
+                x = corpus[at].to(b.ids.device)                                               # (8, T)
+                with autocast():
+                    ptx_loss = -logprobs(policy, x, torch.ones_like(x))[:, 1:].mean()
+                (cfg.ptx_coef * ptx_loss).backward()
+                sums["ptx_loss"] = sums.get("ptx_loss", 0.0) + ptx_loss.detach() / (cfg.epochs * cfg.minibatches)
             batch = {"rows": [b.at[i] for i in mb.tolist()], "ids": b.ids[mb], "mask": b.mask[mb], "scores": b.scores[mb]}
             log.update(step, policy, optimizer, cfg.lr * scale, batch)
             log.update(step, value, value_optimizer, cfg.value_lr * scale, batch)
     return sums
+
+
+def windows(path, tok, length):
+    """A text as rows of `length` ids (N, length), without the last 2 %, which measure the alignment tax."""
+    docs = Path(path).read_text(encoding="utf-8", errors="replace").split("<|endoftext|>")
+    ids = [i for doc in docs for i in [tok.eos_id, *tok.encode(doc)]]
+    n = (len(ids) - max(length, len(ids) // 50)) // length
+    if n < 1:
+        raise InputError(f"{path}: {len(ids)} tokens are too few for sequences of {length}")
+    return torch.tensor(ids[: n * length]).view(n, length)
 
 
 def token_table(b, logp, values, tok, cfg):
@@ -375,10 +477,9 @@ def look_inside(b, before, after, beta, cfg):
     -> {b.texts[0].strip()}
 
 score r(x, y) = {b.scores[0]:.5f}, beta = {beta:g}, gamma = {cfg.gamma:g}, lam = {cfg.lam:g}, eps = {cfg.clip:g}
-R_t = -beta (old - ref), plus r at the last token;  return = A + V;  ratio = exp(logp - old)
+R_t = -beta (old - ref), plus r (less the length penalty) at the last token;  return = A + V;  ratio = exp(logp - old)
 gae: delta_t = R_t + gamma V_t+1 - V_t,  A_t = delta_t + gamma lam A_t+1;  rloo and grpo: A from the sum of R_t
-whitened = (A - mean) / std over {len(raw)} tokens of {len(b.ids)} responses (gae): mean = {raw.mean():.5f}, \
-std = {raw.std(correction=0):.5f}
+whitened (gae) = (A - mean) / std over {len(raw)} tokens: mean = {raw.mean():.5f}, std = {raw.std(correction=0):.5f}
 
 before the update, logp = old
 {before}
@@ -400,32 +501,35 @@ def main(cfg):
     if not cfg.init:
         need(init, "sft.py", cfg)
     policy, tok = load(init, device, scalar_head=False)
-    reward, rm, rm_tok = reward_function(cfg, device, autocast)
-    if rm is not None and (rm_tok.enc._mergeable_ranks, rm_tok.special) != (tok.enc._mergeable_ranks, tok.special):
+    reward, rms = reward_function(cfg, device, autocast)
+    if any((t.enc._mergeable_ranks, t.special) != (tok.enc._mergeable_ranks, tok.special) for _, t in rms):
         raise InputError(f"{cfg.reward or 'the reward model'} and {init} have different tokenizers")
     if cfg.lora:   # one trunk: the reference is the policy without its adapters, the value model has others
         ref = frozen(policy, autocast)
         policy, value = with_lora(ref, cfg.lora), with_lora(ref, cfg.lora, scalar_head=True)
     else:
         ref = frozen(copy.deepcopy(policy), autocast)
-        value = load(init, device, scalar_head=True)[0] if rm is None else copy.deepcopy(rm).requires_grad_(True)
-    if rm is not None:
+        value = copy.deepcopy(rms[0][0]).requires_grad_(True) if rms else load(init, device, scalar_head=True)[0]
+    for rm, _ in rms:
         frozen(rm, autocast)
     data = cfg.data or world.TINY / "rl.jsonl"
     rows, dropped = formats.load(data, "prompt")
     print(formats.describe(rows, dropped, data))
-    if cfg.reward == "gold" and not all("family" in r for r in rows):
+    if "gold" in cfg.reward.split(",") and not all("family" in r for r in rows):
         raise InputError(f"{data}: --reward gold judges the tiny world's prompts only")
     path = cfg.reward or sibling(cfg, "reward")   # of the reward model in use
     prompts = [tok.render(r["prompt"], generation_prompt=True)[0] for r in rows]
-    room = min(cfg.max_prompt, *(m.cfg.max_len - cfg.max_new for m in (policy, rm) if m is not None))
+    room = min(cfg.max_prompt, *(m.cfg.max_len - cfg.max_new for m in (policy, *(rm for rm, _ in rms))))
     fit = [(r, p) for r, p in zip(rows, prompts) if len(p) <= room]
     print(f"{len(rows) - len(fit)} prompts longer than {room} tokens left out (--max_prompt, --max_new, model context)")
     if not fit:
         raise InputError(f"{data}: no prompt of at most {room} tokens (--max_prompt, --max_new, the models' context)")
     rows, prompts = zip(*fit)
     graded = not cfg.data   # the tiny world knows the gold score; it goes into the log, never into the update
-    relabels = graded and cfg.relabel and rm is not None and (Path(path) / "comparisons.jsonl").exists()
+    relabels = graded and cfg.relabel and len(rms) == 1 and (Path(path) / "comparisons.jsonl").exists()
+    corpus = None
+    if cfg.ptx_coef:
+        corpus = windows(cfg.ptx_data or world.TINY / "corpus.txt", tok, min(128, policy.cfg.max_len))
 
     optimizer = optimizer_for(policy, cfg.lr, 0.0, (0.9, 0.95), 1e-5)
     value_optimizer = optimizer_for(value, cfg.value_lr, 0.0, (0.9, 0.95), 1e-5)
@@ -435,8 +539,8 @@ def main(cfg):
                            ("value_optimizer", value_optimizer)):
             part.load_state_dict(state[name], **({"strict": False} if cfg.lora and name in ("policy", "value") else {}))
         beta, first, path = state["beta"], state["step"], state["reward_path"]
-        if rm is not None:
-            update_reward_model(rm, path)
+        if rms and "," not in path:
+            update_reward_model(rms[0][0], path)
     logprobs, values = (torch.compile(f) if cfg.compile else f for f in (token_logprobs, token_values))
     if cfg.inspect:
         rng, cfg.value_warmup = seeded(cfg.seed, first), 0
@@ -445,10 +549,11 @@ def main(cfg):
         score(b, policy, ref, value, tok, reward, cfg, autocast)
         credit(b, beta, cfg)
         old = copy.copy(b)
-        update(b, policy, value, optimizer, value_optimizer, logprobs, values, cfg, first, rng, autocast,
+        update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, first, rng, autocast,
                Run(replace(cfg, out=tempfile.mkdtemp()), "ppo", 1))
         score(b, policy, ref, value, tok, reward, cfg, autocast)
-        text = look_inside(old, *(token_table(old, x.old_logp, x.old_values, tok, cfg) for x in (old, b)), beta, cfg)
+        tables = (token_table(old, x.old_logp, x.old_values, tok, cfg) for x in (old, b))
+        text = look_inside(old, *tables, beta, cfg)
         print(text)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         write_atomic(Path(cfg.out) / "inspect.txt", text.encode())
@@ -466,14 +571,15 @@ def main(cfg):
                       "distinct_2": distinct_2(rs)}, texts
 
     before, texts = (state["before"], None) if first else measure()
-    metrics = {}
+    metrics, warned = {}, set()
+    history = [json.loads(line) for line in (Path(cfg.out) / "log.jsonl").read_text().splitlines()]   # before --resume
     if not first:
         log.samples("before", [r["prompt"] for r in tests[:12]], texts[:12])
     for step in range(first, n_steps):
         if relabels and step and step % cfg.relabel == 0:
             save(cfg.out, policy, tok)
             path = relabel(cfg, path, init, step // cfg.relabel)
-            update_reward_model(rm, path)
+            update_reward_model(rms[0][0], path)
         clock, rng = [time.time()], seeded(cfg.seed, step)
         b = rollout(policy, tok, rows, prompts, cfg, step, rng, autocast)
         clock.append(time.time())
@@ -482,7 +588,11 @@ def main(cfg):
             self_check(policy, b.ids, b.mask, b.width, b.sampled_logp, b.old_logp, b.ref_logp, cfg, autocast)
         credit(b, beta, cfg)
         clock.append(time.time())
-        sums = update(b, policy, value, optimizer, value_optimizer, logprobs, values, cfg, step, rng, autocast, log)
+        spent = cfg.kl_budget and b.exact_kl.sum(1).mean() >= cfg.kl_budget
+        sums = {}
+        if not spent:
+            sums = update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, step, rng,
+                          autocast, log)
         clock.append(time.time())
         n = b.mask.sum()
         err = ((b.returns - b.old_values) * b.mask).sum() / n
@@ -491,18 +601,27 @@ def main(cfg):
         metrics = {"reward": b.scores.mean(), "kl": b.kl.sum(1).mean(), "kl_k3": b.kl_k3.sum(1).mean(),
                    "kl_exact": b.exact_kl.sum(1).mean(), "beta": beta, "entropy": b.entropy.sum() / n,
                    "length": b.mask.sum(1).float().mean(), "eos_rate": b.ended.float().mean(),
+                   "unique": len(set(b.texts)) / len(b.texts),
                    "explained_var": explained, **sums, "t_gen": clock[1] - clock[0], "t_score": clock[2] - clock[1],
                    "t_train": clock[3] - clock[2], "tok_s": b.width.sum() / (clock[3] - clock[0])}
         if graded:
             metrics |= world.report(b.rows, b.texts)
-        log.step(step, **{k: float(v) for k, v in metrics.items()})
+        history.append({k: float(v) for k, v in metrics.items()})
+        log.step(step, **history[-1])
+        for name, sentence in health(history).items():
+            if name not in warned:
+                print(f"health, {name}: {sentence}", flush=True)
+                warned.add(name)
         if cfg.kl == "adaptive":
             beta = adapt_kl_coef(beta, float(metrics["kl"]), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
-        if log.save_now(step):
+        if log.save_now(step) or spent:
             save(cfg.out, policy, tok, {"policy": trained(policy), "value": trained(value), "beta": beta,
                                         "optimizer": optimizer.state_dict(), "step": step + 1, "reward_path": path,
                                         "value_optimizer": value_optimizer.state_dict(), "before": before})
             log.saved(step)
+        if spent:
+            print(f"--kl_budget {cfg.kl_budget:g} is spent: KL {metrics['kl_exact']:.2f} after {step} iterations")
+            break
     after, texts = measure()
     print(log.samples("after", [r["prompt"] for r in tests[:12]], texts[:12]))
     if metrics:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, formats, world
-from model import (Run, cosine, load, load_state, need, optimizer_for, pad_batch, respond, run, save, seeded, setup,
+from model import (Run, batches, cosine, load, load_state, need, optimizer_for, pad_batch, respond, run, save, seeded, setup,
                    sibling, write_atomic)
 
 
@@ -286,10 +286,8 @@ def main(cfg):
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     forward = torch.compile(final_scores) if cfg.compile else final_scores
-    plan = []
-    for epoch in range(cfg.epochs):
-        order = random.Random(f"{cfg.seed} {epoch}").sample(range(len(train)), len(train))
-        plan += [order[i: i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
+    lengths = [max(map(len, answers)) for answers, _ in train]
+    plan = [b for epoch in range(cfg.epochs) for b in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
     n_steps = min(len(plan), cfg.max_steps or len(plan))
     log = Run(cfg, "reward", n_steps, first)
     if first:

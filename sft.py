@@ -11,7 +11,6 @@ cut into micro-batches. Long conversations are cut at the end and then carry no 
 Left out: packing (length buckets waste little and need no block-diagonal mask), dropout, multiple workers.
 On the tiny world SFT ends far above the base model and far below the ceiling: it imitates careless demonstrators too.
 """
-import random
 import time
 import typing
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from data import InputError, formats, world
-from model import (Run, cosine, distinct_2, load, load_state, need, optimizer_for, pad_batch, respond, run, save,
+from model import (Run, batches, cosine, distinct_2, load, load_state, need, optimizer_for, pad_batch, respond, run, save,
                    seeded, setup, sibling, token_logprobs)
 
 
@@ -57,17 +56,6 @@ def encode(rows, tok, max_len):
     return out
 
 
-def batches(examples, batch_size, seed, epoch):
-    """Batches of examples of similar length: shuffle, sort within windows of 16 batches, shuffle the batches."""
-    rng = random.Random(f"{seed} {epoch}")
-    order = rng.sample(range(len(examples)), len(examples))
-    window = 16 * batch_size
-    windows = (order[w: w + window] for w in range(0, len(order), window))
-    order = [i for w in windows for i in sorted(w, key=lambda i: len(examples[i][0]))]
-    out = [order[i: i + batch_size] for i in range(0, len(order), batch_size)]
-    return rng.sample(out, len(out))
-
-
 def nll(model, examples, tok, device, forward=token_logprobs):
     """Summed negative log-likelihood of the supervised tokens of examples [(ids, mask)], and how many they are."""
     ids, _ = pad_batch([ids for ids, _ in examples], tok.pad_id, device)              # (B, T)
@@ -97,7 +85,7 @@ def main(cfg):
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     forward = torch.compile(token_logprobs) if cfg.compile else token_logprobs
-    plan = [b for epoch in range(cfg.epochs) for b in batches(train, cfg.batch_size, cfg.seed, epoch)]
+    plan = [b for epoch in range(cfg.epochs) for b in batches([len(ids) for ids, _ in train], cfg.batch_size, cfg.seed, epoch)]
     n_steps = min(len(plan), cfg.max_steps or len(plan))
     tests = world.rows("test") if not cfg.data else [{"prompt": p} for p in formats.prompts_of(rows, 32)]
     tests = [r for r in tests if len(tok.render(r["prompt"], True)[0]) + cfg.max_new <= model.cfg.max_len]

@@ -198,11 +198,11 @@ def made_by(path):
 
 def labels(paths):
     """A short name per path: its last part, or as much of the end as it takes to tell it from the others."""
-    parts = [Path(p).parts for p in paths]
+    parts = [Path(p).parts for p in (*paths, "control")]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-n:]) for p in parts]
-        if len(set(names)) == len(paths):
-            return names
+        if len(set(names)) == len(names):
+            return names[:-1]
     raise InputError(f"--models {','.join(paths)}: the same checkpoint twice")
 
 

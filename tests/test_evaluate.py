@@ -11,14 +11,21 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import fields
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from data import evaluate, world
-from model import GPT, GPTConfig, distinct_2
-from test_scripts import fails, result_of, user, write
+import hacking
+import ppo
+from data import InputError, evaluate, world
+from model import GPT, GPTConfig, cli, distinct_2
+from test_scripts import fails, log_of, result_of, user, write
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
 
@@ -97,6 +104,7 @@ def test_the_ai_judge_asks_as_the_corpus_does():
 def test_labels_are_short_and_different():
     assert evaluate.labels(["out/sft", "out/ppo"]) == ["sft", "ppo"]
     assert evaluate.labels(["a/1/ppo", "a/2/ppo/"]) == ["1/ppo", "2/ppo"]
+    assert evaluate.labels(["out/control"]) == ["out/control"]           # not to be taken for the control
     with pytest.raises(evaluate.InputError, match="twice"):
         evaluate.labels(["a/ppo", "a/ppo"])
 
@@ -334,3 +342,219 @@ def test_inspect_adds_up(suite, chain, tmp_path, flags):
     assert any(row[9] != 1 for row in after)
     if "rloo" not in flags:
         assert any(row[5] != old_row[5] for old_row, row in zip(before, after))     # the values moved too
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. ppo.health.
+
+
+def rows_of_a_run(n=50, **changed):
+    """log.jsonl of a healthy run on the tiny world (the figures of one, every curve straightened), with some columns
+    (start, end) replaced. The policy is trained from the fifth iteration on."""
+    columns = {"reward": (0.26, 2.3), "kl": (0.0, 0.95), "kl_k3": (0.0, 0.9), "kl_exact": (0.0, 0.93),
+               "beta": (0.1, 0.1), "entropy": (0.28, 0.045), "length": (10.4, 10.8), "eos_rate": (0.985, 1.0),
+               "unique": (0.54, 0.36),
+               "explained_var": (-0.33, 0.75), "value_loss": (2.0, 0.2), "policy_loss": (-0.01, -0.002),
+               "approx_kl": (0.001, 0.0002), "clipfrac": (0.01, 0.001), "tok_s": (3000, 3000), "gold": (0.53, 0.94),
+               "helpful": (0.6, 0.9), "harmless": (0.4, 0.97), "honest": (0.5, 0.98), "concise": (0.9, 1.0)} | changed
+    rows = [{"step": i + 1} | {k: a + (b - a) * i / (n - 1) for k, (a, b) in columns.items()} for i in range(n)]
+    for row in rows[:4]:
+        del row["policy_loss"], row["approx_kl"], row["clipfrac"]
+    return rows
+
+
+def test_a_healthy_run_is_silent():
+    rows = rows_of_a_run()
+    assert all(ppo.health(rows[:n]) == {} for n in range(51))
+    del rows[0]["harmless"]                                             # a batch may lack a family
+    graded = ("gold", "helpful", "harmless", "honest", "concise")
+    ungraded = [{k: v for k, v in row.items() if k not in graded} for row in rows]
+    assert ppo.health(rows) == ppo.health(ungraded) == {}
+    old = [{k: v for k, v in row.items() if k != "unique"} for row in rows[:20]]     # of before there was such a column
+    assert ppo.health(old + rows[20:]) == {}
+
+
+@pytest.mark.parametrize("name, changed, flag", [
+    ("negative KL", {"kl": (0.0, -0.5)}, "--dtype"),
+    ("EOS rate", {"eos_rate": (0.98, 0.5)}, "--eos_penalty"),
+    ("entropy", {"entropy": (0.28, 0.001)}, "--entropy_coef"),
+    ("identical responses", {"unique": (0.54, 0.01)}, "--kl_coef"),
+    ("length", {"length": (10.0, 30.0)}, "--length_penalty"),
+    ("length", {"length": (10.0, 3.0)}, "--kl_coef"),
+    ("ratio", {"clipfrac": (0.01, 0.6)}, "--lr"),
+    ("ratio", {"approx_kl": (0.001, 0.4)}, "--lr"),
+    ("value model", {"explained_var": (-0.3, -0.1)}, "--value_lr"),
+    ("reward hacking", {"gold": (0.9, 0.6), "reward": (0.3, 2.5)}, "--kl_budget")])
+def test_each_illness_is_named_with_a_cure(name, changed, flag):
+    said = ppo.health(rows_of_a_run(**changed))
+    assert list(said) == [name] and flag in said[name] and "\n" not in said[name]
+    for word in re.findall(r"--(\w+)", said[name]):
+        assert word in {f.name for f in fields(ppo.Config)}, word
+    assert ppo.health(rows_of_a_run(**changed)[:9]) == {}
+
+
+def test_health_looks_for_the_peak_of_gold():
+    """A gold score that rose first and fell later is hacking, although it ends above its start."""
+    up = rows_of_a_run(30, gold=(0.5, 0.95))
+    down = rows_of_a_run(30, gold=(0.95, 0.7), reward=(2.3, 3.0), entropy=(0.05, 0.05))
+    assert list(ppo.health(up + down)) == ["reward hacking"] and "0.9" in ppo.health(up + down)["reward hacking"]
+    honest = rows_of_a_run(30, gold=(0.95, 0.7), reward=(2.3, 1.0), entropy=(0.05, 0.05))   # both fall: something else
+    assert ppo.health(up + honest) == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The cures, flags of ppo.py.
+
+
+def test_ensemble():
+    r = torch.tensor([[1.0, 2.0, 5.0], [1.0, 4.0, -1.0], [1.0, 0.0, 2.0]])
+    assert ppo.ensemble(r, "mean", 9).tolist() == [1, 2, 2] and ppo.ensemble(r, "min", 9).tolist() == [1, 0, -1]
+    assert ppo.ensemble(r, "uwo", 0.5).tolist() == pytest.approx([1, 2 - 0.5 * 8 / 3, 2 - 0.5 * 6])
+    for kind in ("mean", "min", "uwo"):
+        assert torch.equal(ppo.ensemble(r[:1], kind, 0.5), r[0])        # one model is no ensemble
+
+
+@pytest.fixture
+def train(suite, chain, tmp_path):
+    """train(name, flags...) -> (what ppo.py printed, its log)."""
+    def call(name, *flags):
+        r = suite.ok("ppo.py", "--init", chain / "sft", "--rollouts", 8, "--minibatches", 2, "--max_new", 8, "--dtype",
+                     "float32", "--relabel", 0, "--value_warmup", 0, "--out", tmp_path / name, *flags)
+        return r.out, log_of(tmp_path / name) if (tmp_path / name / "log.jsonl").exists() else []
+    return call
+
+
+@needs_fork
+def test_several_reward_models(train, chain):
+    """Twice the same one is the same as one."""
+    one = chain / "reward"
+    logs = [train(name, "--iterations", 2, "--reward", *flags)[1] for name, *flags in (
+        ("one", one), ("two", f"{one},{one}", "--ensemble", "uwo", "--reward_weights", "0.2,0.2"))]
+    assert logs[0] == logs[1]
+
+
+def test_weights_of_several_rewards(tmp_path, monkeypatch):
+    (tmp_path / "some_rewards.py").write_text("def one(rows, texts):\n    return [1.0] * len(texts)\n"
+                                              "def three(rows, texts):\n    return [3.0] * len(texts)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for flags, want in (({}, 2), ({"reward_weights": "3,1"}, 1.5), ({"ensemble": "min"}, 1),
+                        ({"ensemble": "uwo", "uwo_coef": 0.25}, 1.75)):
+        cfg = ppo.Config(reward="some_rewards:one,some_rewards:three", **flags)
+        score, models = ppo.reward_function(cfg, torch.device("cpu"), None)
+        assert score([{}] * 2, ["a", "b"], None, None).tolist() == [want, want] and models == []
+
+
+@needs_fork
+def test_kl_budget(train, tmp_path):
+    flags = ["--reward", "gold", "--iterations", 9, "--lr", 0.01, "--save_every", 99]
+    out, log = train("ppo", *flags, "--kl_budget", 0.05)
+    assert 2 <= len(log) < 9 and "--kl_budget 0.05 is spent" in out
+    assert all(row["kl_exact"] < 0.05 and "policy_loss" in row for row in log[:-1])
+    assert log[-1]["kl_exact"] >= 0.05 and "policy_loss" not in log[-1]         # the last one was not learned from
+    assert result_of(tmp_path / "ppo")["after"] and (tmp_path / "ppo" / "model.safetensors").exists()
+    out, again = train("ppo", *flags, "--kl_budget", 0.05, "--resume")
+    assert len(again) == len(log) + 1 and "is spent" in out                     # nothing to go on with
+
+
+@needs_fork
+def test_length_penalty(train, chain):
+    outs = [train(f"ppo{x}", "--reward", chain / "reward", "--inspect", "--length_penalty", x)[0] for x in (0, 0.5)]
+    tables = [[line.split()[-11:] for line in out.split("clipped\n")[1].split("\n\n")[0].splitlines()] for out in outs]
+    assert tables[0][:-1] and [row[:5] for row in tables[0][:-1]] == [row[:5] for row in tables[1][:-1]]
+    cost = float(tables[0][-1][4]) - float(tables[1][-1][4])
+    assert cost == pytest.approx(0.5 * len(tables[0]), abs=1e-4)                # on the last token, for each of them
+
+
+@needs_fork
+def test_ptx(train):
+    """Pretraining text in the mix: its loss is in the log and falls, and falls only because of it."""
+    flags = ["--reward", "gold", "--iterations", 3, "--lr", 0.003]
+    losses = {x: [row["ptx_loss"] for row in train(f"ptx{x}", *flags, "--ptx_coef", x)[1]] for x in (1e-9, 10)}
+    assert losses[10][-1] < losses[10][0] - 0.1 and losses[10][-1] < losses[1e-9][-1] - 0.1
+
+
+def test_ptx_leaves_the_held_out_text_alone(chain):
+    tok = evaluate.load(chain / "base")[1]
+    text, held = world.TINY / "corpus.txt", evaluate.tail_of(world.TINY / "corpus.txt", tok)[0]
+    rows = ppo.windows(text, tok, 128)
+    ids = [i for doc in text.read_text().split("<|endoftext|>") for i in [tok.eos_id, *tok.encode(doc)]]
+    assert rows.flatten().tolist() == ids[: rows.numel()] and held.tolist() == ids[-len(held):]
+    assert 0 <= len(ids) - rows.numel() - len(held) < 128
+
+
+@needs_fork
+def test_health_speaks_up_once(train):
+    out, log = train("ill", "--reward", "gold", "--iterations", 12, "--lr", 0.1, "--rollouts", 4)
+    said = re.findall(r"^health, (.*?): ", out, re.M)
+    assert said and len(said) == len(set(said)) and all("unique" in row for row in log)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. tests/hacking.py, the driver of the long runs, in a small way.
+
+
+def test_hacking_driver(tmp_path, monkeypatch, capsys):
+    """Every command it would run is one its script takes; of made-up logs it draws and tabulates what they hold."""
+    commands = []
+
+    def pretend(command, **kw):
+        script, argv = Path(command[1]).name, command[2:]
+        if command[1] == "-m":
+            script, n = command[2], command.index("--reference")
+            argv = ["--models", ",".join(command[3:n]), *command[n:]]
+        monkeypatch.setattr(sys, "argv", [script, *argv])
+        cfg = cli(import_module(script.removesuffix(".py")).Config, "")
+        commands.append((script, cfg))
+        out, result = Path(cfg.out), {}
+        if script == "ppo.py":   # gold 0.5 -> 0.9 -> its end, over 30 iterations
+            end = {"none": 0.5, "budget": 0.9, "center": 0.7}[out.name]
+            gold = [0.5 + 0.04 * i for i in range(11)] + [0.9] * 4
+            gold += [0.9 + (end - 0.9) * i / 10 for i in range(11)] + [end] * 4
+            write(out / "log.jsonl", [{"kl_exact": 0.1 * i, "reward": 0.2 * i, "gold": x} for i, x in enumerate(gold)])
+        if script == "data.evaluate":
+            result = {"models": {Path(p).name: {"reward": 1.0, "gold": 0.5, "kl": 2.0} for p in cfg.models.split(",")},
+                      "best_of": [{"n": n, "kl": n / 2, "reward": n, "gold": n} for n in (1, 2)]}
+        (out / "result.json").write_text(json.dumps(result))
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(hacking.subprocess, "run", pretend)
+    cfg = hacking.Config(out=str(tmp_path), biases="length,sycophancy", seeds="0,1", cures="center,budget",
+                         strength=2.0, ppo_flags="--iterations 30")
+    hacking.main(cfg)
+    assert [name for name, _ in commands] == [
+        "sft.py", "reward.py", "ppo.py", "reward.py", "ppo.py", "ppo.py", "data.evaluate"] * 2 + [
+        "reward.py", "ppo.py", "reward.py", "ppo.py", "ppo.py", "data.evaluate"] * 2
+    configs = {name: [c for n, c in commands if n == name] for name in ("reward.py", "ppo.py", "data.evaluate")}
+    assert [(c.bias_length, c.bias_sycophancy) for c in configs["reward.py"][::4]] == [(1, 0), (0, 3)]
+    assert [(c.center, c.seed) for c in configs["reward.py"][:3]] == [(0.01, 0), (0.2, 0), (0.01, 1)]
+    none, center, budget = configs["ppo.py"][:3]
+    assert (none.relabel, none.kl_coef, none.iterations, none.kl_budget, budget.kl_budget) == (0, 0.01, 30, 0, 0.7)
+    assert none.reward == budget.reward == configs["reward.py"][0].out and center.reward == configs["reward.py"][1].out
+    assert configs["data.evaluate"][0].reward == none.reward
+    rows = {row["cure"]: row for row in json.loads((tmp_path / "cures.json").read_text()) if row["seed"] == 1}
+    assert {c: (round(r["lost"], 3), round(r["cured"], 3)) for c, r in rows.items()} == {
+        "none": (0.4, 0), "center": (0.2, 0.5), "budget": (0, 1)}
+    text = capsys.readouterr().out
+    assert (tmp_path / "cures.txt").read_text() in text + "\n" and "0.500 (0.500 to 0.500)" in text
+    if find_spec("matplotlib"):
+        assert (tmp_path / "length.png").exists() and (tmp_path / "sycophancy.png").exists()
+    commands.clear()
+    hacking.main(cfg)
+    assert commands == []                                               # nothing is made twice
+    with pytest.raises(InputError, match="prayer"):
+        hacking.main(hacking.Config(cures="prayer"))
+
+
+def test_every_cure_is_a_command(monkeypatch):
+    for flags in hacking.CURES.values():
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *flags.split()])
+        assert cli(ppo.Config, "") != ppo.Config()
+
+
+def test_relabelling_asks_the_same_annotator(tmp_path, monkeypatch):
+    """With the noise and the biases that the reward model's comparisons were made with."""
+    commands = []
+    monkeypatch.setattr(ppo.subprocess, "run", lambda c, **kw: commands.append(c) or SimpleNamespace(returncode=0))
+    config = {"noise": 0.2, "agreement": 0.7, "bias_length": -0.5, "bias_confidence": 1.0, "bias_sycophancy": 0.0}
+    (tmp_path / "result.json").write_text(json.dumps({"config": config}))
+    ppo.relabel(ppo.Config(), str(tmp_path), "sft", 1)
+    assert {f"--{k}={v}" for k, v in config.items()} <= set(commands[0])

@@ -917,11 +917,11 @@ def test_batches_cover_every_example_once():
     """Otherwise some demonstrations are never, or twice, learned from in an epoch."""
     rng = random.Random(0)
     examples = [([0] * rng.randint(2, 60), None) for _ in range(1003)]
-    plans = [sft.batches(examples, 8, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    plans = [model_py.batches([len(e[0]) for e in examples], 8, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     for plan in plans:
         assert sorted(i for b in plan for i in b) == list(range(1003))
         assert sorted(map(len, plan)) == [3] + [8] * 125
-    assert plans[0] == sft.batches(examples, 8, 0, 0) and plans[0] != plans[1] != plans[2] != plans[0]
+    assert plans[0] == model_py.batches([len(e[0]) for e in examples], 8, 0, 0) and plans[0] != plans[1] != plans[2] != plans[0]
     padded = lambda plan: sum(max(len(examples[i][0]) for i in b) * len(b) for b in plan)   # noqa: E731
     shuffled = rng.sample(range(1003), 1003)
     assert padded(plans[0]) < 0.75 * padded([shuffled[i: i + 8] for i in range(0, 1003, 8)])

@@ -1,0 +1,128 @@
+"""The DPO family side by side, and the frontier of gold against KL: the runs behind two tables and a plot. By hand; hours.
+
+    python tests/preferences.py                              all variants of dpo.py on 3 seeds, beside SFT and PPO
+    python tests/preferences.py --frontier true              dpo.py and ppo.py with their pull to the reference swept
+    python tests/preferences.py --links runs/{seed} --seeds 0 --variants dpo,ipo
+
+Every variant of a seed learns from the same comparisons, those of its reward.py, for as many passes. A run that is there
+already is not made again. Leaves --out/table.txt and table.json, or frontier.json and frontier.png.
+"""
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data import InputError   # noqa: E402
+from model import run, write_atomic   # noqa: E402
+
+VARIANTS = {   # flags of dpo.py; its default is DPO with an SFT term
+    "dpo": "", "dpo without SFT term": "--sft_coef 0", "cdpo": "--label_smoothing 0.05", "rdpo": "--flip_rate 0.05",
+    "ipo": "--loss ipo", "simpo": "--loss simpo", "orpo": "--loss orpo --lr 1e-3", "kto": "--loss kto",
+    "online": "--online true --sft_coef 0"}
+BETAS = {"dpo.py": ("--beta", (0.05, 0.1, 0.3, 1.0, 3.0)), "ppo.py": ("--kl_coef", (0.02, 0.05, 0.1, 0.3, 1.0))}
+
+
+@dataclass
+class Config:
+    out: str = "out/preferences"  # folder for tables and the plot
+    links: str = ""               # folder of a seed, {seed} stands for it: holds (or gets) base, sft and reward; and all runs
+    seeds: str = "0,1,2"          # which
+    variants: str = "all"         # which, of the names at the top of this file
+    frontier: bool = False        # sweep beta of DPO and PPO instead
+    ppo_flags: str = ""           # more flags for the PPO runs of the frontier
+
+
+def make(folder, command):
+    """Run a script into a folder unless its result is there. Returns result.json, with peak memory in MB beside it."""
+    if not (folder / "result.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *map(str, command), "--out", str(folder)]
+        print(" ".join(command[1:]), flush=True)
+        start = time.time()
+        with open(folder / "screen.txt", "w") as screen:
+            process = subprocess.Popen(command, stdout=screen, stderr=subprocess.STDOUT)
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise InputError(f"{command[1]} failed, see {folder}/screen.txt")
+        write_atomic(folder / "cost.json", json.dumps({"seconds": time.time() - start, "mb": usage.ru_maxrss / 1024}).encode())
+    cost = json.loads((folder / "cost.json").read_text()) if (folder / "cost.json").exists() else {}
+    return json.loads((folder / "result.json").read_text()) | cost
+
+
+def spread(xs):
+    xs = [x for x in xs if x is not None]
+    return f"{sum(xs) / len(xs):.3f} ({min(xs):.3f}-{max(xs):.3f})" if xs else ""
+
+
+def table(cfg, seeds, here):
+    names = list(VARIANTS) if cfg.variants == "all" else cfg.variants.split(",")
+    if unknown := [n for n in names if n not in VARIANTS]:
+        raise InputError(f"no such variant: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+    rows = {}
+    for seed in seeds:
+        links = here(seed)
+        reward = make(links / "reward", [ROOT / "reward.py", "--seed", seed, "--resume"])
+        for name in names:
+            result = make(links / name.replace(" ", "_"), [ROOT / "dpo.py", "--seed", seed, *VARIANTS[name].split()])
+            rows.setdefault(name, []).append(result)
+        rows.setdefault("SFT", []).append({"after": json.loads((links / "sft" / "result.json").read_text())["after"]})
+        if (links / "ppo" / "result.json").exists():
+            rows.setdefault("ppo", []).append(json.loads((links / "ppo" / "result.json").read_text()))
+        print(f"seed {seed}: the reward model's held-out accuracy on the same comparisons: {reward['after']['accuracy']:.3f}")
+    keys = ("gold", "helpful", "harmless", "honest", "eos_rate", "kl", "win_rate", "accuracy")
+    lines = [f"{'':22}" + "".join(f"{k:>22}" for k in (*keys, "seconds", "MB"))]
+    for name, results in rows.items():
+        cells = [spread([r["after"].get(k) for r in results]) for k in keys]
+        cells += [spread([r.get(k) for r in results]) for k in ("seconds", "mb")]
+        lines.append(f"{name:22}" + "".join(f"{c:>22}" for c in cells))
+    write_atomic(Path(cfg.out) / "table.txt", ("\n".join(lines) + "\n").encode())
+    write_atomic(Path(cfg.out) / "table.json", json.dumps(rows, indent=1).encode())
+    print("\n".join(lines))
+
+
+def frontier(cfg, seeds, here):
+    points = []
+    for seed in seeds:
+        links = here(seed)
+        make(links / "reward", [ROOT / "reward.py", "--seed", seed, "--resume"])
+        for script, (flag, values) in BETAS.items():
+            for value in values:
+                more = cfg.ppo_flags.split() if script == "ppo.py" else []
+                result = make(links / f"{script[:3]}_{value:g}", [ROOT / script, "--seed", seed, flag, value, *more])
+                points.append({"script": script, "seed": seed, "beta": value, "kl": result["after"]["kl"],
+                               "gold": result["after"]["gold"]})
+                print(points[-1], flush=True)
+    write_atomic(Path(cfg.out) / "frontier.json", json.dumps(points, indent=1).encode())
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return print("(no plot: matplotlib is not installed)")
+    fig, ax = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    for script, mark in (("dpo.py", "o-"), ("ppo.py", "s-")):
+        mine = sorted((p for p in points if p["script"] == script), key=lambda p: (p["seed"], p["kl"]))
+        for seed in seeds:
+            line = [p for p in mine if p["seed"] == seed]
+            ax.plot([p["kl"] for p in line], [p["gold"] for p in line], mark, label=f"{script}, seed {seed}")
+            for p in line:
+                ax.annotate(f"{p['beta']:g}", (p["kl"], p["gold"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    ax.set(xscale="log", xlabel="KL to SFT, nats per answer", ylabel="gold on test prompts", title="what KL buys")
+    ax.grid(alpha=0.3), ax.legend()
+    fig.savefig(Path(cfg.out) / "frontier.png", dpi=110)
+
+
+def main(cfg):
+    def here(seed):
+        return Path((cfg.links or f"{cfg.out}/links{{seed}}").format(seed=seed))
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    (frontier if cfg.frontier else table)(cfg, [int(s) for s in cfg.seeds.split(",")], here)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
