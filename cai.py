@@ -486,6 +486,7 @@ def main(cfg):
         columns[f"{n}: SL"], texts = measure(sl)
         log.samples(f"round {n}, stage 1", probes, texts[:12])
         log.step(2 * n - 1, **columns[f"{n}: SL"], **{f"revisions_{k}": v for k, v in counts.items()}, **curve)
+        log.saved(2 * n - 1)
         # ---- stage 2: comparisons by the critic (red team) and by people (the rest), reward model, RL
         pairs_file, told_file = folder / "comparisons.jsonl", folder / "critic.json"
         if not (cfg.resume and told_file.exists()):
@@ -524,6 +525,7 @@ def main(cfg):
         columns[f"{n}: RL"], texts = measure(model)
         log.samples(f"round {n}, stage 2", probes, texts[:12])
         log.step(2 * n, **columns[f"{n}: RL"], **{f"critic_{k}": v for k, v in (told | dict(critic.counts)).items()})
+        log.saved(2 * n)
 
     policy, tok = load(model, device, scalar_head=False)
     save(cfg.out, policy, tok)
