@@ -400,7 +400,7 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
     for opt, lr in ((optimizer, cfg.lr), (value_optimizer, cfg.value_lr)):
         for g in opt.param_groups:
             g["lr"] = lr * scale
-    sums = {}
+    sums, trains_policy = {}, step >= cfg.value_warmup or cfg.advantage != "gae"
     for epoch in range(cfg.epochs):
         for mb in torch.randperm(len(b.ids), generator=rng).chunk(cfg.minibatches):
             mb = mb.to(b.ids.device)
@@ -409,7 +409,7 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
                 r = mb[piece]
                 t = int(b.width[r].max())
                 x, m = b.ids[r, :t], b.mask[r, :t]
-                if step >= cfg.value_warmup or cfg.advantage != "gae":
+                if trains_policy:
                     with autocast():
                         out = logprobs(policy, x, m, cfg.temperature, entropy=cfg.entropy_coef != 0)
                     logp, ent = out if cfg.entropy_coef else (out, None)
@@ -426,7 +426,7 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
                     loss.backward()
                     share = loss.detach() / (cfg.epochs * cfg.minibatches)
                     sums["value_loss"] = sums.get("value_loss", 0.0) + share
-            if cfg.ptx_coef and step >= cfg.value_warmup:   # 8 windows of text: L_ptx = - mean log pi(x_t | x_<t)
+            if cfg.ptx_coef and trains_policy:   # 8 windows of text: L_ptx = - mean log pi(x_t | x_<t)
                 at = torch.randint(corpus.shape[0], (8,), generator=rng)
                 x = corpus[at].to(b.ids.device)                                               # (8, T)
                 with autocast():
