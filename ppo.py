@@ -56,9 +56,9 @@ class Config:
     data: str = ""                # prompts (default: the tiny world's)
     out: str = "out/ppo"          # folder for the checkpoint, log, samples and plot
     iterations: int = 90          # rollout + update
-    relabel: int = 20             # have new answers of the policy compared, and the reward model go on, every so many
+    relabel: int = 15             # have new answers of the policy compared, and the reward model go on, every so many
                                   # iterations (0: never); needs the tiny world's annotator and one reward model of ours
-    relabel_prompts: int = 1500   # prompts of such a round, answered twice by the policy and twice by --init
+    relabel_prompts: int = 2000   # prompts of such a round, answered twice by the policy and twice by --init
     rollouts: int = 256           # responses an iteration
     epochs: int = 1               # passes over each batch of rollouts
     minibatches: int = 4          # optimizer steps per pass
@@ -406,6 +406,7 @@ def credit(b, beta, cfg):
 def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, step, rng, autocast, log):
     """5. Epochs x minibatches of the clipped losses. Returns their means and those of approx_kl and clipfrac."""
     scale, sums = 1 - 2 / 3 * step / cfg.iterations, {}
+    trains_policy = step >= cfg.value_warmup or cfg.advantage != "gae"
     for epoch in range(cfg.epochs):
         for mb in torch.randperm(len(b.ids), generator=rng).chunk(cfg.minibatches):
             mb = mb.to(b.ids.device)
@@ -414,7 +415,7 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
                 r = mb[piece]
                 t = int(b.width[r].max())
                 x, m = b.ids[r, :t], b.mask[r, :t]
-                if step >= cfg.value_warmup or cfg.advantage != "gae":
+                if trains_policy:
                     with autocast():
                         out = logprobs(policy, x, m, cfg.temperature, entropy=cfg.entropy_coef != 0)
                     logp, ent = out if cfg.entropy_coef else (out, None)
@@ -431,7 +432,7 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
                     loss.backward()
                     share = loss.detach() / (cfg.epochs * cfg.minibatches)
                     sums["value_loss"] = sums.get("value_loss", 0.0) + share
-            if cfg.ptx_coef and step >= cfg.value_warmup:   # 8 windows of text: L_ptx = - mean log pi(x_t | x_<t)
+            if cfg.ptx_coef and trains_policy:   # 8 windows of text: L_ptx = - mean log pi(x_t | x_<t)
                 at = torch.randint(corpus.shape[0], (8,), generator=rng)
                 x = corpus[at].to(b.ids.device)                                               # (8, T)
                 with autocast():

@@ -203,7 +203,9 @@ def vote(cfg, init, device, autocast):
         if f.tell() and (f.seek(-1, 2), f.read())[1] != b"\n":
             f.write(b"\n")   # a line that a power cut left half written shall not swallow the next vote
     votes = formats.load(path, "preference")[0] if path.stat().st_size else []
-    rm, tok = load(cfg.out, device, scalar_head=True) if (Path(cfg.out) / "config.json").exists() else (None, None)
+    rm, tok = load(cfg.out, device) if (Path(cfg.out) / "config.json").exists() else (None, None)
+    if rm and not rm.cfg.scalar_head:
+        raise InputError(f"{cfg.out} is a language model; --vote asks the reward model in --out")
     rows = formats.load(cfg.data or world.TINY / "preference.jsonl", "prompt")[0]
     seen = [v["prompt"] for v in votes]
     rows = [r for r in random.Random(cfg.seed).sample(rows, len(rows)) if r["prompt"] not in seen]
@@ -242,7 +244,7 @@ def vote(cfg, init, device, autocast):
     except (EOFError, KeyboardInterrupt):
         print()
     print(f"{len(votes)} votes in {path}; to learn from them: "
-          f"python reward.py --init {cfg.out} --data {path} --out {sibling(cfg, 'mine')}")
+          f"python reward.py --init {cfg.out if rm else init} --data {path} --out {sibling(cfg, 'mine')}")
 
 
 def main(cfg):

@@ -391,8 +391,9 @@ def build(folder=TINY, seed=0, corpus_chars=1_600_000, demos=3000, preference=50
     ranks = train_bpe(docs, 1022)
     (folder / "tiny.tiktoken").write_text("".join(f"{base64.b64encode(t).decode()} {r}\n" for t, r in ranks.items()))
     write_jsonl(folder / "demos.jsonl", [demo_row(train, rng) for _ in range(demos)])
-    for name, n in (("preference", preference), ("rl", rl)):
-        asked = [prompt_row(pick(train, rng), rng.choice(WRAPPERS), rng) for _ in range(n)]
+    for name, n, mix in (("preference", preference, (0.7, 0.15, 0.15)), ("rl", rl, (0.6, 0.2, 0.2))):
+        # facts are what a reward model learns last, so most comparisons are about them
+        asked = [prompt_row(pick(train, rng, mix), rng.choice(WRAPPERS), rng) for _ in range(n)]
         write_jsonl(folder / f"{name}.jsonl", asked)
     rows = []
     for i in range(test):   # three quarters new combinations, one quarter the unseen phrasing; no prompt twice

@@ -294,6 +294,9 @@ def test_voting_says_where_a_file_is_broken(suite, chain, tmp_path):
     r = suite.run("reward.py", "--vote", "--init", chain / "sft", "--out", chain / "reward", "--votes",
                   tmp_path / "v.jsonl")
     fails(r, f"{tmp_path / 'v.jsonl'}:2: ")
+    r = suite.run("reward.py", "--vote", "--init", chain / "sft", "--out", chain / "base", "--votes",
+                  tmp_path / "w.jsonl")
+    fails(r, f"{chain / 'base'} is a language model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
