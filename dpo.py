@@ -5,26 +5,27 @@
     python dpo.py --online true --out out/online             compare new answers of the policy itself, step by step
     python dpo.py --init SFT --data pairs.jsonl --lr 1e-6    your policy, your comparisons (formats: data/formats.py)
 
-The best policy under  E[r(x, y)] - beta KL(pi || pi_ref)  is  pi*(y|x) ~ pi_ref(y|x) exp(r(x, y) / beta), so a policy is
+The best policy under  E[r(x, y)] - beta KL(pi || pi_ref)  is  pi*(y|x) ~ pi_ref(y|x) exp(r(x, y) / beta). So a policy is
 itself a reward model,  r(x, y) = beta log pi(y|x) / pi_ref(y|x) + const(x),  and can be fitted to comparisons as one
 (arXiv:2305.18290, eq. 4-7). With w the chosen and l the rejected answer, |y| the length of y in tokens, and
 
     h = log pi(w|x) / pi_ref(w|x) - log pi(l|x) / pi_ref(l|x)
 
-    DPO    - log sigmoid(beta h)                                                              arXiv:2305.18290, eq. 7
-    IPO    (h - 1 / (2 beta))^2             log-ratios averaged over tokens, as its authors do     arXiv:2310.12036, eq. 17
-    SimPO  - log sigmoid(beta (log pi(w|x) / |w| - log pi(l|x) / |l|) - gamma)     no reference    arXiv:2405.14734, eq. 6
-    ORPO   - log pi(w|x) / |w|  -  lambda log sigmoid(log odds(w|x) - log odds(l|x)),  odds = p / (1 - p), p the
-           geometric mean of the token probabilities; no reference, starts from the base model     arXiv:2403.07691, eq. 6-7
+    DPO    - log sigmoid(beta h)                                                          arXiv:2305.18290, eq. 7
+    IPO    (h - 1 / (2 beta))^2          log-ratios averaged over tokens, as its authors do   arXiv:2310.12036, eq. 17
+    SimPO  - log sigmoid(beta (log pi(w|x) / |w| - log pi(l|x) / |l|) - gamma)            arXiv:2405.14734, eq. 6
+    ORPO   - log pi(w|x) / |w|  -  lambda log sigmoid(log odds(w|x) - log odds(l|x)),     arXiv:2403.07691, eq. 6-7
+           odds = p / (1 - p), p the geometric mean of the token probabilities; starts from the base model
     KTO    1 - sigmoid(beta (r - z)) for a good answer, 1 - sigmoid(beta (z - r)) for a bad one, r = log pi / pi_ref,
-           z = max(0, mean of r over answers to OTHER prompts), no gradient                   arXiv:2402.01306, eq. 8
+           z = max(0, mean of r over answers to OTHER prompts), no gradient               arXiv:2402.01306, eq. 8
 
-If a share p prefers w, a pairwise loss is p L(h) + (1 - p) L(-h). cDPO (--label_smoothing e) says that a label is wrong with
-probability e: p (1 - e) + (1 - p) e. rDPO (--flip_rate e, arXiv:2403.00409) knows it and undoes it, so that the loss is
-unbiased: (p - e) / (1 - 2e), which lies outside [0, 1]. --sft_coef adds - log pi(w|x) / |w| (arXiv:2404.19733, eq. 1).
+SimPO and ORPO need no reference. If a share p prefers w, a pairwise loss is p L(h) + (1 - p) L(-h). cDPO
+(--label_smoothing e) says that a label is wrong with probability e: p (1 - e) + (1 - p) e. rDPO (--flip_rate e,
+arXiv:2403.00409) knows it and undoes it, so that the loss is unbiased: (p - e) / (1 - 2e), which may lie outside [0, 1].
+--sft_coef adds - log pi(w|x) / |w| (arXiv:2404.19733, eq. 1).
 
 The log-probs of the reference never change: they are computed once, kept as two numbers a pair, and the reference is
-dropped, so that one model is in memory. Left out: packing, the dozens of further variants; each is one line of `pair_loss`.
+dropped, so that one model is in memory. Left out: packing; the dozens of further variants, each a line of `pair_loss`.
 """
 import importlib
 import json
@@ -39,14 +40,14 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, formats, world
-from model import (Run, batches, cosine, distinct_2, frozen, load, load_state, need, optimizer_for, pad_batch, respond, run,
-                   save, seeded, setup, sibling, token_logprobs, trained, with_lora)
+from model import (Run, batches, cosine, distinct_2, frozen, load, load_state, need, optimizer_for, pad_batch, respond,
+                   run, save, seeded, setup, sibling, token_logprobs, trained, with_lora)
 
 
 @dataclass
 class Config:
     init: str = ""                # policy to start from, and the reference (default: sft beside --out; orpo: base)
-    data: str = ""                # comparisons, or for kto also single answers marked good or bad (default: reward.py's)
+    data: str = ""                # comparisons; for kto also single answers, good or bad (default: reward.py's)
     out: str = "out/dpo"          # folder for the checkpoint, log, samples and plot
     loss: typing.Literal["dpo", "ipo", "simpo", "orpo", "kto"] = "dpo"   # see the equations above
     beta: float = 0.0             # strength of the pull to the reference; 0: what suits the loss (see BETAS)
@@ -120,8 +121,8 @@ def share_preferring(p, label_smoothing=0.0, flip_rate=0.0):
 
 
 def pair_loss(cfg, beta, logp, ref, n, p):
-    """Losses (B,) and implicit rewards (2, B) of pairs. logp, ref: summed log-probs (2, B) of the chosen (row 0) and the
-    rejected answers under policy and reference; n (2, B): their lengths in tokens; p (B,): share preferring `chosen`."""
+    """Losses (B,) and implicit rewards (2, B) of pairs. logp, ref: summed log-probs (2, B) of the chosen (row 0) and
+    the rejected answers under policy and reference; n (2, B): their lengths in tokens; p (B,): share for the chosen."""
     p, mean = share_preferring(p, cfg.label_smoothing, cfg.flip_rate), logp / n
     if cfg.loss == "dpo":
         rewards, each = logp - ref, lambda h: dpo(h, beta)
@@ -220,7 +221,7 @@ def exact_kl(policy, ref, prompts, answers, tok, device, autocast, batch=128):
 
 
 def judge_function(cfg, device, autocast):
-    """score(rows, texts) -> list of utilities for --online, and whether they are the noisy annotator's."""
+    """score(rows, texts) -> list of utilities, by which --online compares."""
     if cfg.judge == "annotator":
         return lambda rows, texts: [world.utility(r, t) for r, t in zip(rows, texts)]
     if ":" in cfg.judge:
@@ -301,11 +302,11 @@ def main(cfg):
         print(formats.describe(rows, dropped, path) + (f"; {ties:,} ties left out" if ties else ""))
         parts = formats.split([r for r in rows if r["label"] != 0.5], cfg.held_out, seed=0)
         (train, cut), (held, held_cut) = (encode(part, tok, max_prompt, max_len) for part in parts)
-        print(f"{len(train)} to train on, {len(held)} held out; {cut + held_cut} that are equal within --max_len left out")
+        print(f"{len(train)} to train on, {len(held)} held out; {cut + held_cut} left out: equal within --max_len")
         labels = [{e[3] > 0.5 for e in part} for part in (train, held)]
         if not train or not held or cfg.loss == "kto" and {True, False} not in labels[:1]:
-            raise InputError(f"{path}: {len(train)} comparisons to train on and {len(held)} held out (--held_out); both "
-                             "need at least one" + (", kto good and bad answers" if cfg.loss == "kto" else ""))
+            raise InputError(f"{path}: {len(train)} comparisons to train on and {len(held)} held out (--held_out); "
+                             "both need at least one" + (", kto good and bad answers" if cfg.loss == "kto" else ""))
         if cfg.loss == "kto":
             train, held = mismatch(train, cfg.seed), mismatch(held, cfg.seed)
         lengths = [len(x) + max(len(a), len(b)) for x, a, b, _ in train]
@@ -355,7 +356,7 @@ def main(cfg):
         return (torch.cat(pieces) - ref_logp[1]).mean().clamp(min=0.0)
 
     def figures(loss, rewards, p):
-        """Sums over examples of what is logged. The reward of an answer is relative to the reference (dpo, ipo, kto)."""
+        """Sums over examples of what is logged. dpo, ipo, kto: rewards are relative to the reference."""
         w, l = torch.where(p > 0.5, rewards, rewards.flip(0))
         right = (w > l).float() + 0.5 * (w == l)
         sums = {"loss": loss.sum(), "accuracy": right.sum(), "margin": (w - l).sum()}
@@ -418,8 +419,8 @@ def main(cfg):
         after["win_rate"] = ((a > b).float() + 0.5 * (a == b)).mean().item()
     print(log.samples("after", [r["prompt"] for r in tests[:12]], texts[:12]))
     if after.get("chosen_reward", 0.0) < 0 and needs_ref:
-        print(f"The chosen answers lost log-probability too (reward {after['chosen_reward']:.2f}): the loss only asks that the "
-              "rejected ones lose more, and both share tokens. --sft_coef holds the chosen ones up.")
+        print(f"The chosen answers lost log-probability too (reward {after['chosen_reward']:.2f}): the loss only asks "
+              "that the rejected ones lose more, and both share tokens. --sft_coef holds the chosen ones up.")
     columns = {start_from.replace("sft", "SFT"): before, cfg.loss.upper(): after}
     told = Path(sibling(cfg, "sft")) / "result.json"
     if not cfg.init and start_from == "sft" and told.exists():   # sft.py measured the base model on the same prompts

@@ -236,7 +236,7 @@ class GPT(nn.Module):
 
 def frozen(model, autocast):
     """The model without gradients. Under bf16 autocast its linear layers are kept in bf16, which they would be cast to
-    anyway: half the memory and the same numbers. Used for what is never trained: reference, reward model, LoRA's trunk."""
+    anyway: half the memory and the same numbers. For what is never trained: reference, reward model, LoRA's trunk."""
     with autocast():
         bf16 = torch.is_autocast_enabled(model.wte.weight.device.type)
     for layer in model.h.modules():
@@ -246,7 +246,7 @@ def frozen(model, autocast):
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer plus a trained low-rank one, W x + 2 B A x, where B starts at 0 (arXiv:2106.09685, eq. 3)."""
+    """A frozen linear layer plus a trained low-rank one: W x + 2 B A x, B = 0 at first (arXiv:2106.09685, eq. 3)."""
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -514,7 +514,8 @@ def run(main, Config, doc):
             raise
         at = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == inspect.getfile(main)][-1]
         sizes = [f"--{f.name} {getattr(cfg, f.name)}" for f in fields(cfg) if f.name in MEMORY]
-        sys.exit(f"error: out of memory at {Path(at.filename).name}:{at.lineno}, `{at.line}`; smaller: {', '.join(sizes)}")
+        sys.exit(f"error: out of memory at {Path(at.filename).name}:{at.lineno}, `{at.line}`; what could be smaller: "
+                 f"{', '.join(sizes)}")
 
 
 def interrupt(signum, frame):
@@ -596,9 +597,9 @@ class Run:
         print("stopping after this step; once more stops at once", flush=True)
 
     def update(self, i, model, optimizer, lr, batch):
-        """The optimizer step of step i: clips and applies the gradient, clears it, and returns its norm before clipping.
+        """The optimizer step of step i: clips and applies the gradient, clears it, returns its norm before clipping.
         A gradient that is not finite never reaches the weights: the step is skipped, its batch {name: ids, rows, ...}
-        saved, and after three such steps the run ends."""
+        saved, and with the fourth such step the run ends."""
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if norm.isfinite():
             nn.utils.clip_grads_with_norm_(model.parameters(), self.cfg.grad_clip, norm)
@@ -628,7 +629,7 @@ class Run:
             raise KeyboardInterrupt(f" after step {i + 1}, saved in {self.folder}; --resume goes on from there")
 
     def step(self, i, **metrics):
-        """Record step i (from 0); show it at most every two seconds. What is not finite is left out: JSON has no NaN."""
+        """Record step i (from 0); show it at most every two seconds. JSON has no NaN: what is not finite is left out."""
         metrics |= {"skipped": self.skipped} if self.skipped else {}
         metrics = {k: float(f"{v:.6g}") for k, v in metrics.items() if math.isfinite(v)}
         self.log.write(json.dumps({"step": i + 1} | metrics) + "\n")

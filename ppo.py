@@ -89,7 +89,7 @@ class Config:
     save_every: int = 25          # iterations between checkpoints
     inspect: bool = False         # do not train: print one response token by token, before and after one iteration's
                                   # update (with --resume: of the policy in --out)
-    lora: int = 0                 # rank of adapters for policy and value model on one frozen trunk (0: train all weights)
+    lora: int = 0                 # rank of policy's and value model's adapters on one frozen trunk (0: train all weights)
     max_steps: int = 0            # stop after this many iterations (0: run all)
     resume: bool = False          # go on from the last checkpoint in --out
     seed: int = 0                 # every random draw comes from (seed, iteration)
@@ -439,7 +439,7 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
                     ptx_loss = -logprobs(policy, x, torch.ones_like(x))[:, 1:].mean()
                 (cfg.ptx_coef * ptx_loss).backward()
                 sums["ptx_loss"] = sums.get("ptx_loss", 0.0) + ptx_loss.detach() / (cfg.epochs * cfg.minibatches)
-            batch = {"rows": [b.at[i] for i in mb.tolist()], "ids": b.ids[mb], "mask": b.mask[mb], "scores": b.scores[mb]}
+            batch = {"rows": [b.at[i] for i in mb.tolist()], "ids": b.ids[mb], "scores": b.scores[mb]}
             log.update(step, policy, optimizer, cfg.lr * scale, batch)
             log.update(step, value, value_optimizer, cfg.value_lr * scale, batch)
     return sums

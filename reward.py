@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, formats, world
-from model import (Run, batches, cosine, load, load_state, need, optimizer_for, pad_batch, respond, run, save, seeded, setup,
-                   sibling, write_atomic)
+from model import (Run, batches, cosine, load, load_state, need, optimizer_for, pad_batch, respond, run, save, seeded,
+                   setup, sibling, write_atomic)
 
 
 @dataclass

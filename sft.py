@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from data import InputError, formats, world
-from model import (Run, batches, cosine, distinct_2, load, load_state, need, optimizer_for, pad_batch, respond, run, save,
-                   seeded, setup, sibling, token_logprobs)
+from model import (Run, batches, cosine, distinct_2, load, load_state, need, optimizer_for, pad_batch, respond, run,
+                   save, seeded, setup, sibling, token_logprobs)
 
 
 @dataclass
@@ -85,7 +85,8 @@ def main(cfg):
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     forward = torch.compile(token_logprobs) if cfg.compile else token_logprobs
-    plan = [b for epoch in range(cfg.epochs) for b in batches([len(ids) for ids, _ in train], cfg.batch_size, cfg.seed, epoch)]
+    lengths = [len(ids) for ids, _ in train]
+    plan = [b for epoch in range(cfg.epochs) for b in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
     n_steps = min(len(plan), cfg.max_steps or len(plan))
     tests = world.rows("test") if not cfg.data else [{"prompt": p} for p in formats.prompts_of(rows, 32)]
     tests = [r for r in tests if len(tok.render(r["prompt"], True)[0]) + cfg.max_new <= model.cfg.max_len]
