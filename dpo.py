@@ -5,8 +5,8 @@
     python dpo.py --online true --out out/online             compare new answers of the policy itself, step by step
     python dpo.py --init SFT --data pairs.jsonl --lr 1e-6    your policy, your comparisons (formats: data/formats.py)
 
-The best policy under  E[r(x, y)] - beta KL(pi || pi_ref)  is  pi*(y|x) ~ pi_ref(y|x) exp(r(x, y) / beta). So a policy is
-itself a reward model,  r(x, y) = beta log pi(y|x) / pi_ref(y|x) + const(x),  and can be fitted to comparisons as one
+The best policy under  E[r(x, y)] - beta KL(pi || pi_ref)  is  pi*(y|x) ~ pi_ref(y|x) exp(r(x, y) / beta). So a policy
+is itself a reward model,  r(x, y) = beta log pi(y|x) / pi_ref(y|x) + const(x),  and can be fitted to comparisons as one
 (arXiv:2305.18290, eq. 4-7). With w the chosen and l the rejected answer, |y| the length of y in tokens, and
 
     h = log pi(w|x) / pi_ref(w|x) - log pi(l|x) / pi_ref(l|x)
@@ -21,7 +21,7 @@ itself a reward model,  r(x, y) = beta log pi(y|x) / pi_ref(y|x) + const(x),  an
 
 SimPO and ORPO need no reference. If a share p prefers w, a pairwise loss is p L(h) + (1 - p) L(-h). cDPO
 (--label_smoothing e) says that a label is wrong with probability e: p (1 - e) + (1 - p) e. rDPO (--flip_rate e,
-arXiv:2403.00409) knows it and undoes it, so that the loss is unbiased: (p - e) / (1 - 2e), which may lie outside [0, 1].
+arXiv:2403.00409) knows it and undoes it, so that the loss is unbiased: (p - e) / (1 - 2e), maybe outside [0, 1].
 --sft_coef adds - log pi(w|x) / |w| (arXiv:2404.19733, eq. 1).
 
 The log-probs of the reference never change: they are computed once, kept as two numbers a pair, and the reference is

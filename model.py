@@ -629,7 +629,7 @@ class Run:
             raise KeyboardInterrupt(f" after step {i + 1}, saved in {self.folder}; --resume goes on from there")
 
     def step(self, i, **metrics):
-        """Record step i (from 0); show it at most every two seconds. JSON has no NaN: what is not finite is left out."""
+        """Record step i (from 0); show it at most every two seconds. JSON has no NaN; it is left out."""
         metrics |= {"skipped": self.skipped} if self.skipped else {}
         metrics = {k: float(f"{v:.6g}") for k, v in metrics.items() if math.isfinite(v)}
         self.log.write(json.dumps({"step": i + 1} | metrics) + "\n")

@@ -89,7 +89,7 @@ class Config:
     save_every: int = 25          # iterations between checkpoints
     inspect: bool = False         # do not train: print one response token by token, before and after one iteration's
                                   # update (with --resume: of the policy in --out)
-    lora: int = 0                 # rank of policy's and value model's adapters on one frozen trunk (0: train all weights)
+    lora: int = 0                 # rank of the adapters of policy and value model on a frozen trunk (0: train all)
     max_steps: int = 0            # stop after this many iterations (0: run all)
     resume: bool = False          # go on from the last checkpoint in --out
     seed: int = 0                 # every random draw comes from (seed, iteration)
