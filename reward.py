@@ -149,6 +149,15 @@ def group_scores(model, groups, tok, device, forward=final_scores):
 
 
 @torch.no_grad()
+def shown(model, groups, tok, device, autocast):
+    """For samples.txt: the conversations of a few groups, and the reward of each as text."""
+    with autocast():
+        rewards = group_scores(model, groups, tok, device)[0].tolist()
+    texts = [tok.decode(list(a)).strip().replace("\n\n", "\n  ") for answers, _ in groups for a in answers]
+    return [[{"role": "user", "content": text}] for text in texts], [f"reward {r:.2f}" for r in rewards]
+
+
+@torch.no_grad()
 def evaluate(model, groups, tok, device, autocast):
     """Held-out figures {name: number} over the pairs that are not ties, and the mean reward of all answers."""
     d, p, ceiling, longer, rewards, nll = [], [], [], [], [], []
@@ -297,6 +306,7 @@ def main(cfg):
     else:
         before, mean = evaluate(model, held, tok, device, autocast)
         after = dict(before)
+        log.samples("before", *shown(model, held[:5], tok, device, autocast))
     for step in range(first, n_steps):
         start = time.time()
         groups = sorted((train[i] for i in plan[step]), key=lambda g: len(g[0][0]))
@@ -320,6 +330,7 @@ def main(cfg):
                                        "step": step + 1, "before": before, "after": after})
             model.cfg.reward_mean = 0.0
             log.saved(step)
+    log.samples("after", *shown(model, held[:5], tok, device, autocast))
     log.finish(device, before, after | {"reward_mean": mean}, [("loss",), ("accuracy",), ("grad_norm",)])
 
 
