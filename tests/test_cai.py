@@ -440,7 +440,7 @@ def test_the_script(suite, chain, tmp_path):
 
 @needs_fork
 @pytest.mark.parametrize("flags, word", [("--critiques 0", "--critiques"), ("--labels dog", "--labels"), ("--k 1", "--k 1"),
-                                         ("--clamp 0.6", "--clamp"), ("--data x.jsonl --labels human", "--labels human"),
+                                         ("--clamp 0.6", "--clamp"), ("--data x.jsonl --init y --labels human", "--labels human"), ("--data x.jsonl", "--init"),
                                          ("--about nothing", "--about nothing"), ("--constitution nosuch.json", "nosuch.json")])
 def test_bad_flags(suite, tmp_path, flags, word):
     r = suite.run("cai.py", "--out", tmp_path / "x", *flags.split(), cwd=tmp_path)
