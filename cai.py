@@ -90,6 +90,7 @@ class Config:
     seed: int = 0                 # every random draw comes from (seed, round, place)
     device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
+    compile: bool = False         # torch.compile in the training scripts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,7 +384,8 @@ def stage(cfg, script, out, *flags):
         return out
     command = [sys.executable, str(Path(__file__).parent / script), "--out", out, "--seed", str(cfg.seed), "--dtype",
                cfg.dtype, *map(str, flags)] + (["--device", cfg.device] if cfg.device else [])
-    command += (["--resume"] if cfg.resume else []) + (["--max_steps", str(cfg.max_steps)] if cfg.max_steps else [])
+    command += [f"--{name}" for name in ("resume", "compile") if getattr(cfg, name)]
+    command += ["--max_steps", str(cfg.max_steps)] if cfg.max_steps else []
     print(f"running {' '.join(command[1:])}", flush=True)
     if subprocess.run(command).returncode:
         raise InputError(f"{script} failed, so there is no {out}")
