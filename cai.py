@@ -78,6 +78,7 @@ class Config:
     critic_temperature: float = 0.4   # of critiques, revisions and thoughts (1 in the paper; a small critic rambles)
     noise: float = 0.05           # of the tiny world's annotator (see reward.py)
     against: str = ""             # a model to compare the final one with, answer by answer, by the gold judge
+    chains_only: bool = False     # stop after the first chains, to read them before anything is trained
     critic_test: str = ""         # only measure the critic on these comparisons, then stop
     sft_flags: str = ""           # more flags for sft.py, such as "--lr 1e-5 --epochs 1"
     reward_flags: str = ""        # more flags for reward.py
@@ -489,6 +490,8 @@ def main(cfg):
                 for r, (text, ended) in zip(others, said[len(some):]) if ended and text])
         counts = count_faults(chains := read_rows(chains_file))
         print(f"{chains_file}: {len(chains)} chains, " + ", ".join(f"{k} {v}" for k, v in counts.items()), flush=True)
+        if cfg.chains_only:
+            return
         sl = stage(cfg, "sft.py", folder / "sl", "--init", model, "--data", rows_file, "--epochs", 2,
                    *shlex.split(cfg.sft_flags))
         columns[f"{n}: SL"], texts = measure(sl)
