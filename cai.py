@@ -409,16 +409,16 @@ def test_critic(cfg, critic, choose, shots):
     pairs = [(r["prompt"], r["chosen"], r["rejected"]) for r in rows]
     labels = compare(pairs, choose, critic, cfg, cfg.seed, shots)
     kept = [(x, len(a) > len(b)) for x, (_, a, b) in zip(labels, pairs) if x is not None]
-    out = {f"{name} {i}": value for name, right in (
+    out = {f"{name}{i}": value for name, right in (
         ("right answer as (A)", [x["orders"][0] > 0.5 for x, _ in kept]),
         ("right answer as (B)", [x["orders"][1] > 0.5 for x, _ in kept]),
         ("both orders averaged", [x["p"] > 0.5 for x, _ in kept]), ("longer answer", [longer for _, longer in kept]))
         for i, value in (("", sum(right) / max(1, len(kept))),
-                         ("se", (sum(right) * (len(kept) - sum(right)) / max(1, len(kept)) ** 3) ** 0.5))}
+                         (", standard error", (sum(right) * (len(kept) - sum(right)) / max(1, len(kept)) ** 3) ** 0.5))}
     out |= bias(labels, pairs)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     write_atomic(Path(cfg.out) / "critic.json", json.dumps(out | {"critic": critic.name}, indent=1).encode())
-    print("\n".join(f"{name:28} {value:.4g}" for name, value in out.items()))
+    print("\n".join(f"{name:38} {value:.4g}" for name, value in out.items()))
 
 
 def main(cfg):
