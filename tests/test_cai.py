@@ -411,7 +411,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.
 @needs_fork
 def test_critic_test_at_an_address(suite, server, tmp_path):
     """--critic URL --critic_test: a server that knows the right answer but leans to (A)."""
-    rows = [{"prompt": f"q{i}", "chosen": "good" + " x" * (i % 2), "rejected": "bad one"} for i in range(8)]
+    rows = [{"prompt": f"q{i}", "chosen": "good" + " and" * (i % 2), "rejected": "bad one"} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     server.answer = lambda body, n: top(A=-0.1, B=-2.0 if "(A) good" in body["prompt"] else -0.2)
     flags = ["cai.py", "--critic", server.url, "--critic_test", tmp_path / "pairs.jsonl", "--out", tmp_path / "x"]
@@ -439,7 +439,8 @@ def test_the_script(suite, chain, tmp_path):
         "sft", "sft", "reward", "ppo"]
     folder = tmp_path / "cai"
     result = json.loads((folder / "result.json").read_text())
-    assert result["stage"] == "cai" and {"gold", "harmless", "harmless_rate", "eos_rate"} <= set(result["before"]) & set(result["after"])
+    told = set(result["before"]) & set(result["after"])
+    assert result["stage"] == "cai" and {"gold", "harmless", "harmless_rate", "eos_rate"} <= told
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3]
     assert log[1]["revisions_revisions"] == 60 and {"refused_0", "refused_1"} <= set(log[1])
@@ -459,9 +460,10 @@ def test_the_script(suite, chain, tmp_path):
 
 
 @needs_fork
-@pytest.mark.parametrize("flags, word", [("--critiques 0", "--critiques"), ("--labels dog", "--labels"), ("--k 1", "--k 1"),
-                                         ("--clamp 0.6", "--clamp"), ("--data x.jsonl --init y --labels human", "--labels human"), ("--data x.jsonl", "--init"),
-                                         ("--about nothing", "--about nothing"), ("--constitution nosuch.json", "nosuch.json")])
+@pytest.mark.parametrize("flags, word", [
+    ("--critiques 0", "--critiques"), ("--labels dog", "--labels"), ("--k 1", "--k 1"), ("--clamp 0.6", "--clamp"),
+    ("--data x.jsonl --init y --labels human", "--labels human"), ("--data x.jsonl", "--init"),
+    ("--about nothing", "--about nothing"), ("--constitution nosuch.json", "nosuch.json")])
 def test_bad_flags(suite, tmp_path, flags, word):
     r = suite.run("cai.py", "--out", tmp_path / "x", *flags.split(), cwd=tmp_path)
     assert r.rc in (1, 2) and word in r.err.splitlines()[-1] and "Traceback" not in r.err
