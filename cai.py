@@ -451,6 +451,8 @@ def main(cfg):
     red = formats.load(cfg.data, "prompt")[0] if cfg.data else [r for r in asked if r["family"] == "harmless"]
     helpful = [r for r in asked if r["family"] != "harmless"] if graded else []
     helpful = formats.load(cfg.helpful, "prompt")[0] if cfg.helpful else helpful
+    if not helpful:
+        print("no --helpful prompts: nothing keeps the model from refusing everything")
     tests = world.rows("test") if graded else red[:32]
 
     def measure(path):
