@@ -540,7 +540,7 @@ def main(cfg):
 
     policy, tok = load(model, device, scalar_head=False)
     save(cfg.out, policy, tok)
-    after = dict(columns[f"{cfg.rounds}: RL"])
+    after = columns[f"{cfg.rounds}: RL"]
     if cfg.against and graded:
         theirs = measure(cfg.against)[1]
         gaps = [world.judge(r, a)["gold"] - world.judge(r, b)["gold"] for r, a, b in zip(tests, texts, theirs)]
