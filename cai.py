@@ -44,7 +44,7 @@ import torch
 
 from data import InputError, formats, world
 from data.endpoint import Kept, connect, cut
-from data.principles import constitution, examples
+from data.principles import constitution, examples, read_json
 from model import (Run, distinct_2, generate, load, need, pad_batch, respond, run, save, seeded, setup, sibling,
                    write_atomic)
 
@@ -78,6 +78,7 @@ class Config:
     critic_temperature: float = 0.4   # of critiques, revisions and thoughts (1 in the paper; a small critic rambles)
     noise: float = 0.05           # of the tiny world's annotator (see reward.py)
     against: str = ""             # a model to compare the final one with, answer by answer, by the gold judge
+    chains_only: bool = False     # stop after the first chains, to read them before anything is trained
     critic_test: str = ""         # only measure the critic on these comparisons, then stop
     sft_flags: str = ""           # more flags for sft.py, such as "--lr 1e-5 --epochs 1"
     reward_flags: str = ""        # more flags for reward.py
@@ -90,12 +91,15 @@ class Config:
     seed: int = 0                 # every random draw comes from (seed, round, place)
     device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
+    compile: bool = False         # torch.compile in the training scripts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The constitution and the prompts, character for character as in Anthropic's published files.
 
-MARKERS = re.compile(r"(Human|Assistant|Critique|Revision|CritiqueRequest|RevisionRequest):")
+MARKERS = re.compile(r"(Human|Assistant|Critique|Revision|CritiqueRequest|RevisionRequest):")   # no revision
+
+
 def transcript(messages):
     """Messages as "\\n\\nHuman: ..\\n\\nAssistant: ..", the format of the critic's prompts and of hh-rlhf."""
     start = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
@@ -127,7 +131,7 @@ def thinking_prompt(conversation, principle, a, b):
             "\n\nAssistant: Let's think step by step:")
 
 
-AFTER_THINKING = "\n\nHuman:\nSo the answer is:"
+AFTER_THINKING = "\n\nHuman:\nSo the answer is:"   # what its thoughts are followed by, before " (A)" or " (B)"
 
 
 def few_shots(examples, principles):
@@ -151,14 +155,13 @@ def local_critic(path, device, autocast):
     """(name, ask) of a checkpoint; ask(requests of one kind) -> answers."""
     model, tok = load(path, device, scalar_head=False)
     model.eval()
-    start = [tok.bos_id] if tok.bos_id is not None else [i for n, i in tok.special.items() if n == "<|endoftext|>"]
+    start = [i for i in (tok.bos_id, tok.special.get("<|endoftext|>")) if i is not None][:1]   # of a document
     weights = model.ln_f.weight.detach().cpu().numpy().tobytes() + model.wte.weight[:8].detach().cpu().numpy().tobytes()
     name = f"{path} {hashlib.sha256(weights).hexdigest()[:16]}"   # another training run is another critic
 
     def ask(requests):
-        first, extra = requests[0], 4
-        rows = [start + tok.encode(r["prompt"]) for r in requests]
-        room = model.cfg.max_len - first.get("max_tokens", extra)
+        first, rows = requests[0], [start + tok.encode(r["prompt"]) for r in requests]
+        room = model.cfg.max_len - first.get("max_tokens", 4)   # an option takes 3 or 4
         out = [{"refused": "prompt longer than the context"} if len(row) > room else None for row in rows]
         at = [i for i, answer in enumerate(out) if answer is None]
         with torch.no_grad(), autocast():
@@ -170,7 +173,7 @@ def local_critic(path, device, autocast):
                                         first["temperature"], generator=seeded(first["seed"], 0, device))
                 for i, x, m in zip(at, ids.cpu(), mask.cpu()):
                     new = x[m].tolist()
-                    end = next((n for n, t in enumerate(new) if t in tok.eos_ids), None)
+                    end = next((n for n, t in enumerate(new) if t in tok.eos_ids or t in start), None)
                     out[i] = cut(tok.decode(new[:end]), end is not None)
         return out
     return name, ask
@@ -221,6 +224,15 @@ def fault(answer, response):
     if not answer["ended"]:
         return "cut"
     return "copied" if answer["text"].strip() == response.strip() else ""
+
+
+def speak(path, rows, cfg, seed, device, autocast):
+    """[(text, whether it ended)]: what the model at `path` answers to prompt rows."""
+    model, tok = load(path, device, scalar_head=False)
+    with autocast():
+        texts, _, ids = respond(model, tok, [r["prompt"] for r in rows], cfg.max_new, temperature=cfg.temperature,
+                                generator=seeded(seed, 0, device))
+    return [(text.strip(), tok.eos_id in x) for text, x in zip(texts, ids)]
 
 
 def make_chains(prompts, responses, principles, critic, cfg, seed, shots=""):
@@ -318,7 +330,7 @@ def compare(pairs, principles, critic, cfg, seed, shots):
 
 def bias(labels, pairs):
     """How a critic chooses, whatever is right: figures over labels that are not None."""
-    kept = [(x, a, b) for x, (_, a, b) in zip(labels, pairs) if x is not None]
+    kept = [(x, *pair[1:]) for x, pair in zip(labels, pairs) if x is not None]
     n = max(1, len(kept))
     longer = [x["p"] if len(a) > len(b) else 1 - x["p"] for x, a, b in kept if len(a) != len(b)]
     return {"compared": len(kept), "no_answer": len(labels) - len(kept),
@@ -329,21 +341,24 @@ def bias(labels, pairs):
 
 def sample_pairs(path, rows, cfg, seed, device, autocast):
     """k answers per row from the model at `path`: all pairs of different, finished ones, [(row, a, b)]."""
-    model, tok = load(path, device, scalar_head=False)
-    at = [i for i in range(len(rows)) for _ in range(cfg.k)]
-    with autocast():
-        texts, _, ids = respond(model, tok, [rows[i]["prompt"] for i in at], cfg.max_new, temperature=cfg.temperature,
-                                generator=seeded(seed, 1, device))
     answers = [{} for _ in rows]
-    for i, text, x in zip(at, texts, ids):
-        if tok.eos_id in x and text.strip():
-            answers[i][text.strip()] = None
+    at = [i for i in range(len(rows)) for _ in range(cfg.k)]
+    for i, (text, ended) in zip(at, speak(path, [rows[i] for i in at], cfg, seed, device, autocast)):
+        if ended and text:
+            answers[i][text] = None
     return [(row, a, b) for row, found in zip(rows, answers) for a, b in combinations(found, 2)]
 
 
 def preference_row(row, a, b, p, **more):
+    """A comparison as reward.py and dpo.py read it, of which a share p prefers a."""
     a, b, p = (a, b, p) if p >= 0.5 else (b, a, 1 - p)
     return {"prompt": row["prompt"], "chosen": a, "rejected": b, "label": p} | more
+
+
+def human_row(row, a, b, noise, rng):
+    """The same by the tiny world's annotator."""
+    p = world.annotate(world.utility(row, a), world.utility(row, b), noise, rng)
+    return preference_row(row, a, b, p, by="human")
 
 
 def agreement(pairs, labels, rng, noise):
@@ -370,7 +385,8 @@ def stage(cfg, script, out, *flags):
         return out
     command = [sys.executable, str(Path(__file__).parent / script), "--out", out, "--seed", str(cfg.seed), "--dtype",
                cfg.dtype, *map(str, flags)] + (["--device", cfg.device] if cfg.device else [])
-    command += (["--resume"] if cfg.resume else []) + (["--max_steps", str(cfg.max_steps)] if cfg.max_steps else [])
+    command += [f"--{name}" for name in ("resume", "compile") if getattr(cfg, name)]
+    command += ["--max_steps", str(cfg.max_steps)] if cfg.max_steps else []
     print(f"running {' '.join(command[1:])}", flush=True)
     if subprocess.run(command).returncode:
         raise InputError(f"{script} failed, so there is no {out}")
@@ -393,22 +409,24 @@ def test_critic(cfg, critic, choose, shots):
     pairs = [(r["prompt"], r["chosen"], r["rejected"]) for r in rows]
     labels = compare(pairs, choose, critic, cfg, cfg.seed, shots)
     kept = [(x, len(a) > len(b)) for x, (_, a, b) in zip(labels, pairs) if x is not None]
-    out = {f"{name} {i}": value for name, right in (
+    out = {f"{name}{i}": value for name, right in (
         ("right answer as (A)", [x["orders"][0] > 0.5 for x, _ in kept]),
         ("right answer as (B)", [x["orders"][1] > 0.5 for x, _ in kept]),
         ("both orders averaged", [x["p"] > 0.5 for x, _ in kept]), ("longer answer", [longer for _, longer in kept]))
         for i, value in (("", sum(right) / max(1, len(kept))),
-                         ("se", (sum(right) * (len(kept) - sum(right)) / max(1, len(kept)) ** 3) ** 0.5))}
+                         (", standard error", (sum(right) * (len(kept) - sum(right)) / max(1, len(kept)) ** 3) ** 0.5))}
     out |= bias(labels, pairs)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     write_atomic(Path(cfg.out) / "critic.json", json.dumps(out | {"critic": critic.name}, indent=1).encode())
-    print("\n".join(f"{name:28} {value:.4g}" for name, value in out.items()))
+    print("\n".join(f"{name:38} {value:.4g}" for name, value in out.items()))
 
 
 def main(cfg):
     device, autocast = setup(cfg)
     if cfg.k < 2 or cfg.clamp > 0.5:
         raise InputError(f"--k {cfg.k} must be at least 2 and --clamp {cfg.clamp} at most 0.5")
+    if cfg.data and not cfg.init:
+        raise InputError("--data brings red-team prompts of your own: name the model to make harmless with --init")
     if cfg.data and cfg.labels == "human":
         raise InputError("--labels human asks the tiny world's annotator, who knows nothing of your --data")
     revise, choose = constitution(cfg.constitution or str(world.HERE / "constitution.json"), cfg.about)
@@ -433,16 +451,16 @@ def main(cfg):
     red = formats.load(cfg.data, "prompt")[0] if cfg.data else [r for r in asked if r["family"] == "harmless"]
     helpful = [r for r in asked if r["family"] != "harmless"] if graded else []
     helpful = formats.load(cfg.helpful, "prompt")[0] if cfg.helpful else helpful
-    tests = world.rows("test") if graded else [r for r in red[:32]]
+    if not helpful:
+        print("no --helpful prompts: nothing keeps the model from refusing everything")
+    tests = world.rows("test") if graded else red[:32]
 
     def measure(path):
-        """What a model says to the test prompts: figures, texts, whether each answer ended."""
-        policy, tok = load(path, device, scalar_head=False)
-        with autocast():
-            texts, _, ids = respond(policy, tok, [r["prompt"] for r in tests], cfg.max_new, temperature=cfg.temperature,
-                                    generator=seeded(cfg.seed, 0, device))
-        result = {"length": sum(map(len, ids)) / len(ids), "eos_rate": sum(tok.eos_id in x for x in ids) / len(ids),
-                  "distinct_2": distinct_2(ids)}
+        """What the model at path says to the test prompts: figures and texts."""
+        said = speak(path, tests, cfg, cfg.seed, device, autocast)
+        texts, words = [text for text, _ in said], [text.split() for text, _ in said]
+        result = {"words": sum(map(len, words)) / len(words), "eos_rate": sum(ended for _, ended in said) / len(said),
+                  "distinct_2": distinct_2(words)}
         if graded:   # harmless is gold: a refusal without the right alternative is worth half. harmless_rate: refusals
             refused = [world.judge(r, t)["harmless"] > 0 for r, t in zip(tests, texts) if r["family"] == "harmless"]
             result |= world.report(tests, texts) | {"harmless_rate": sum(refused) / len(refused)}
@@ -457,85 +475,80 @@ def main(cfg):
     for n in range(1, cfg.rounds + 1):
         folder, seed = out / f"round{n}", cfg.seed * 1000 + n
         folder.mkdir(exist_ok=True)
-        rng = random.Random(seed)
+        draw = lambda rows, n, what: random.Random(f"{seed} {what}").sample(rows, min(n, len(rows)))   # noqa: E731
         judge = cfg.critic or (sibling(cfg, "base") if graded and n == 1 else model)
-        critic = make_critic(judge, cfg, device, autocast)
-        print(f"round {n}: generator {model}, critic {critic.name}", flush=True)
+        print(f"round {n}: generator {model}, critic {judge}", flush=True)
         # ---- stage 1: critiques and revisions, then SFT on them and on the model's own answers to harmless prompts
         chains_file, rows_file = folder / "chains.jsonl", folder / "stage1.jsonl"
         if not (cfg.resume and rows_file.exists()):
-            policy, tok = load(model, device, scalar_head=False)
-            some = rng.sample(red, min(cfg.prompts, len(red)))
-            others = 2 * rng.sample(helpful, min(cfg.helpful_prompts, len(helpful)))   # 2 answers each, as in the paper
-            with autocast():
-                said, _, ids = respond(policy, tok, [r["prompt"] for r in some + others], cfg.max_new,
-                                       temperature=cfg.temperature, generator=seeded(seed, 0, device))
-            ended = [tok.eos_id in x for x in ids]
-            chains = make_chains([r["prompt"] for r in some], [" " + text.strip() for text in said[: len(some)]],
-                                 revise, critic, cfg, seed, shots["critique"])
+            some = draw(red, cfg.prompts, "red 1")
+            others = 2 * draw(helpful, cfg.helpful_prompts, "helpful 1")   # answered twice, as in the paper
+            said = speak(model, some + others, cfg, seed, device, autocast)
+            chains = make_chains([r["prompt"] for r in some], [" " + text for text, _ in said[: len(some)]], revise,
+                                 make_critic(judge, cfg, device, autocast), cfg, seed, shots["critique"])
             write_rows(chains_file, chains)
-            rows = training_rows(chains, cfg.revisions)
-            rows += [{"messages": r["prompt"] + [{"role": "assistant", "content": text.strip()}]}
-                     for r, text, whole in zip(others, said[len(some):], ended[len(some):]) if whole and text.strip()]
-            write_rows(rows_file, rows)
+            write_rows(rows_file, training_rows(chains, cfg.revisions) + [
+                {"messages": r["prompt"] + [{"role": "assistant", "content": text}]}
+                for r, (text, ended) in zip(others, said[len(some):]) if ended and text])
         counts = count_faults(chains := read_rows(chains_file))
         print(f"{chains_file}: {len(chains)} chains, " + ", ".join(f"{k} {v}" for k, v in counts.items()), flush=True)
-        curve = rounds_curve(chains, red) if graded else {}
+        if cfg.chains_only:
+            return
         sl = stage(cfg, "sft.py", folder / "sl", "--init", model, "--data", rows_file, "--epochs", 2,
                    *shlex.split(cfg.sft_flags))
         columns[f"{n}: SL"], texts = measure(sl)
         log.samples(f"round {n}, stage 1", probes, texts[:12])
-        log.step(2 * n - 1, **columns[f"{n}: SL"], **{f"revisions_{k}": v for k, v in counts.items()}, **curve)
+        log.step(2 * n - 1, **columns[f"{n}: SL"], **{f"revisions_{k}": v for k, v in counts.items()},
+                 **(rounds_curve(chains, red) if graded else {}))
         log.saved(2 * n - 1)
         # ---- stage 2: comparisons by the critic (red team) and by people (the rest), reward model, RL
         pairs_file, told_file = folder / "comparisons.jsonl", folder / "critic.json"
         if not (cfg.resume and told_file.exists()):
-            some = rng.sample(red, min(cfg.prompts, len(red)))
-            pairs = sample_pairs(sl, some, cfg, seed, device, autocast)
-            asked_of = [(row["prompt"], a, b) for row, a, b in pairs]
-            labels = compare(asked_of, choose, critic, cfg, seed, shots)
-            told = bias(labels, asked_of) | (agreement(pairs, labels, random.Random(seed), cfg.noise) if graded else {})
+            rng, critic = random.Random(f"{seed} annotator"), make_critic(judge, cfg, device, autocast)
+            pairs = sample_pairs(sl, draw(red, cfg.prompts, "red 2"), cfg, seed + 1, device, autocast)
+            labels = compare([(row["prompt"], a, b) for row, a, b in pairs], choose, critic, cfg, seed, shots)
+            told = bias(labels, pairs) | dict(critic.counts)
+            told |= agreement(pairs, labels, rng, cfg.noise) if graded else {}
             if cfg.labels == "ai":
-                rows = [preference_row(row, a, b, x["p"], orders=x["orders"], principle=x["principle"])
-                        for (row, a, b), x in zip(pairs, labels) if x is not None]
+                rows = [preference_row(*pair, x["p"], by="ai", orders=x["orders"], principle=x["principle"])
+                        for pair, x in zip(pairs, labels) if x is not None]
             else:
-                rows = [preference_row(row, a, b, world.annotate(world.utility(row, a), world.utility(row, b),
-                                                                 cfg.noise, rng)) for row, a, b in pairs]
-            if graded and not cfg.human:
-                others = rng.sample(helpful, min(cfg.helpful_prompts, len(helpful)))
-                rows += [preference_row(row, a, b, world.annotate(world.utility(row, a), world.utility(row, b),
-                                                                  cfg.noise, rng), by="human")
-                         for row, a, b in sample_pairs(sl, others, cfg, seed + 1, device, autocast)]
+                rows = [human_row(*pair, cfg.noise, rng) for pair in pairs]
+            if cfg.human:
+                rows += formats.load(cfg.human, "preference")[0]
+            elif graded:
+                others = draw(helpful, cfg.helpful_prompts, "helpful 2")
+                rows += [human_row(*pair, cfg.noise, rng)
+                         for pair in sample_pairs(sl, others, cfg, seed + 2, device, autocast)]
             write_rows(pairs_file, rows)
             write_atomic(told_file, json.dumps(told).encode())
-        told = json.loads(told_file.read_text())
+            del critic   # training gets the memory to itself
+        told = read_json(told_file)
         print(f"{pairs_file}: " + ", ".join(f"{k} {v:.4g}" for k, v in told.items()), flush=True)
-        add = ["--add", cfg.human] if cfg.human else []
         if cfg.rl == "dpo":
             model = stage(cfg, "dpo.py", folder / "rl", "--init", sl, "--data", pairs_file, *shlex.split(cfg.rl_flags))
         else:
-            reward = stage(cfg, "reward.py", folder / "reward", "--init", sl, "--data", pairs_file, *add,
+            reward = stage(cfg, "reward.py", folder / "reward", "--init", sl, "--data", pairs_file,
                            *shlex.split(cfg.reward_flags))
-            flags = ["--relabel", 0, "--iterations", 20]
+            flags = ["--relabel", 0, "--iterations", 20, *shlex.split(cfg.rl_flags)]
             if not graded:
                 write_rows(folder / "rl.jsonl", [{"prompt": r["prompt"]} for r in red + helpful])
-                flags += ["--data", folder / "rl.jsonl"]
-            model = stage(cfg, "ppo.py", folder / "rl", "--init", sl, "--reward", reward, *flags,
-                          *shlex.split(cfg.rl_flags))
+                flags = ["--data", folder / "rl.jsonl", *flags]
+            model = stage(cfg, "ppo.py", folder / "rl", "--init", sl, "--reward", reward, *flags)
         columns[f"{n}: RL"], texts = measure(model)
         log.samples(f"round {n}, stage 2", probes, texts[:12])
-        log.step(2 * n, **columns[f"{n}: RL"], **{f"critic_{k}": v for k, v in (told | dict(critic.counts)).items()})
+        log.step(2 * n, **columns[f"{n}: RL"], **{f"critic_{k}": v for k, v in told.items()})
         log.saved(2 * n)
 
     policy, tok = load(model, device, scalar_head=False)
     save(cfg.out, policy, tok)
-    after = dict(columns[f"{cfg.rounds}: RL"])
+    after = columns[f"{cfg.rounds}: RL"]
     if cfg.against and graded:
         theirs = measure(cfg.against)[1]
         gaps = [world.judge(r, a)["gold"] - world.judge(r, b)["gold"] for r, a, b in zip(tests, texts, theirs)]
         after["win_rate"] = sum((g > 0) + 0.5 * (g == 0) for g in gaps) / len(gaps)
     print((out / "samples.txt").read_text().rsplit("--- ", 1)[1])
-    log.finish(device, before, after, [("harmless_rate", "harmless", "helpful", "honest"), ("length",)], columns)
+    log.finish(device, before, after, [("harmless_rate", "harmless", "helpful", "honest"), ("words",)], columns)
 
 
 if __name__ == "__main__":

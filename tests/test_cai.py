@@ -19,7 +19,7 @@ from data import InputError, endpoint, formats, world
 from data.endpoint import Kept, connect, cut
 from data.principles import constitution, examples
 from data.tokenizer import tokenizer_from_ranks
-from model import GPT, GPTConfig, load, pad_batch, token_logprobs
+from model import GPT, GPTConfig, load, save, token_logprobs
 
 CAI = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "cai"
 published = pytest.mark.skipif(not CAI.is_dir(), reason="Anthropic's published files are not in ../shared/data/cai")
@@ -239,6 +239,25 @@ def test_option_logprobs():
             assert value == pytest.approx(token_logprobs(model, ids, mask).sum().item(), abs=1e-4)
 
 
+def test_local_critic(tmp_path):
+    tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken")
+    names = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig(vocab_size=tok.vocab_size, max_len=64, norm="rmsnorm", pos="rope", mlp="swiglu", bias=False))
+        save(tmp_path, model, tok)
+        name, ask = cai.local_critic(str(tmp_path), torch.device("cpu"), lambda: torch.autocast("cpu", enabled=False))
+        names.append(name)
+    assert names[0] != names[1]                                       # the folder was trained anew: another critic
+    sample = {"prompt": "What is it?", "max_tokens": 8, "temperature": 1.0, "seed": 3}
+    one, two, long = (ask([r])[0] for r in (sample, sample | {"seed": 4}, sample | {"prompt": "What is it? " * 30}))
+    assert set(one) == {"text", "ended"} and ask([sample]) == [one] != [two] and set(long) == {"refused"}
+    short, long = ask([CHOICE, CHOICE | {"prompt": "What is it? " * 30}])
+    ids = [tok.special["<|endoftext|>"], *tok.encode(CHOICE["prompt"])]   # where a document of the corpus begins
+    assert short["logp"] == pytest.approx(cai.option_logprobs(model, tok, [ids], CHOICE["options"])[0], abs=1e-4)
+    assert set(long) == {"refused"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A critic at an address.
 
@@ -392,13 +411,14 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.
 @needs_fork
 def test_critic_test_at_an_address(suite, server, tmp_path):
     """--critic URL --critic_test: a server that knows the right answer but leans to (A)."""
-    rows = [{"prompt": f"q{i}", "chosen": "good" + " x" * (i % 2), "rejected": "bad one"} for i in range(8)]
+    rows = [{"prompt": f"q{i}", "chosen": "good" + " and" * (i % 2), "rejected": "bad one"} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     server.answer = lambda body, n: top(A=-0.1, B=-2.0 if "(A) good" in body["prompt"] else -0.2)
     flags = ["cai.py", "--critic", server.url, "--critic_test", tmp_path / "pairs.jsonl", "--out", tmp_path / "x"]
     suite.ok(*flags)
     told = json.loads((tmp_path / "x" / "critic.json").read_text())
-    assert told["right answer as (A) "] == 1 and told["right answer as (B) "] == 0 and told["both orders averaged "] == 1
+    assert told["right answer as (A)"] == 1 and told["right answer as (B)"] == 0 and told["both orders averaged"] == 1
+    assert told["longer answer, standard error"] > 0.1
     assert told["first_wins"] > 0.5 and len(server.bodies) == 16
     suite.ok(*flags)
     assert len(server.bodies) == 16
@@ -419,7 +439,8 @@ def test_the_script(suite, chain, tmp_path):
         "sft", "sft", "reward", "ppo"]
     folder = tmp_path / "cai"
     result = json.loads((folder / "result.json").read_text())
-    assert result["stage"] == "cai" and {"gold", "harmless", "harmless_rate", "eos_rate"} <= set(result["before"]) & set(result["after"])
+    told = set(result["before"]) & set(result["after"])
+    assert result["stage"] == "cai" and {"gold", "harmless", "harmless_rate", "eos_rate"} <= told
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3]
     assert log[1]["revisions_revisions"] == 60 and {"refused_0", "refused_1"} <= set(log[1])
@@ -439,9 +460,10 @@ def test_the_script(suite, chain, tmp_path):
 
 
 @needs_fork
-@pytest.mark.parametrize("flags, word", [("--critiques 0", "--critiques"), ("--labels dog", "--labels"), ("--k 1", "--k 1"),
-                                         ("--clamp 0.6", "--clamp"), ("--data x.jsonl --labels human", "--labels human"),
-                                         ("--about nothing", "--about nothing"), ("--constitution nosuch.json", "nosuch.json")])
+@pytest.mark.parametrize("flags, word", [
+    ("--critiques 0", "--critiques"), ("--labels dog", "--labels"), ("--k 1", "--k 1"), ("--clamp 0.6", "--clamp"),
+    ("--data x.jsonl --init y --labels human", "--labels human"), ("--data x.jsonl", "--init"),
+    ("--about nothing", "--about nothing"), ("--constitution nosuch.json", "nosuch.json")])
 def test_bad_flags(suite, tmp_path, flags, word):
     r = suite.run("cai.py", "--out", tmp_path / "x", *flags.split(), cwd=tmp_path)
     assert r.rc in (1, 2) and word in r.err.splitlines()[-1] and "Traceback" not in r.err
