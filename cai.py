@@ -167,9 +167,10 @@ def local_critic(path, device, autocast):
         out = [{"refused": "prompt longer than the context"} if len(row) > room else None for row in rows]
         at = [i for i, answer in enumerate(out) if answer is None]
         with torch.no_grad(), autocast():
-            if at and "options" in first:
-                for i, logp in zip(at, option_logprobs(model, tok, [rows[i] for i in at], first["options"])):
-                    out[i] = {"logp": logp}
+            if "options" in first:
+                for some in (at[i: i + 16] for i in range(0, len(at), 16)):   # few at a time: prompts may be long
+                    for i, logp in zip(some, option_logprobs(model, tok, [rows[i] for i in some], first["options"])):
+                        out[i] = {"logp": logp}
             elif at:
                 ids, mask, _ = generate(model, [rows[i] for i in at], first["max_tokens"], tok.eos_id, tok.pad_id,
                                         first["temperature"], generator=seeded(first["seed"], 0, device))
