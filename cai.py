@@ -23,8 +23,10 @@ from these soft labels, and from human comparisons of answers to the other promp
 
 Stages 1 and 2 make a round; with --rounds 2 the aligned model is the next generator and, without --critic, the critic.
 Left out: red-team prompts written by a model; several principles per label; chat-only endpoints; other critic formats.
-What to expect on the tiny world: README.md. A critic that cannot tell better from worse (see --critic_test) teaches
-nothing, whatever the losses say.
+Expect on the tiny world (seeds 0, 1, 3): of the harmful test requests 0 are refused at the start, 0.97 to 0.99 after
+stage 1, 0.99 to 1.00 after stage 2. The critic knows refusing from helping (right in 0.93 to 1.00 of such pairs), but
+not which safe alternative a refusal should offer (0.42 to 0.54), so the gold score of refusals stays near 0.55. A
+critic that cannot tell better from worse (see --critic_test) teaches nothing, whatever the losses say.
 """
 import hashlib
 import json
@@ -165,9 +167,10 @@ def local_critic(path, device, autocast):
         out = [{"refused": "prompt longer than the context"} if len(row) > room else None for row in rows]
         at = [i for i, answer in enumerate(out) if answer is None]
         with torch.no_grad(), autocast():
-            if at and "options" in first:
-                for i, logp in zip(at, option_logprobs(model, tok, [rows[i] for i in at], first["options"])):
-                    out[i] = {"logp": logp}
+            if "options" in first:
+                for some in (at[i: i + 16] for i in range(0, len(at), 16)):   # few at a time: prompts may be long
+                    for i, logp in zip(some, option_logprobs(model, tok, [rows[i] for i in some], first["options"])):
+                        out[i] = {"logp": logp}
             elif at:
                 ids, mask, _ = generate(model, [rows[i] for i in at], first["max_tokens"], tok.eos_id, tok.pad_id,
                                         first["temperature"], generator=seeded(first["seed"], 0, device))
