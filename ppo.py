@@ -545,13 +545,12 @@ def main(cfg):
     logprobs, values = (torch.compile(f) if cfg.compile else f for f in (token_logprobs, token_values))
     if cfg.inspect:
         rng, cfg.value_warmup = seeded(cfg.seed, first), 0
-        b = rollout(policy, tok, rows, prompts, cfg, first, rng, autocast,
-               Run(replace(cfg, out=tempfile.mkdtemp()), "ppo", 1))
+        b = rollout(policy, tok, rows, prompts, cfg, first, rng, autocast)
         score(b, policy, ref, value, tok, reward, cfg, autocast)
         credit(b, beta, cfg)
         old = copy.copy(b)
-        update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, first, rng, autocast,
-               Run(replace(cfg, out=tempfile.mkdtemp()), "ppo", 1))
+        log = Run(replace(cfg, out=tempfile.mkdtemp()), "ppo", 1)   # --out keeps the log of its own run
+        update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, first, rng, autocast, log)
         score(b, policy, ref, value, tok, reward, cfg, autocast)
         tables = (token_table(old, x.old_logp, x.old_values, tok, cfg) for x in (old, b))
         text = look_inside(old, *tables, beta, cfg)

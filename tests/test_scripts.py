@@ -625,9 +625,11 @@ def test_text_never_becomes_a_special_token(suite, chain, tmp_path, script):
     """All ids that a run puts into batches: no pad, an EOS at the end of an assistant's turn only."""
     (tmp_path / "spy.py").write_text(SPY)
     flags = {"sft.py": ["--held_out", 0.3, "--max_steps", 1], "reward.py": ["--held_out", 0.3, "--max_steps", 1],
+             "dpo.py": ["--held_out", 0.3, "--max_steps", 1],
              "ppo.py": ["--iterations", 1, "--rollouts", 8, "--minibatches", 1]}[script]
     rows = [{"prompt": f"{EVIL} {i}.", **{"sft.py": {"completion": f"Well <|pad|><|endoftext|> {i}"}, "ppo.py": {},
-             "reward.py": {"chosen": f"Yes <|endoftext|> {i}", "rejected": f"No <|pad|> {i}"}}[script]} for i in range(20)]
+             "reward.py": (pair := {"chosen": f"Yes <|endoftext|> {i}", "rejected": f"No <|pad|> {i}"}),
+             "dpo.py": pair}[script]} for i in range(20)]
     r = suite.run(tmp_path / "spy.py", suite.root / script, *links(script, chain), "--out", tmp_path / "out", *flags, "--data",
                   write(tmp_path / "evil.jsonl", rows), "--max_new", 4,
                   env={"PYTHONPATH": str(suite.root), "SEEN": str(tmp_path / "seen")})
@@ -638,5 +640,5 @@ def test_text_never_becomes_a_special_token(suite, chain, tmp_path, script):
     assert {text.split(" now ")[1].split(".")[0] for text in texts} >= {str(i) for i in range(8)}
     for ids, text in zip(seen, texts):
         assert tok.pad_id not in ids and EVIL in text
-        ends = "\n\nAssistant: " in text
+        ends = "\n\nAssistant: " in text or script == "dpo.py" and ids[-1] == tok.eos_id   # what it sampled may end at once
         assert ids.count(tok.eos_id) == ends and (ids[-1] == tok.eos_id) == ends
