@@ -7,6 +7,7 @@ import random
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -198,8 +199,12 @@ class Terminal:
         import pty
         import termios
         self.ours, theirs = pty.openpty()
+
+        def begin():   # who runs the tests in the background has Ctrl-C ignored, and would pass that on
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env,
-                                        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+                                        start_new_session=True, preexec_fn=begin)
         os.close(theirs)
         self.shown = ""
 
