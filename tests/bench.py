@@ -13,6 +13,7 @@ Nothing is timed before two warm-up rounds; the figure is the median round. The 
 import json
 import statistics
 import sys
+import tempfile
 import time
 import typing
 from dataclasses import dataclass
@@ -220,7 +221,7 @@ def theirs(shape, cfg, device, autocast):
         return out
     tok = transformers.PreTrainedTokenizerFast(tokenizer_object=letters(V), eos_token="e", pad_token="p", unk_token="u")
     bf16 = cfg.dtype != "float32"
-    shared = dict(per_device_train_batch_size=B, max_steps=cfg.rounds + 2, report_to=[], output_dir="/tmp/bench_trl", save_strategy="no",
+    shared = dict(per_device_train_batch_size=B, max_steps=cfg.rounds + 2, report_to=[], output_dir=tempfile.mkdtemp(), save_strategy="no",
                   bf16=bf16, use_cpu=device.type == "cpu", logging_steps=10 ** 6, disable_tqdm=True, gradient_checkpointing=False)
     words = lambda ids: " ".join(f"w{i}" for i in ids)   # noqa: E731
 
