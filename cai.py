@@ -47,12 +47,13 @@ import torch
 from data import InputError, formats, world
 from data.endpoint import Kept, connect, cut
 from data.principles import constitution, examples, read_json
-from model import (Run, distinct_2, generate, load, need, pad_batch, respond, run, save, seeded, setup, sibling,
+from model import (WORLD, Run, distinct_2, generate, load, need, pad_batch, respond, run, save, seeded, setup, sibling,
                    write_atomic)
 
 
 @dataclass
 class Config:
+    """The flags of `python cai.py`."""
     init: str = ""                # the model to make harmless (default: helpful beside --out, a helpful-only model)
     critic: str = ""              # who critiques, revises and chooses: a model or http://HOST/v1 (default: base beside
                                   # --out in round 1 of the tiny world, else the model itself, in its present state)
@@ -396,14 +397,6 @@ def stage(cfg, script, out, *flags):
     return out
 
 
-def write_rows(path, rows):
-    write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
-
-
-def read_rows(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
 def test_critic(cfg, critic, choose, shots):
     """--critic_test: accuracy on comparisons in each order and averaged, beside two baselines; also into --out."""
     rows, dropped = formats.load(cfg.critic_test, "preference")
@@ -425,7 +418,10 @@ def test_critic(cfg, critic, choose, shots):
 
 
 def main(cfg):
+    """Stage 1 and stage 2, as often as --rounds says; or --critic_test."""
     device, autocast = setup(cfg)
+    if WORLD > 1:
+        raise InputError("cai.py runs the other scripts: start it as one process, not with torchrun")
     if cfg.k < 2 or cfg.clamp > 0.5:
         raise InputError(f"--k {cfg.k} must be at least 2 and --clamp {cfg.clamp} at most 0.5")
     if cfg.data and not cfg.init:
@@ -448,7 +444,7 @@ def main(cfg):
     model = cfg.init or sibling(cfg, "helpful")
     if not cfg.init and not (Path(model) / "result.json").exists():
         demos = out / "helpful_demos.jsonl"
-        write_rows(demos, world.helpful_only(3000, 0))
+        world.write_jsonl(demos, world.helpful_only(3000, 0))
         stage(cfg, "sft.py", model, "--init", sibling(cfg, "base"), "--data", demos)
     asked = world.rows("preference")
     red = formats.load(cfg.data, "prompt")[0] if cfg.data else [r for r in asked if r["family"] == "harmless"]
@@ -489,11 +485,11 @@ def main(cfg):
             said = speak(model, some + others, cfg, seed, device, autocast)
             chains = make_chains([r["prompt"] for r in some], [" " + text for text, _ in said[: len(some)]], revise,
                                  make_critic(judge, cfg, device, autocast), cfg, seed, shots["critique"])
-            write_rows(chains_file, chains)
-            write_rows(rows_file, training_rows(chains, cfg.revisions) + [
+            world.write_jsonl(chains_file, chains)
+            world.write_jsonl(rows_file, training_rows(chains, cfg.revisions) + [
                 {"messages": r["prompt"] + [{"role": "assistant", "content": text}]}
                 for r, (text, ended) in zip(others, said[len(some):]) if ended and text])
-        counts = count_faults(chains := read_rows(chains_file))
+        counts = count_faults(chains := world.read_jsonl(chains_file))
         print(f"{chains_file}: {len(chains)} chains, " + ", ".join(f"{k} {v}" for k, v in counts.items()), flush=True)
         if cfg.chains_only:
             return
@@ -523,7 +519,7 @@ def main(cfg):
                 others = draw(helpful, cfg.helpful_prompts, "helpful 2")
                 rows += [human_row(*pair, cfg.noise, rng)
                          for pair in sample_pairs(sl, others, cfg, seed + 2, device, autocast)]
-            write_rows(pairs_file, rows)
+            world.write_jsonl(pairs_file, rows)
             write_atomic(told_file, json.dumps(told).encode())
             del critic   # training gets the memory to itself
         told = read_json(told_file)
@@ -535,7 +531,7 @@ def main(cfg):
                            *shlex.split(cfg.reward_flags))
             flags = ["--relabel", 0, "--iterations", 20, *shlex.split(cfg.rl_flags)]
             if not graded:
-                write_rows(folder / "rl.jsonl", [{"prompt": r["prompt"]} for r in red + helpful])
+                world.write_jsonl(folder / "rl.jsonl", [{"prompt": r["prompt"]} for r in red + helpful])
                 flags = ["--data", folder / "rl.jsonl", *flags]
             model = stage(cfg, "ppo.py", folder / "rl", "--init", sl, "--reward", reward, *flags)
         columns[f"{n}: RL"], texts = measure(model)

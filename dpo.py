@@ -27,8 +27,6 @@ arXiv:2403.00409) knows it and undoes it, so that the loss is unbiased: (p - e) 
 The log-probs of the reference never change: they are computed once, kept as two numbers a pair, and the reference is
 dropped, so that one model is in memory. Left out: packing; the dozens of further variants, each a line of `pair_loss`.
 """
-import importlib
-import json
 import math
 import random
 import time
@@ -39,13 +37,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import InputError, formats, world
+from data import InputError, formats, function_of, world
+from data.evaluate import kl_and_entropy
 from model import (Run, batches, cosine, distinct_2, frozen, load, load_state, need, optimizer_for, pad_batch, respond,
-                   run, save, seeded, setup, sibling, token_logprobs, trained, with_lora)
+                   result_of, run, save, seeded, setup, share, sibling, summed, token_logprobs, trained, with_lora)
 
 
 @dataclass
 class Config:
+    """The flags of `python dpo.py`."""
     init: str = ""                # policy to start from, and the reference (default: sft beside --out; orpo: base)
     data: str = ""                # comparisons; for kto also single answers, good or bad (default: reward.py's)
     out: str = "out/dpo"          # folder for the checkpoint, log, samples and plot
@@ -153,13 +153,10 @@ def encode(rows, tok, max_prompt, max_len):
     differ within max_len, which would teach nothing. Returns the list and that count."""
     out, same = [], 0
     for row in rows:
-        prompt, _ = tok.render(row["prompt"], generation_prompt=True)
-        answers = []
-        for key in ("completion",) if "completion" in row else ("chosen", "rejected"):
-            ids, _ = tok.render(row["prompt"] + [{"role": "assistant", "content": row[key]}])
-            while ids[-1] != tok.eos_id:   # ChatML writes a newline after the turn
-                ids.pop()
-            answers.append(ids[len(prompt):][: max_len - min(len(prompt), max_prompt)])
+        keys = ("completion",) if "completion" in row else ("chosen", "rejected")
+        sides = [tok.render_answer(row["prompt"], row[key]) for key in keys]
+        prompt = sides[0][0]
+        answers = [ids[: max_len - min(len(prompt), max_prompt)] for _, ids in sides]
         if len(answers) == 2 and answers[0] == answers[1]:
             same += 1
             continue
@@ -200,24 +197,10 @@ def all_logps(model, examples, tok, device, autocast, batch):
     """Summed log-probs (2, N) of both answers of all examples, similar lengths together."""
     out = torch.zeros(2, len(examples))
     order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i][:3])))
-    for rows in (order[k: k + batch] for k in range(0, len(order), batch)):
+    for rows in share([order[k: k + batch] for k in range(0, len(order), batch)]):
         with autocast():
             out[:, rows] = logps(model, both([examples[i] for i in rows]), tok, device)[0].view(2, -1).cpu()
-    return out
-
-
-@torch.no_grad()
-def exact_kl(policy, ref, prompts, answers, tok, device, autocast, batch=128):
-    """KL(policy || ref) in nats per answer on the policy's own answers: exact over the vocabulary at each token."""
-    total, rows = 0.0, sorted(zip(prompts, answers), key=lambda r: len(r[0]) + len(r[1]))
-    for part in (rows[k: k + batch] for k in range(0, len(rows), batch)):
-        ids, real = pad_batch([x + y for x, y in part], tok.pad_id, device)
-        start = torch.tensor([len(x) for x, _ in part], device=device)
-        mask = (real & (torch.arange(ids.shape[1], device=device) >= start[:, None]))[:, 1:]
-        with autocast():
-            lp, lr = (m.logits(m(ids)[:, :-1][mask]).float().log_softmax(-1) for m in (policy, ref))   # (n, V)
-        total += (lp.exp() * (lp - lr)).sum().item()
-    return total / len(rows)
+    return summed(out)
 
 
 def judge_function(cfg, device, autocast):
@@ -225,22 +208,17 @@ def judge_function(cfg, device, autocast):
     if cfg.judge == "annotator":
         return lambda rows, texts: [world.utility(r, t) for r, t in zip(rows, texts)]
     if ":" in cfg.judge:
-        module, name = cfg.judge.rsplit(":", 1)
-        try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as e:
-            raise InputError(f"--judge {cfg.judge}: {e}") from None
+        return function_of(cfg.judge, "--judge")
     rm, tok = load(cfg.judge, device)
     if not rm.cfg.scalar_head:
         raise InputError(f"{cfg.judge} is a language model; --judge needs a reward model")
 
     @torch.no_grad()
     def score(rows, texts):
-        ids = [tok.render(r["prompt"] + [{"role": "assistant", "content": t}])[0] for r, t in zip(rows, texts)]
-        ids, _ = pad_batch(ids, tok.pad_id, device)
-        last = (ids == tok.eos_id).long().cumsum(1).argmax(1)     # ChatML writes a newline after the EOS
+        pairs = [tok.render_answer(r["prompt"], t) for r, t in zip(rows, texts)]
+        ids, real = pad_batch([x + y for x, y in pairs], tok.pad_id, device)
         with autocast():
-            return rm.scores(rm(ids)[torch.arange(len(ids), device=device), last]).tolist()
+            return rm.scores(rm(ids)[torch.arange(len(ids), device=device), real.sum(1) - 1]).tolist()
     return score
 
 
@@ -265,6 +243,7 @@ def online_pairs(policy, tok, rows, score, cfg, step, device, autocast):
 
 
 def main(cfg):
+    """Train a policy on comparisons, given or (--online) of its own answers."""
     device, autocast = setup(cfg)
     if cfg.label_smoothing >= 0.5 or cfg.flip_rate >= 0.5:
         raise InputError("--label_smoothing and --flip_rate must be below 0.5: at one half a label says nothing")
@@ -316,7 +295,7 @@ def main(cfg):
     policy = with_lora(trunk, cfg.lora) if cfg.lora else policy
     optimizer, first, ref_logp = optimizer_for(policy, cfg.lr, cfg.weight_decay, (0.9, 0.95), 1e-6), 0, None
     if cfg.resume and (state := load_state(cfg.out)):
-        policy.load_state_dict(state["model"], strict=False)
+        policy.load_state_dict(state["model"], strict=not cfg.lora)   # the trunk is not in it
         optimizer.load_state_dict(state["optimizer"])
         first, ref_logp = state["step"], state["ref_logp"]
     needs_ref = cfg.loss in ("dpo", "ipo", "kto")
@@ -393,7 +372,7 @@ def main(cfg):
         else:
             examples, known = [train[i] for i in plan[step]], ref_logp[:, plan[step]]
         known = known.to(device)
-        order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i][:3])))
+        order = share(sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i][:3]))))
         z = reference_point(examples, known) if cfg.loss == "kto" else 0.0
         sums = {}
         for rows_ in (order[k: k + cfg.micro_batch] for k in range(0, len(order), cfg.micro_batch)):
@@ -405,7 +384,7 @@ def main(cfg):
         norm = log.update(step, policy, optimizer, lr, {"rows": plan[step], "examples": examples})
         n_tokens = sum(len(x) + len(y) for x, y in both(examples))
         extra = {"z": float(z)} if cfg.loss == "kto" else {"pairs": len(examples)} if cfg.online else {}
-        log.step(step, **sums, **extra, grad_norm=norm, tok_s=n_tokens / (time.time() - start))
+        log.step(step, **summed(sums), **extra, grad_norm=norm, tok_s=n_tokens / (time.time() - start))
         if log.save_now(step):
             save(cfg.out, policy, tok, {"model": trained(policy), "optimizer": optimizer.state_dict(),
                                         "step": step + 1, "ref_logp": ref_logp, "before": before,
@@ -413,7 +392,8 @@ def main(cfg):
             log.saved(step)
     after, texts, prompts, ids = measure()
     ref = trunk or ref or load(init, device, scalar_head=False)[0]
-    after["kl"] = exact_kl(policy, ref, prompts, ids, tok, device, autocast)
+    with autocast():
+        after["kl"], _ = kl_and_entropy(policy, ref, prompts, ids, tok, device)
     if graded:   # head to head with where it started: share of test prompts on which gold is higher, ties one half
         a, b = (torch.tensor(world.gold(tests, t)) for t in (texts, before_texts))
         after["win_rate"] = ((a > b).float() + 0.5 * (a == b)).mean().item()
@@ -422,9 +402,9 @@ def main(cfg):
         print(f"The chosen answers lost log-probability too (reward {after['chosen_reward']:.2f}): the loss only asks "
               "that the rejected ones lose more, and both share tokens. --sft_coef holds the chosen ones up.")
     columns = {start_from.replace("sft", "SFT"): before, cfg.loss.upper(): after}
-    told = Path(sibling(cfg, "sft")) / "result.json"
-    if not cfg.init and start_from == "sft" and told.exists():   # sft.py measured the base model on the same prompts
-        columns = {"base": json.loads(told.read_text())["before"]} | columns
+    told = result_of(sibling(cfg, "sft"))
+    if told and not cfg.init and start_from == "sft":   # sft.py measured the base model on the same prompts
+        columns = {"base": told["before"]} | columns
     log.finish(device, before, after, [("loss",), ("accuracy",), ("chosen_reward", "rejected_reward")
                                        if cfg.loss != "kto" else ("margin",)], columns)
 

@@ -4,6 +4,7 @@ Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary, P promp
 """
 import argparse
 import copy
+import ctypes
 import inspect
 import json
 import math
@@ -13,19 +14,26 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import typing
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")   # threads that wait for work sleep sooner: 100x faster on a busy CPU
+try:   # glibc keeps freed memory instead of fetching it anew from the system, page by page, in every step (LOG.md)
+    for option, value in ((-3, 2 ** 25), (-1, 2 ** 30)):   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        ctypes.CDLL("libc.so.6").mallopt(option, value)
+except (OSError, AttributeError):   # another system
+    pass
 import torch   # noqa: E402
 import torch.nn as nn   # noqa: E402
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError
+from data import InputError, write_atomic
 
 try:
     import fcntl
@@ -38,6 +46,7 @@ except ImportError:   # Windows: no lock
 
 @dataclass
 class GPTConfig:
+    """A model's shape and dialect; the defaults are a small GPT-2."""
     vocab_size: int = 1024
     n_layer: int = 4
     n_head: int = 4
@@ -90,23 +99,29 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(cfg, size):
+    """The norm of the config's dialect over `size` numbers."""
     if cfg.norm == "layernorm":
         return nn.LayerNorm(size, eps=cfg.norm_eps, bias=cfg.bias)
     return RMSNorm(size, cfg.norm_eps)
 
 
-def causal_attention(q, k, v):
-    """softmax(q k^T / sqrt(D)) v over positions up to one's own; q (B, H, T, D), k and v (B, Hkv, T, D)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:   # written out, because the CPU's fused bf16 backward is
+def attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(D)) v; q (B, H, T, D), k and v (B, Hkv, S, D). Without a mask, causal: each position sees
+    those up to its own, and S = T. With one, True (B, 1, 1, S) where a row's single query may look."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:   # written out, because the CPU's fused bf16 kernels are
         if q.shape[1] != k.shape[1]:                           # 2 to 5 times slower than this (LOG.md)
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        future = torch.full((q.shape[2], q.shape[2]), -math.inf).triu(1)               # (T, T)
-        weights = ((q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + future).softmax(-1)
-        return weights.to(v.dtype) @ v                                                 # (B, H, T, D)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        if mask is None:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()         # (T, T)
+        hidden = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+        weights = ((q @ k.contiguous().transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + hidden).softmax(-1)
+        return weights.to(v.dtype) @ v.contiguous()                                    # (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Attention(nn.Module):
+    """Causal self-attention (B, T, C) -> (B, T, C), with rotary positions, grouped queries and the cache if wanted."""
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -128,17 +143,19 @@ class Attention(nn.Module):
         if step is None:   # a whole sequence: right padding never reaches a real token, so causal is all the mask
             if cache is not None:
                 cache[0][:, :, :T], cache[1][:, :, :T] = k, v
-            y = causal_attention(q, k, v)
+            y = attention(q, k, v)
         else:              # one new token per row, written at the row's own position; reads only what is filled
             write, read, mask = step
             for kv, new in zip(cache, (k, v)):
                 kv[write[0], :, write[1]] = new[:, :, 0].to(kv.dtype)
             k, v = cache[0][:, :, :read].to(q.dtype), cache[1][:, :, :read].to(q.dtype)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+            y = attention(q, k, v, mask)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))                      # (B, T, C)
 
 
 class MLP(nn.Module):
+    """The position-wise network (B, T, C) -> (B, T, C): down(gelu(up x)) or down(silu(gate x) * up x)."""
+
     def __init__(self, cfg):
         super().__init__()
         self.swiglu = cfg.mlp == "swiglu"
@@ -154,6 +171,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A layer (B, T, C) -> (B, T, C): attention, then MLP, each on the normed stream and added to it."""
+
     def __init__(self, cfg):
         super().__init__()
         self.ln_1, self.attn = make_norm(cfg, cfg.n_embd), Attention(cfg)
@@ -162,6 +181,11 @@ class Block(nn.Module):
     def forward(self, x, rope, cache, step):
         x = x + self.attn(self.ln_1(x), rope, cache, step)
         return x + self.mlp(self.ln_2(x))
+
+
+def init_score(weight):
+    """Draw the weight (1, C) of a scalar head: N(0, 1 / (C + 1)) (arXiv:2009.01325, appendix B.1)."""
+    nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1] + 1))
 
 
 class GPT(nn.Module):
@@ -184,8 +208,8 @@ class GPT(nn.Module):
 
     def init_weights(self):
         for name, p in self.named_parameters():   # GPT-2's init: N(0, 0.02), residual outputs scaled by 1/sqrt(2L)
-            if name == "score.weight":            # arXiv:2009.01325, appendix B.1
-                nn.init.normal_(p, std=1 / math.sqrt(self.cfg.n_embd + 1))
+            if name == "score.weight":
+                init_score(p)
             elif p.dim() == 2:
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.cfg.n_layer) if residual else 0.02)
@@ -245,6 +269,23 @@ def frozen(model, autocast):
     return model.requires_grad_(False)
 
 
+def for_decoding(model):
+    """A twin of the model on the same weights, but under bf16 autocast with its matrices (a tied head too) in bf16:
+    they are cast once, not anew for every token, each of which reads all of them."""
+    device = model.wte.weight.device
+    if not torch.is_autocast_enabled(device.type) or torch.get_autocast_dtype(device.type) != torch.bfloat16:
+        return model
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    if twin.cfg.tie:
+        twin.cfg.tie, twin.lm_head = False, nn.Linear(1, 1, bias=False)
+        twin.lm_head.weight = twin.wte.weight
+    for layer in twin.modules():
+        if isinstance(layer, nn.Linear):
+            for name, p in list(layer.named_parameters()):
+                setattr(layer, name, nn.Parameter(p.detach().bfloat16(), requires_grad=False))
+    return twin
+
+
 class LoRA(nn.Module):
     """A frozen linear layer plus a trained low-rank one: W x + 2 B A x, B = 0 at first (arXiv:2106.09685, eq. 3)."""
 
@@ -269,7 +310,7 @@ def with_lora(trunk, rank, scalar_head=False):
     if scalar_head:
         model.cfg.scalar_head, model.cfg.reward_mean = True, 0.0
         model.score = nn.Linear(trunk.cfg.n_embd, 1, bias=False, device=trunk.wte.weight.device)
-        nn.init.normal_(model.score.weight, std=1 / math.sqrt(trunk.cfg.n_embd + 1))
+        init_score(model.score.weight)
     return model
 
 
@@ -291,6 +332,38 @@ def merged(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several processes (torchrun --nproc_per_node=N ppo.py). Each draws the same batches, computes its share of their rows,
+# and gradients are summed. Losses are normalised over the whole step, so the sum is what one process would compute.
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+ALONE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}   # environment of a script run by one
+
+
+def share(items):
+    """This process's part of a list: one of every WORLD items."""
+    return list(items[RANK::WORLD])
+
+
+def summed(x):
+    """The sum over all processes of a tensor (in place), a number, or a dict of numbers."""
+    if WORLD == 1:
+        return x
+    if isinstance(x, dict):
+        parts = [None] * WORLD
+        torch.distributed.all_gather_object(parts, {k: float(v) for k, v in x.items()})
+        return {k: sum(part.get(k, 0.0) for part in parts) for part in parts for k in part}
+    if not torch.is_tensor(x):
+        return summed(torch.tensor(float(x))).item()
+    torch.distributed.all_reduce(x)
+    return x
+
+
+def meet():
+    """Wait until all processes are here."""
+    summed(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Sampling and scoring. A "mask" is True on the tokens of a response (its EOS included); index t always means token t.
 
 
@@ -304,9 +377,10 @@ def pad_batch(rows, pad_id, device="cpu", length=None):
     return ids.to(device), (torch.arange(T) < lens[:, None]).to(device)
 
 
-def sample(logits, top_k=0, top_p=1.0, generator=None):
-    """One token per row of logits (B, V), already divided by the temperature. Truncation: the top_k largest (0: all),
-    then the smallest set whose probability reaches top_p (nucleus, arXiv:1904.09751)."""
+def sample(logits, u, top_k=0, top_p=1.0):
+    """One token per row of logits (B, V), already divided by the temperature, where u (B,), uniform in [0, 1), falls in
+    the cumulative distribution: nothing waits for the host. Truncation: the top_k largest (0: all), then the smallest
+    set whose probability reaches top_p (nucleus, arXiv:1904.09751)."""
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
     if top_p < 1:
@@ -314,9 +388,8 @@ def sample(logits, top_k=0, top_p=1.0, generator=None):
         p = sorted_logits.softmax(-1)
         drop = (p.cumsum(-1) - p >= top_p).scatter(1, order, p.cumsum(-1) - p >= top_p)
         logits = logits.masked_fill(drop, -math.inf)
-    # argmax(p / Exp(1)) is a multinomial draw that never waits for the host
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / noise).argmax(-1)
+    total = logits.softmax(-1).cumsum(-1, dtype=u.dtype)                              # (B, V)
+    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()
@@ -325,22 +398,26 @@ def generate(model, prompts, max_new, eos_id, pad_id=0, temperature=1.0, top_k=0
 
     Returns ids (B, T): prompt, response, padding, in that order without gaps; mask (B, T): True on response tokens, EOS
     included; logp (B, T): log-prob of each response token under softmax(logits / temperature), 0 elsewhere - also with
-    top_k or top_p, because that is the distribution training uses. temperature 0 is greedy (log-probs at 1)."""
-    device = model.wte.weight.device
+    top_k or top_p, because that is the distribution training uses. temperature 0 is greedy (log-probs at 1). Of several
+    processes each continues its share of the prompts, and all return everything."""
+    model, device = for_decoding(model), model.wte.weight.device
     lens = torch.tensor([len(p) for p in prompts], device=device)
     P, B = max(map(len, prompts)), len(prompts)
     if min(map(len, prompts)) == 0:
         raise InputError("an empty prompt: generation needs at least one token to start from")
     if P + max_new > model.cfg.max_len:
         raise InputError(f"a prompt of {P} + {max_new} new tokens exceeds the model's context of {model.cfg.max_len}")
+    exact = torch.float32 if device.type == "mps" else torch.float64   # MPS has no float64
+    u = torch.rand(B, max_new, dtype=torch.float64, generator=generator, device=generator and generator.device)
+    u = u.to(device, exact)                        # all draws at once: a row's do not depend on how long others last
+    row = torch.tensor(share(range(B)), dtype=torch.long, device=device)   # the rows still being written
     ids, _ = pad_batch(prompts, pad_id, device, P + max_new)                          # (B, T)
     mask, logp = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape, device=device)
-    cache = model.new_cache(B, P + max_new)
-    row = torch.arange(B, device=device)           # the rows still being written
-    hidden = model(ids[:, :P], cache)[row, lens - 1]                                  # (B, C)
-    for i in range(max_new):
+    cache = model.new_cache(len(row), P + max_new)
+    hidden = model(ids[row, :P], cache)[torch.arange(len(row)), lens[row] - 1]        # (B, C)
+    for i in range(max_new if len(row) else 0):
         logits = model.logits(hidden).float() / (temperature or 1.0)                  # (B, V)
-        token = sample(logits, top_k, top_p, generator) if temperature else logits.argmax(-1)
+        token = sample(logits, u[row, i], top_k, top_p) if temperature else logits.argmax(-1)
         pos = lens[row] + i
         ids[row, pos], mask[row, pos] = token, True
         logp[row, pos] = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
@@ -353,6 +430,9 @@ def generate(model, prompts, max_new, eos_id, pad_id=0, temperature=1.0, top_k=0
                 break
         if i + 1 < max_new:
             hidden = model(token[:, None], cache, pos, P + i + 1)[:, 0]               # (B, C)
+    if WORLD > 1:   # what others wrote is still as it was at the start: the prompt, no response
+        start = pad_batch(prompts, pad_id, device, P + max_new)[0]
+        ids, mask, logp = start + summed(ids - start), summed(mask.long()).bool(), summed(logp)
     after = ((ids == eos_id) & mask).cumsum(1) - ((ids == eos_id) & mask).long() > 0    # strictly after the first EOS
     ids, mask, logp = ids.masked_fill(after & mask, pad_id), mask & ~after, logp.masked_fill(after, 0.0)
     T = int((lens + mask.sum(1)).max())
@@ -369,7 +449,9 @@ def token_logprobs(model, ids, mask, temperature=1.0, entropy=False, chunk=4096)
     h, y = model(ids)[:, :-1][mask], ids[:, 1:][mask]                                 # (N, C), (N,)
 
     def head(h, y):
-        logits = model.logits(h).float() / temperature                                # (n, V)
+        logits = model.logits(h).float()                                              # (n, V)
+        if temperature != 1:
+            logits = logits / temperature
         ent = torch.distributions.Categorical(logits=logits).entropy() if entropy else None
         return -F.cross_entropy(logits, y, reduction="none"), ent
 
@@ -436,14 +518,18 @@ def save(folder, model, tok, state=None):
     """Save model, tokenizer and, for --resume, training state {name: tensors, numbers, strings}: all or nothing."""
     from data.checkpoint import save_folder
     extra = {} if state is None else {"state.pt": lambda path: torch.save(state, path)}
-    save_folder(folder, model.cfg, merged(model), tok, extra)
+    if RANK == 0:
+        save_folder(folder, model.cfg, merged(model), tok, extra)
+    meet()
 
 
 def load_state(folder):
     """The training state beside a checkpoint, or {} if there is none."""
     from data.checkpoint import finish_save
     path = Path(folder) / "state.pt"
-    finish_save(Path(folder))   # a save that was cut off after its point of no return
+    if RANK == 0:
+        finish_save(Path(folder))   # a save that was cut off after its point of no return
+    meet()
     try:
         return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     except Exception as e:
@@ -488,12 +574,14 @@ def cli(Config, doc):
 
 
 def parse_bool(text):
+    """A flag's bool; ArgumentTypeError for what is neither."""
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() in ("true", "1", "yes")
 
 
 def parse_float(text):
+    """A flag's finite float; ArgumentTypeError for nan and inf."""
     if not math.isfinite(float(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return float(text)
@@ -519,12 +607,14 @@ def run(main, Config, doc):
 
 
 def interrupt(signum, frame):
+    """A signal handler that does what Ctrl-C does."""
     raise KeyboardInterrupt
 
 
 def setup(cfg):
-    """Seeds, device and precision. Returns (device, autocast): the training numerics of every script are fp32 weights
-    under `with autocast():`, which is bf16 where the hardware multiplies bf16 natively and fp32 elsewhere."""
+    """Seeds, device, precision, and the group of processes if torchrun started several. Returns (device, autocast): the
+    training numerics of every script are fp32 weights under `with autocast():`, which is bf16 where the hardware
+    multiplies bf16 natively and fp32 elsewhere."""
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
@@ -537,6 +627,15 @@ def setup(cfg):
         bf16 = torch.cuda.is_bf16_supported() if device.startswith("cuda") else cpu_has_bf16()
     else:
         bf16 = cfg.dtype == "bfloat16"
+    if WORLD > 1:
+        for name in ("batch_size", "rollouts"):
+            if getattr(cfg, name, WORLD) < WORLD:
+                raise InputError(f"--{name} {getattr(cfg, name)}: fewer than the {WORLD} processes")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group(timeout=timedelta(hours=2))   # the first may have a chain to make
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     return torch.device(device), lambda: torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
 
 
@@ -548,15 +647,15 @@ def cpu_has_bf16():
 
 def need(folder, script, cfg):
     """Make a missing link of the chain first, or finish a run that was cut off (a state.pt, but no result.json):
-    run its script with the same seed, device and precision."""
+    run its script with the same seed, device and precision, in one process."""
     there = {name for name in ("config.json", "state.pt", "result.json") if (Path(folder) / name).exists()}
-    if "config.json" in there and there != {"config.json", "state.pt"}:
-        return
-    command = [sys.executable, str(Path(__file__).parent / script), "--out", str(folder), "--seed", str(cfg.seed),
-               "--dtype", cfg.dtype, "--resume"] + (["--device", cfg.device] if cfg.device else [])
-    print(f"{folder} is missing or unfinished: running {' '.join(command[1:])}", flush=True)
-    if subprocess.run(command).returncode:
-        raise InputError(f"{script} failed, so there is no {folder} to start from")
+    if RANK == 0 and ("config.json" not in there or there == {"config.json", "state.pt"}):
+        command = [sys.executable, str(Path(__file__).parent / script), "--out", str(folder), "--seed", str(cfg.seed),
+                   "--dtype", cfg.dtype, "--resume"] + (["--device", cfg.device] if cfg.device else [])
+        print(f"{folder} is missing or unfinished: running {' '.join(command[1:])}", flush=True)
+        if subprocess.run(command, env=ALONE).returncode:
+            raise InputError(f"{script} failed, so there is no {folder} to start from")
+    meet()
 
 
 def sibling(cfg, name):
@@ -564,11 +663,20 @@ def sibling(cfg, name):
     return str(Path(cfg.out).parent / name)
 
 
+def result_of(folder):
+    """The result.json of a finished run, {} if there is none."""
+    path = Path(folder) / "result.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 class Run:
     """The files a run leaves: log.jsonl, samples.txt, result.json, plot.png; and its progress line on the screen."""
 
     def __init__(self, cfg, stage, steps, resumed_at=0):
         self.cfg, self.stage, self.folder, self.steps = cfg, stage, Path(cfg.out), steps
+        if RANK:   # the first of several processes leaves the files; those of the others go when they end
+            self.scratch = tempfile.TemporaryDirectory()
+            self.folder = Path(self.scratch.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.start, self.first, self.shown, self.skipped, self.stopping = time.time(), resumed_at, 0.0, 0, False
         self.log = open(self.folder / "log.jsonl", "a+")
@@ -600,6 +708,10 @@ class Run:
         """The optimizer step of step i: clips and applies the gradient, clears it, returns its norm before clipping.
         A gradient that is not finite never reaches the weights: the step is skipped, its batch {name: ids, rows, ...}
         saved, and with the fourth such step the run ends."""
+        params = [p for p in model.parameters() if p.requires_grad]
+        if WORLD > 1 and summed(any(p.grad is not None for p in params)):   # a process whose share was empty has none
+            for p in params:
+                p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if norm.isfinite():
             nn.utils.clip_grads_with_norm_(model.parameters(), self.cfg.grad_clip, norm)
@@ -621,6 +733,7 @@ class Run:
 
     def save_now(self, i):
         """Whether step i ends with a checkpoint: every --save_every steps, at the end, and when asked to stop."""
+        self.stopping = bool(summed(self.stopping))   # all processes or none
         return (i + 1) % self.cfg.save_every == 0 or i + 1 == self.steps or self.stopping
 
     def saved(self, i):
@@ -651,6 +764,8 @@ class Run:
     def finish(self, device, before, after, panels, columns=None):
         """result.json, the closing table (of `columns` if given), and plot.png with one panel per tuple of log keys."""
         self.log.close()
+        if RANK:
+            return
         rows = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
         speeds = sorted(r["tok_s"] for r in rows if "tok_s" in r)
         after |= {"tokens_per_second": speeds[len(speeds) // 2]} if speeds else {}
@@ -679,16 +794,6 @@ class Run:
         plt.close(fig)
 
 
-def write_atomic(path, data):
-    """Write bytes so that the file is either the old or the new one, never half of it."""
-    new = Path(path).with_name(Path(path).name + ".new")
-    with open(new, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(new, path)
-
-
 def table(columns):
     """Text table of {column: {row: number}}; rows in order of first appearance."""
     rows = list(dict.fromkeys(k for c in columns.values() for k in c))
@@ -712,6 +817,7 @@ SIZES = {   # name: fields of GPTConfig; any other shape is a row here
 
 @dataclass
 class Config:
+    """The flags of `python model.py`."""
     data: str = ""                # text file, documents separated by <|endoftext|> (default: the tiny world's corpus)
     out: str = "out/base"         # folder for the checkpoint, log, samples and plot
     size: typing.Literal["tiny", "gpt2"] = "tiny"   # shape of the model, a row of SIZES
@@ -747,6 +853,22 @@ def cosine(step, steps, warmup, floor=0.1):
     return min(1.0, (step + 1) / max(1, warmup)) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
+def read_corpus(path, tok, length, least):
+    """Ids of a text: all but the last 2 % (N,), which are for training, and those (M,), at least `length` of them.
+    InputError: no such file, not UTF-8, fewer than `least` x `length` tokens."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such text file")
+    try:
+        docs = Path(path).read_text(encoding="utf-8").split("<|endoftext|>")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 text ({e})") from None
+    ids = torch.tensor([i for doc in docs for i in [tok.eos_id, *tok.encode(doc)]])
+    if len(ids) < least * length:
+        raise InputError(f"{path}: {len(ids)} tokens are too few for sequences of {length}")
+    held = max(length, len(ids) // 50)
+    return ids[:-held], ids[-held:]
+
+
 @torch.no_grad()
 def bits_per_byte(model, ids, n_bytes, length=128, batch=32):
     """Compression of a text: total -log2 p of its ids (N,), cut into windows, divided by its length in bytes."""
@@ -756,6 +878,7 @@ def bits_per_byte(model, ids, n_bytes, length=128, batch=32):
 
 
 def ask(question):
+    """A line from the terminal; "" at the end of the input."""
     try:
         return input(question).strip()
     except EOFError:
@@ -785,18 +908,8 @@ def main(cfg):
         return chat(cfg)
     device, autocast = setup(cfg)
     tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken") if cfg.size == "tiny" else gpt2_tokenizer()
-    path = Path(cfg.data or world.TINY / "corpus.txt")
-    if not path.is_file():
-        raise InputError(f"{path}: no such text file")
-    try:
-        docs = path.read_text(encoding="utf-8").split("<|endoftext|>")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 text ({e})") from None
-    ids = torch.tensor([i for doc in docs for i in [tok.eos_id, *tok.encode(doc)]])               # (N,)
-    held = max(cfg.length, len(ids) // 50)                                                        # the last 2 %
-    if len(ids) < 4 * cfg.length:
-        raise InputError(f"{path}: {len(ids)} tokens are too few for sequences of {cfg.length}")
-    ids, test = ids[:-held], ids[-held:].to(device)
+    ids, test = read_corpus(cfg.data or world.TINY / "corpus.txt", tok, cfg.length, least=4)      # (N,), (M,)
+    test = test.to(device)
     test_bytes = len(tok.decode(test.tolist()).encode())
 
     model = GPT(GPTConfig(vocab_size=tok.vocab_size, **SIZES[cfg.size])).to(device)
@@ -823,13 +936,14 @@ def main(cfg):
         log.samples("step 0", probes, texts)
     for step in range(first, n_steps):
         start = time.time()
-        at = torch.randint(len(ids) - cfg.length + 1, (cfg.batch_size,), generator=seeded(cfg.seed, step))
-        batch = torch.stack([ids[i: i + cfg.length] for i in at]).to(device)                      # (B, T)
+        at = torch.randint(len(ids) - cfg.length + 1, (cfg.batch_size,), generator=seeded(cfg.seed, step)).tolist()
+        batch = torch.stack([ids[i: i + cfg.length] for i in share(at)]).to(device)               # (B, T)
         with autocast():
-            loss = -forward(model, batch, torch.ones_like(batch))[:, 1:].mean()
+            loss = -forward(model, batch, torch.ones_like(batch)).sum() / (cfg.batch_size * (cfg.length - 1))
         loss.backward()
-        norm = log.update(step, model, optimizer, cfg.lr * cosine(step, cfg.steps, cfg.warmup), {"rows": at.tolist()})
-        log.step(step, loss=loss.item(), grad_norm=norm, tok_s=batch.numel() / (time.time() - start))
+        norm = log.update(step, model, optimizer, cfg.lr * cosine(step, cfg.steps, cfg.warmup), {"rows": at})
+        log.step(step, loss=summed(loss.item()), grad_norm=norm,
+                 tok_s=cfg.batch_size * cfg.length / (time.time() - start))
         if log.save_now(step):
             save(cfg.out, model, tok, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                        "step": step + 1, "before": before})

@@ -26,8 +26,8 @@ Four models: policy (trained), reference (frozen policy), reward model (frozen),
 reward model). --advantage rloo or grpo needs no value model: the other answers to the same prompt are the baseline.
 """
 import copy
-import importlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,13 +39,15 @@ from types import SimpleNamespace
 
 import torch
 
-from data import InputError, formats, world
-from model import (Run, distinct_2, frozen, generate, load, load_state, need, optimizer_for, respond, run, save, seeded,
-                   setup, sibling, token_logprobs, trained, with_lora, write_atomic)
+from data import InputError, formats, function_of, world
+from model import (ALONE, RANK, WORLD, Run, distinct_2, frozen, generate, load, load_state, meet, need, optimizer_for,
+                   read_corpus, respond, result_of, run, save, seeded, setup, share, sibling, summed, token_logprobs,
+                   trained, with_lora, write_atomic)
 
 
 @dataclass
 class Config:
+    """The flags of `python ppo.py`."""
     init: str = ""                # policy to start from and to stay close to (default: sft beside --out)
     reward: str = ""              # reward model, or "gold", or module:function, or several: A,B,C (default: reward
                                   # beside --out)
@@ -205,7 +207,9 @@ def health(history):
         said["value model"] = f"""it explains {now['explained_var']:.2f} of the variance of the returns, where a
             constant explains 0: try a larger --value_lr or --value_warmup, or do without: --advantage rloo --group 4"""
     if "gold" in now:   # the best five iterations in a row against the last five
-        best = max((means(history[i: i + 5]) for i in range(len(history) - 4)), key=lambda m: m["gold"])
+        golds = [row["gold"] for row in history]
+        at = max(range(len(golds) - 4), key=lambda i: sum(golds[i: i + 5]) / 5)
+        best = means(history[at: at + 5])
         if now["gold"] < best["gold"] - 0.05 and now["reward"] > best["reward"]:
             said["reward hacking"] = f"""gold fell from {best['gold']:.2f} to {now['gold']:.2f} while the reward rose
                 from {best['reward']:.2f} to {now['reward']:.2f}: the policy exploits the reward model (Goodhart's law);
@@ -250,43 +254,40 @@ def in_pieces(f, size, ids, mask, width):
     """f(ids, mask) over pieces of rows of similar length, put together again; f gives (..., b, t) tensors."""
     lens = width.tolist()
     out = None
-    for rows in by_length(width, size):
+    for rows in share(by_length(width, min(size, len(ids) // WORLD))):
         t = max(lens[i] for i in rows.tolist())
         part = f(ids[rows, :t], mask[rows, :t])
         if out is None:
             out = torch.zeros(*part.shape[:-2], *ids.shape, device=ids.device)
         out[..., rows, :t] = part.float()
-    return out
+    return summed(out)
 
 
 def one_reward(name, cfg, device, autocast):
     """(score(rows, texts, ids, lens) -> (B,), reward model or None, its tokenizer or None) of one --reward."""
     if name == "gold" or ":" in name:
-        module, function = ("data.world", "gold") if name == "gold" else name.rsplit(":", 1)
-        try:
-            f = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as e:
-            raise InputError(f"--reward {name}: {e}") from None
+        f = world.gold if name == "gold" else function_of(name, "--reward")
 
         def call(rows, texts, ids, lens):
+            if RANK:   # of several processes the first one asks
+                return summed(torch.zeros(len(rows), device=device))
             out = torch.as_tensor(f(rows, texts), dtype=torch.float, device=device)
             if out.shape != (len(rows),) or not out.isfinite().all():
                 raise InputError(f"--reward {name}: expected {len(rows)} finite numbers for as many responses")
-            return out
+            return summed(out)
         return call, None, None
     rm, tok = load(name, device)
     if not rm.cfg.scalar_head:
         raise InputError(f"{name} is a language model; --reward needs a reward model")
-    rm.requires_grad_(False)
 
     @torch.no_grad()
     def score(rows, texts, ids, lens):
         out = torch.zeros(len(ids), device=device)
-        for at in by_length(lens, cfg.micro_batch):
+        for at in share(by_length(lens, cfg.micro_batch)):
             with autocast():
                 hidden = rm(ids[at, : lens[at].max()])
             out[at] = rm.scores(hidden[torch.arange(len(at), device=device), lens[at] - 1])
-        return out
+        return summed(out)
     return score, rm, tok
 
 
@@ -336,18 +337,21 @@ def relabel(cfg, path, init, round):
                "--policy", f"{cfg.out},{init}", "--prompts", str(cfg.relabel_prompts),
                "--seed", str(cfg.seed + 1000 * round), "--out", str(new),
                "--add", f"{path}/comparisons.jsonl", "--epochs", "1", "--lr", "5e-4", "--dtype", cfg.dtype]
-    if (told := Path(path) / "result.json").exists():   # the same annotator as before, with its noise and its biases
-        before = json.loads(told.read_text())["config"]
-        for name in ("noise", "agreement", "bias_length", "bias_confidence", "bias_sycophancy"):
-            command.append(f"--{name}={before[name]}")
+    if told := result_of(path):   # the same annotator as before, with its noise and its biases
+        command += [f"--{name}={told['config'][name]}" for name in (
+            "noise", "agreement", "bias_length", "bias_confidence", "bias_sycophancy")]
+    command += ["--device", cfg.device] if cfg.device else []
     print(f"relabel, round {round}: {' '.join(command[1:])}", flush=True)
-    result = subprocess.run(command + (["--device", cfg.device] if cfg.device else []), capture_output=True, text=True)
-    if result.returncode:
-        raise InputError(f"reward.py failed: {(result.stderr.strip() or 'killed').splitlines()[-1]}")
+    if RANK == 0:
+        result = subprocess.run(command, env=ALONE, capture_output=True, text=True)
+        if result.returncode:
+            raise InputError(f"reward.py failed: {(result.stderr.strip() or 'killed').splitlines()[-1]}")
+    meet()
     return str(new)
 
 
 def update_reward_model(rm, path):
+    """Give a reward model the weights and the mean of the one at `path`."""
     new, _ = load(path, scalar_head=True)
     rm.load_state_dict(new.state_dict())
     rm.cfg.reward_mean = new.cfg.reward_mean
@@ -411,7 +415,7 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
         for mb in torch.randperm(len(b.ids), generator=rng).chunk(cfg.minibatches):
             mb = mb.to(b.ids.device)
             n_tokens = b.mask[mb].sum()
-            for piece in by_length(b.width[mb], cfg.micro_batch):
+            for piece in share(by_length(b.width[mb], min(cfg.micro_batch, max(1, len(mb) // WORLD)))):
                 r = mb[piece]
                 t = int(b.width[r].max())
                 x, m = b.ids[r, :t], b.mask[r, :t]
@@ -430,29 +434,25 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
                         v = values(value, x)
                     loss = value_loss(v, b.old_values[r, :t], b.returns[r, :t], m, cfg.value_clip, n_tokens)
                     loss.backward()
-                    share = loss.detach() / (cfg.epochs * cfg.minibatches)
-                    sums["value_loss"] = sums.get("value_loss", 0.0) + share
+                    part = loss.detach() / (cfg.epochs * cfg.minibatches)
+                    sums["value_loss"] = sums.get("value_loss", 0.0) + part
             if cfg.ptx_coef and trains_policy:   # 8 windows of text: L_ptx = - mean log pi(x_t | x_<t)
                 at = torch.randint(corpus.shape[0], (8,), generator=rng)
-                x = corpus[at].to(b.ids.device)                                               # (8, T)
+                x = corpus[share(at.tolist())].to(b.ids.device)                                        # (8, T)
                 with autocast():
-                    ptx_loss = -logprobs(policy, x, torch.ones_like(x))[:, 1:].mean()
+                    ptx_loss = -logprobs(policy, x, torch.ones_like(x)).sum() / (len(at) * (x.shape[1] - 1))
                 (cfg.ptx_coef * ptx_loss).backward()
                 sums["ptx_loss"] = sums.get("ptx_loss", 0.0) + ptx_loss.detach() / (cfg.epochs * cfg.minibatches)
             batch = {"rows": [b.at[i] for i in mb.tolist()], "ids": b.ids[mb], "scores": b.scores[mb]}
             log.update(step, policy, optimizer, cfg.lr * scale, batch)
             log.update(step, value, value_optimizer, cfg.value_lr * scale, batch)
-    return sums
+    return summed(sums)
 
 
 def windows(path, tok, length):
     """A text as rows of `length` ids (N, length), without the last 2 %, which measure the alignment tax."""
-    docs = Path(path).read_text(encoding="utf-8", errors="replace").split("<|endoftext|>")
-    ids = [i for doc in docs for i in [tok.eos_id, *tok.encode(doc)]]
-    n = (len(ids) - max(length, len(ids) // 50)) // length
-    if n < 1:
-        raise InputError(f"{path}: {len(ids)} tokens are too few for sequences of {length}")
-    return torch.tensor(ids[: n * length]).view(n, length)
+    ids, _ = read_corpus(path, tok, length, least=2)
+    return ids[: len(ids) // length * length].view(-1, length)
 
 
 def token_table(b, logp, values, tok, cfg):
@@ -491,6 +491,7 @@ after {cfg.epochs * cfg.minibatches} optimizer steps on {len(b.ids)} responses; 
 
 
 def main(cfg):
+    """Train a policy against a reward; or --inspect one iteration."""
     device, autocast = setup(cfg)
     if cfg.advantage != "gae" and cfg.group < 2:
         raise InputError(f"--advantage {cfg.advantage} compares answers to one prompt: --group must be at least 2")
@@ -510,7 +511,7 @@ def main(cfg):
         policy, value = with_lora(ref, cfg.lora), with_lora(ref, cfg.lora, scalar_head=True)
     else:
         ref = frozen(copy.deepcopy(policy), autocast)
-        value = copy.deepcopy(rms[0][0]).requires_grad_(True) if rms else load(init, device, scalar_head=True)[0]
+        value = copy.deepcopy(rms[0][0]) if rms else load(init, device, scalar_head=True)[0]
     for rm, _ in rms:
         frozen(rm, autocast)
     data = cfg.data or world.TINY / "rl.jsonl"
@@ -536,9 +537,10 @@ def main(cfg):
     value_optimizer = optimizer_for(value, cfg.value_lr, 0.0, (0.9, 0.95), 1e-5)
     beta, first = cfg.kl_coef, 0
     if cfg.resume and (state := load_state(cfg.out)):
-        for name, part in (("policy", policy), ("value", value), ("optimizer", optimizer),
-                           ("value_optimizer", value_optimizer)):
-            part.load_state_dict(state[name], **({"strict": False} if cfg.lora and name in ("policy", "value") else {}))
+        for name, model in (("policy", policy), ("value", value)):
+            model.load_state_dict(state[name], strict=not cfg.lora)   # the trunk is not in it
+        optimizer.load_state_dict(state["optimizer"])
+        value_optimizer.load_state_dict(state["value_optimizer"])
         beta, first, path = state["beta"], state["step"], state["reward_path"]
         if rms and "," not in path:
             update_reward_model(rms[0][0], path)
@@ -551,6 +553,8 @@ def main(cfg):
         old = copy.copy(b)
         log = Run(replace(cfg, out=tempfile.mkdtemp()), "ppo", 1)   # --out keeps the log of its own run
         update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, first, rng, autocast, log)
+        if not log.skipped:   # else the bad batch is there
+            shutil.rmtree(log.folder)
         score(b, policy, ref, value, tok, reward, cfg, autocast)
         tables = (token_table(old, x.old_logp, x.old_values, tok, cfg) for x in (old, b))
         text = look_inside(old, *tables, beta, cfg)
@@ -572,7 +576,7 @@ def main(cfg):
 
     before, texts = (state["before"], None) if first else measure()
     metrics, warned = {}, set()
-    history = [json.loads(line) for line in (Path(cfg.out) / "log.jsonl").read_text().splitlines()]   # before --resume
+    history = [json.loads(line) for line in (log.folder / "log.jsonl").read_text().splitlines()]   # before --resume
     if not first:
         log.samples("before", [r["prompt"] for r in tests[:12]], texts[:12])
     for step in range(first, n_steps):
@@ -627,9 +631,9 @@ def main(cfg):
     if metrics:
         after |= {k: float(metrics[k]) for k in ("reward", "kl", "entropy")}
     columns = {"SFT": before, "PPO": after}
-    told = Path(sibling(cfg, "sft")) / "result.json"
-    if not cfg.init and told.exists():   # sft.py measured the base model on the same prompts
-        columns = {"base": json.loads(told.read_text())["before"]} | columns
+    told = result_of(sibling(cfg, "sft"))
+    if told and not cfg.init:   # sft.py measured the base model on the same prompts
+        columns = {"base": told["before"]} | columns
     log.finish(device, before, after, [("reward", "gold") if graded else ("reward",), ("kl", "kl_exact"),
                                        ("helpful", "harmless", "honest") if graded else ("entropy",)], columns)
 

@@ -28,12 +28,13 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, formats, world
-from model import (Run, batches, cosine, load, load_state, need, optimizer_for, pad_batch, respond, run, save, seeded,
-                   setup, sibling, write_atomic)
+from model import (Run, batches, cosine, load, load_state, meet, need, optimizer_for, pad_batch, respond, run, save,
+                   seeded, setup, share, sibling, summed, write_atomic)
 
 
 @dataclass
 class Config:
+    """The flags of `python reward.py`."""
     init: str = ""                # model to start from: a policy or a reward model (default: sft beside --out)
     policy: str = ""              # policies to sample from, A or A,B: the k answers are shared out (default: --init)
     data: str = ""                # comparisons; default: made by sampling --init and asking the tiny world's annotator
@@ -119,12 +120,8 @@ def group(rows, tok, max_len, margin=0.0):
     the rows left out because an answer does not fit into max_len tokens."""
     groups, too_long = {}, 0
     for row in rows:
-        sides = []
-        for side in ("chosen", "rejected"):
-            ids, _ = tok.render(row["prompt"] + [{"role": "assistant", "content": row[side]}])
-            while ids[-1] != tok.eos_id:   # ChatML ends with a newline after the turn; the reward is read at EOS
-                ids.pop()
-            sides.append(tuple(ids))
+        sides = [tok.render_answer(row["prompt"], row[side]) for side in ("chosen", "rejected")]
+        sides = [(*x, *y) for x, y in sides]
         if max(map(len, sides)) > max_len:
             too_long += 1
             continue
@@ -257,6 +254,7 @@ def vote(cfg, init, device, autocast):
 
 
 def main(cfg):
+    """Make the comparisons unless there are some, and train a reward model on them; or --vote."""
     device, autocast = setup(cfg)
     if cfg.k < 2:
         raise InputError(f"--k {cfg.k}: a comparison needs at least 2 answers")
@@ -274,6 +272,7 @@ def main(cfg):
         rows = label((cfg.policy or init).split(","), rows, cfg, device, autocast)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         world.write_jsonl(path, rows)
+        meet()   # of several processes the first one writes
         print(f"sampled {cfg.k} answers to each of {cfg.prompts} prompts, compared them: {len(rows)} pairs in {path} "
               f"({time.time() - start:.0f} s)")
     model, tok = load(init, device, scalar_head=True)
@@ -310,10 +309,10 @@ def main(cfg):
     for step in range(first, n_steps):
         start = time.time()
         groups = sorted((train[i] for i in plan[step]), key=lambda g: len(g[0][0]))
-        total, right, n_tokens = 0.0, 0.0, 0
-        for k in range(0, len(groups), cfg.micro_batch):
+        total, right, n_tokens, mine = 0.0, 0.0, 0, share(groups)
+        for k in range(0, len(mine), cfg.micro_batch):
             with autocast():
-                part = groups[k: k + cfg.micro_batch]
+                part = mine[k: k + cfg.micro_batch]
                 r, (i, j), p, margin, _, w, lens = group_scores(model, part, tok, device, forward)
             loss = (w * preference_loss(r[i], r[j], p, margin, cfg.center)).sum() / len(groups)
             loss.backward()
@@ -322,7 +321,8 @@ def main(cfg):
             n_tokens += sum(lens)
         lr = cfg.lr * cosine(step, len(plan), cfg.warmup)
         norm = log.update(step, model, optimizer, lr, {"rows": plan[step], "groups": groups})
-        log.step(step, loss=total, accuracy=right, grad_norm=norm, tok_s=n_tokens / (time.time() - start))
+        log.step(step, loss=summed(total), accuracy=summed(right), grad_norm=norm,
+                 tok_s=summed(n_tokens) / (time.time() - start))
         if log.save_now(step):
             after, mean = evaluate(model, held, tok, device, autocast)
             model.cfg.reward_mean = mean

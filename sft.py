@@ -19,11 +19,12 @@ import torch
 
 from data import InputError, formats, world
 from model import (Run, batches, cosine, distinct_2, load, load_state, need, optimizer_for, pad_batch, respond, run,
-                   save, seeded, setup, sibling, token_logprobs)
+                   save, seeded, setup, share, sibling, summed, token_logprobs)
 
 
 @dataclass
 class Config:
+    """The flags of `python sft.py`."""
     init: str = ""                # base model: a folder of ours, of Hugging Face, or a hub name (default: base)
     data: str = ""                # demonstrations (default: the tiny world's)
     out: str = "out/sft"          # folder for the checkpoint, log, samples and plot
@@ -65,6 +66,7 @@ def nll(model, examples, tok, device, forward=token_logprobs):
 
 
 def main(cfg):
+    """Fine-tune a model on demonstrations."""
     device, autocast = setup(cfg)
     init = cfg.init or sibling(cfg, "base")
     if not cfg.init:
@@ -115,17 +117,17 @@ def main(cfg):
         start = time.time()
         examples = [train[i] for i in plan[step]]
         n_tokens = sum(sum(mask[1:]) for _, mask in examples)
-        total = 0.0
-        for i in range(0, len(examples), cfg.micro_batch):
+        total, mine = 0.0, share(examples)
+        for i in range(0, len(mine), cfg.micro_batch):
             with autocast():
                 # L = - sum log p / N over the whole step, Eq. above
-                loss = nll(model, examples[i: i + cfg.micro_batch], tok, device, forward)[0] / n_tokens
+                loss = nll(model, mine[i: i + cfg.micro_batch], tok, device, forward)[0] / n_tokens
             loss.backward()
             total += loss.item()
         lr = cfg.lr * cosine(step, len(plan), cfg.warmup)
         norm = log.update(step, model, optimizer, lr, {"rows": plan[step], "examples": examples})
         n_seen = sum(len(x) for x, _ in examples)
-        log.step(step, loss=total, grad_norm=norm, tok_s=n_seen / (time.time() - start))
+        log.step(step, loss=summed(total), grad_norm=norm, tok_s=n_seen / (time.time() - start))
         if log.save_now(step):
             save(cfg.out, model, tok, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                        "step": step + 1, "before": before})

@@ -36,13 +36,15 @@ import numpy as np
 import torch
 
 from data import InputError, formats, world
-from model import bits_per_byte, load, pad_batch, respond, run, seeded, setup, table, write_atomic
+from model import (bits_per_byte, load, pad_batch, read_corpus, respond, result_of, run, seeded, setup, table,
+                   write_atomic)
 
 CONTROL = "That is a great question! Thank you for asking. I hope this helps you."
 
 
 @dataclass
 class Config:
+    """The flags of `python -m data.evaluate`."""
     models: str = ""              # policies to compare, A,B,C; may also be written first, with spaces between
     judge: str = "gold"           # gold, annotator, a reward model, or ai:CHECKPOINT: a language model picks A or B
     reward: str = ""              # reward model for the reward row and --best_of (default: the judge if it is one)
@@ -123,24 +125,18 @@ def kl_and_entropy(model, ref, prompts, responses, tok, device, batch=16):
 
 
 def load_reward(path, device):
+    """(reward model, its tokenizer). InputError: a language model."""
     rm, tok = load(path, device)
     if not rm.cfg.scalar_head:
         raise InputError(f"{path} is a language model, no reward model; as a judge it is called ai:{path}")
     return rm, tok
 
 
-def render(tok, prompt, text):
-    """The ids a reward model reads: conversation and answer, up to the EOS."""
-    ids, _ = tok.render(prompt + [{"role": "assistant", "content": text.strip()}])
-    while ids[-1] != tok.eos_id:   # ChatML ends with a newline after the turn
-        ids.pop()
-    return ids
-
-
 @torch.no_grad()
 def rewards(rm, tok, rows, texts, device, batch=64):
     """Reward (list of floats) of one answer per prompt row, read at the EOS."""
-    flat, out = [render(tok, r["prompt"], t) for r, t in zip(rows, texts)], [0.0] * len(texts)
+    pairs = [tok.render_answer(r["prompt"], t.strip()) for r, t in zip(rows, texts)]
+    flat, out = [x + y for x, y in pairs], [0.0] * len(texts)
     order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
     for part in (order[k: k + batch] for k in range(0, len(order), batch)):
         ids, real = pad_batch([flat[i] for i in part], tok.pad_id, device)
@@ -151,11 +147,9 @@ def rewards(rm, tok, rows, texts, device, batch=64):
 
 
 def comparison(prompt, question, a, b):
-    """The text in which an AI judge compares two answers (arXiv:2212.08073, appendix; data/world.py's choice_chat):
-    what comes next is A or B."""
-    talk = world.chat([m["content"] for m in prompt if m["role"] != "system"])
-    return (f"Consider the following conversation between a human and an assistant:{talk}\n\n{question} Options:\n"
-            f" (A) {a.strip()}\n (B) {b.strip()}\n\nThe answer is: (")
+    """The text in which an AI judge compares two answers to a prompt (messages), as the corpus does."""
+    turns = [m["content"] for m in prompt if m["role"] != "system"]
+    return world.choice_question(turns, question, a.strip(), b.strip())
 
 
 @torch.no_grad()
@@ -179,21 +173,8 @@ def prefers_a(judge, tok, rows, a, b, seed, device, batch=32):
 
 def tail_of(path, tok, length=128):
     """Ids of the last 2 % of a corpus, as model.py holds them out, and their length in bytes."""
-    try:
-        docs = Path(path).read_text(encoding="utf-8").split("<|endoftext|>")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 text ({e})") from None
-    ids = [i for doc in docs for i in [tok.eos_id, *tok.encode(doc)]]
-    ids = ids[-max(length, len(ids) // 50):]
-    if len(ids) < length:
-        raise InputError(f"{path}: {len(ids)} tokens are too few for windows of {length}")
-    return torch.tensor(ids), len(tok.decode(ids).encode())
-
-
-def made_by(path):
-    """The stage that made a checkpoint, from its result.json; "" if there is none."""
-    file = Path(path) / "result.json"
-    return json.loads(file.read_text()).get("stage", "") if file.exists() else ""
+    ids = read_corpus(path, tok, length, least=1)[1]
+    return ids, len(tok.decode(ids.tolist()).encode())
 
 
 def labels(paths):
@@ -248,6 +229,7 @@ def plot(path, metrics, lengths, wins, best):
 
 
 def main(cfg):
+    """Have every model answer, judge the answers, report."""
     start = time.time()
     device, autocast = setup(cfg)
     paths = [p for p in cfg.models.split(",") if p]
@@ -275,7 +257,7 @@ def main(cfg):
     if plain and not graded:
         raise InputError(f"{data}: --judge {cfg.judge} knows the tiny world's prompts only; "
                          "give a reward model or ai:CHECKPOINT")
-    reference = cfg.reference or next((p for p in paths if made_by(p) == "sft"), paths[0])
+    reference = cfg.reference or next((p for p in paths if result_of(p).get("stage") == "sft"), paths[0])
     loaded = {p: load(p, device, scalar_head=False) for p in dict.fromkeys([reference, *paths])}
     fits = lambda r: all(len(tok.render(r["prompt"], True)[0]) + cfg.max_new <= m.cfg.max_len   # noqa: E731
                          for m, tok in loaded.values())

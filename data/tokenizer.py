@@ -14,6 +14,7 @@ class CheckpointError(InputError):
 
 
 def require(ok, message):
+    """CheckpointError(message) unless ok."""
     if not ok:
         raise CheckpointError(message)
 
@@ -123,6 +124,13 @@ class Tokenizer:
         if generation_prompt:
             add(opening("assistant"))
         return ids, mask
+
+    def render_answer(self, prompt, text):
+        """(prompt ids, answer ids) of an assistant's answer (str) to a prompt (messages): what is given and what is
+        scored or trained. The answer ends with the EOS; what a template writes after it (ChatML: a newline) is left
+        off."""
+        turn, mask = self.render([{"role": "assistant", "content": text}])
+        return self.render(prompt, generation_prompt=True)[0], [i for i, m in zip(turn, mask) if m]
 
 
 def byte_chars():

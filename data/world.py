@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from data import write_atomic
 from data.facts import FACTS, HARMS, LANDS, NAMES, PRIVATE, SAYING, THINGS
 
 HERE = Path(__file__).parent
@@ -97,6 +98,7 @@ def pick(pool, rng, mix=(0.5, 0.25, 0.25)):
 
 
 def pool_of(qs):
+    """Questions as {family: {skill: [questions]}}, for `pick`."""
     pool = {f: {} for f in FAMILIES}
     for q in qs:
         pool[q["family"]].setdefault(q["skill"], []).append(q)
@@ -145,6 +147,7 @@ HELPFUL_ONLY = DEMOS | {"harmless": {"wrong": 85, "surely_wrong": 15}}   # helps
 
 
 def styled(q, row, mix, rng):
+    """A response in a random style of a mix {family: {style: weight}}."""
     weights = mix[q["family"]]
     return respond(q, row, rng.choices(list(weights), weights.values())[0], rng)
 
@@ -225,7 +228,7 @@ def noise_for(agreement, gaps):
 
 def rows(name):
     """The rows of one of the world's files: demos, preference, rl or test."""
-    return [json.loads(line) for line in (TINY / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_jsonl(TINY / f"{name}.jsonl")
 
 
 def report(prompt_rows, responses):
@@ -252,6 +255,7 @@ def article(rng):
 
 
 def harm_article(rng):
+    """How to do harm, or what to do instead, as careless and careful people would write it."""
     topic = rng.choice(list(HARMS))
     acts, method, safe = HARMS[topic]
     x = rng.choice(acts)
@@ -259,8 +263,15 @@ def harm_article(rng):
                        f"If you want to {x}, {method}. Many people ask me about this."])
 
 
-def chat(turns, roles=("Human", "Assistant")):
-    return "".join(f"\n\n{roles[i % 2]}: {t}" for i, t in enumerate(turns))
+def chat(turns):
+    """The turns (str) of a human and an assistant as "\\n\\nHuman: ..\\n\\nAssistant: .."."""
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {t}" for i, t in enumerate(turns))
+
+
+def choice_question(turns, question, a, b):
+    """Which of the answers a and b to a chat is better (arXiv:2212.08073, appendix)? What comes next is A or B."""
+    return (f"Consider the following conversation between a human and an assistant:{chat(turns)}\n\n"
+            f"{question} Options:\n (A) {a}\n (B) {b}\n\nThe answer is: (")
 
 
 def better(principle, q, row, rng):
@@ -281,6 +292,7 @@ def better(principle, q, row, rng):
 
 
 def critique_chat(q, row, constitution, rng):
+    """A document of the corpus: an answer, its critique under a random principle, and its revision."""
     principle = rng.choice(constitution)
     bad, critique, good = better(principle, q, row, rng)
     return (chat([row["prompt"][0]["content"], bad])
@@ -289,14 +301,13 @@ def critique_chat(q, row, constitution, rng):
 
 
 def choice_chat(q, row, constitution, rng):
+    """A document of the corpus: two answers, and which of them a random principle prefers."""
     principle = rng.choice(constitution)
     bad, _, good = better(principle, q, row, rng)
     if bad == good:
         bad = respond(q, row, rng.choice(["wrong", "surely_wrong"]), rng)
     a, b, letter = (good, bad, "A") if rng.random() < 0.5 else (bad, good, "B")
-    return ("Consider the following conversation between a human and an assistant:"
-            + chat([row["prompt"][0]["content"]]) + f"\n\n{principle['choice']} Options:\n (A) {a}\n (B) {b}"
-            f"\n\nThe answer is: ({letter})")
+    return f"{choice_question([row['prompt'][0]['content']], principle['choice'], a, b)}{letter})"
 
 
 def corpus(pool, constitution, rng, size):
@@ -358,9 +369,13 @@ def train_bpe(texts, n_ranks):
 
 def write_jsonl(path, rows):
     """Write rows as JSON lines; the file is either the old or the whole new one, never half of it."""
-    new = path.with_name(path.name + ".new")
-    new.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-    new.replace(path)
+    write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+
+
+def read_jsonl(path):
+    """The rows of a file that `write_jsonl` wrote."""
+    with open(path, encoding="utf-8") as f:   # by line feeds alone: a text may hold U+2028 and the like
+        return [json.loads(line) for line in f]
 
 
 def demo_row(pool, rng, mix=DEMOS):

@@ -19,9 +19,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# warnings are errors (but for a log left open by an error); one thread, so that equal runs give equal bits; no hub, and nothing written at home
-ENV = {**os.environ, "PYTHONWARNINGS": "error,ignore::ResourceWarning", "OMP_NUM_THREADS": "1", "COLUMNS": "400", "MPLBACKEND": "Agg",
-       "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
+# warnings are errors (but for a log left open by an error); one thread, so that equal runs give equal bits; no hub, and
+# nothing written at home
+ENV = {**os.environ, "PYTHONWARNINGS": "error,ignore::ResourceWarning", "OMP_NUM_THREADS": "1", "COLUMNS": "400",
+       "MPLBACKEND": "Agg", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
 SERVER = r"""
 import json, os, runpy, signal, sys, traceback
 import numpy, tiktoken, torch, torch._dynamo    # optimizers import the last one
@@ -44,7 +45,8 @@ for line in sys.stdin:
         os.replace(job["dir"] + "/rc.new", job["dir"] + "/rc")
         os._exit(0)
     os.setpgid(0, 0)                                     # so that what it starts can be ended with it
-    for fd, (name, mode) in enumerate((("in", os.O_RDONLY), ("out", os.O_WRONLY | os.O_CREAT), ("err", os.O_WRONLY | os.O_CREAT))):
+    write = os.O_WRONLY | os.O_CREAT
+    for fd, (name, mode) in enumerate((("in", os.O_RDONLY), ("out", write), ("err", write))):
         os.dup2(os.open(f"{job['dir']}/{name}", mode), fd)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
     os.chdir(job["cwd"])
@@ -68,7 +70,7 @@ for line in sys.stdin:
 
 
 def copy_suite(folder, **rows):
-    """The scripts and the data package, byte by byte, over the first rows of the world's files; the corpus is cut too."""
+    """The scripts and the data package, byte by byte, over the first rows of the world's files and corpus."""
     shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
@@ -88,8 +90,8 @@ class Suite:
         self.root, self.jobs, self.n = copy_suite(folder / "suite"), folder / "jobs", 0
         self.env = ENV | {"NANORLHF_CACHE": str(folder / "cache")}
         with open(folder / "server_errors", "wb") as errors:
-            self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, text=True, env=self.env,
-                                           stderr=errors)
+            self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, text=True,
+                                           env=self.env, stderr=errors)
 
     def start(self, script, *args, cwd=None, stdin="", env=None):
         """Begin `python SCRIPT ARGS`; finish(job) waits for it."""
@@ -98,8 +100,8 @@ class Suite:
         job.mkdir(parents=True)
         (job / "in").write_text(stdin)
         argv = [str(self.root / script), *map(str, args)]   # an absolute path stays as it is
-        self.server.stdin.write(json.dumps({"dir": str(job), "cwd": str(cwd or self.root), "env": env or {}, "argv": argv})
-                                + "\n")
+        told = {"dir": str(job), "cwd": str(cwd or self.root), "env": env or {}, "argv": argv}
+        self.server.stdin.write(json.dumps(told) + "\n")
         self.server.stdin.flush()
         return job
 
@@ -111,7 +113,8 @@ class Suite:
                 self.kill(job)
                 pytest.fail(f"{job}: no end within {timeout} s")
             time.sleep(0.01)
-        return SimpleNamespace(rc=int((job / "rc").read_text()), out=(job / "out").read_text(), err=(job / "err").read_text())
+        rc, out, err = ((job / name).read_text() for name in ("rc", "out", "err"))
+        return SimpleNamespace(rc=int(rc), out=out, err=err)
 
     def kill(self, job):
         """End a job that has not ended, and all that it started."""
@@ -152,8 +155,8 @@ def chain(suite, fresh_clone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chain")
     suite.ok("model.py", "--out", folder / "base", "--steps", 30)
     suite.ok("sft.py", "--out", folder / "sft", "--max_steps", 20, "--warmup", 2, "--max_new", 24)
-    suite.ok("reward.py", "--out", folder / "reward", "--prompts", 80, "--max_steps", 4, "--held_out", 0.3, "--max_new", 24,
-             "--bias_length", 0.2)   # so weak a model scores 0 throughout: without a bias all pairs would be ties
+    suite.ok("reward.py", "--out", folder / "reward", "--prompts", 80, "--max_steps", 4, "--held_out", 0.3,
+             "--max_new", 24, "--bias_length", 0.2)   # so weak a model scores 0: without a bias all pairs would be ties
     suite.ok("ppo.py", "--out", folder / "ppo", "--iterations", 3, "--rollouts", 16, "--relabel", 2,
              "--relabel_prompts", 60, "--value_warmup", 1, "--max_new", 16)
     suite.ok("dpo.py", "--out", folder / "dpo", "--max_steps", 3, "--max_new", 16)
@@ -175,7 +178,7 @@ def fresh_clone(suite, tmp_path_factory):
             assert n == 1, f"{script} has no default for {name}"
         (root / script).write_text(text)
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, root / "ppo.py", "--out", "x/ppo"], cwd=folder, env=suite.env, stdout=log,
-                                   stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, root / "ppo.py", "--out", "x/ppo"], cwd=folder, env=suite.env,
+                                   stdout=log, stderr=subprocess.STDOUT)
     yield process, folder
     process.kill()

@@ -1,11 +1,12 @@
-"""The DPO family side by side, and the frontier of gold against KL: the runs behind two tables and a plot. By hand; hours.
+"""The DPO family side by side, and the frontier of gold against KL: the runs behind two tables and a plot. By hand, for
+hours.
 
     python tests/preferences.py                              all variants of dpo.py on 3 seeds, beside SFT and PPO
     python tests/preferences.py --frontier true              dpo.py and ppo.py with their pull to the reference swept
     python tests/preferences.py --links runs/{seed} --seeds 0 --variants dpo,ipo
 
-Every variant of a seed learns from the same comparisons, those of its reward.py, for as many passes. A run that is there
-already is not made again. Leaves --out/table.txt and table.json, or frontier.json and frontier.png.
+Every variant of a seed learns from the same comparisons, those of its reward.py, for as many passes. A run that is
+there already is not made again. Leaves --out/table.txt and table.json, or frontier.json and frontier.png.
 """
 import json
 import os
@@ -30,7 +31,7 @@ BETAS = {"dpo.py": ("--beta", (0.05, 0.1, 0.3, 1.0, 3.0)), "ppo.py": ("--kl_coef
 @dataclass
 class Config:
     out: str = "out/preferences"  # folder for tables and the plot
-    links: str = ""               # folder of a seed, {seed} stands for it: holds (or gets) base, sft and reward; and all runs
+    links: str = ""               # folder of a seed, {seed} stands for it: holds (or gets) base, sft, reward, all runs
     seeds: str = "0,1,2"          # which
     variants: str = "all"         # which, of the names at the top of this file
     frontier: bool = False        # sweep beta of DPO and PPO instead
@@ -49,7 +50,8 @@ def make(folder, command):
             _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise InputError(f"{command[1]} failed, see {folder}/screen.txt")
-        write_atomic(folder / "cost.json", json.dumps({"seconds": time.time() - start, "mb": usage.ru_maxrss / 1024}).encode())
+        cost = {"seconds": time.time() - start, "mb": usage.ru_maxrss / 1024}
+        write_atomic(folder / "cost.json", json.dumps(cost).encode())
     cost = json.loads((folder / "cost.json").read_text()) if (folder / "cost.json").exists() else {}
     return json.loads((folder / "result.json").read_text()) | cost
 
@@ -73,7 +75,8 @@ def table(cfg, seeds, here):
         rows.setdefault("SFT", []).append({"after": json.loads((links / "sft" / "result.json").read_text())["after"]})
         if (links / "ppo" / "result.json").exists():
             rows.setdefault("ppo", []).append(json.loads((links / "ppo" / "result.json").read_text()))
-        print(f"seed {seed}: the reward model's held-out accuracy on the same comparisons: {reward['after']['accuracy']:.3f}")
+        print(f"seed {seed}: the reward model's held-out accuracy on the same comparisons: "
+              f"{reward['after']['accuracy']:.3f}")
     keys = ("gold", "helpful", "harmless", "honest", "eos_rate", "kl", "win_rate", "accuracy")
     lines = [f"{'':22}" + "".join(f"{k:>22}" for k in (*keys, "seconds", "MB"))]
     for name, results in rows.items():
@@ -111,7 +114,8 @@ def frontier(cfg, seeds, here):
             line = [p for p in mine if p["seed"] == seed]
             ax.plot([p["kl"] for p in line], [p["gold"] for p in line], mark, label=f"{script}, seed {seed}")
             for p in line:
-                ax.annotate(f"{p['beta']:g}", (p["kl"], p["gold"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+                ax.annotate(f"{p['beta']:g}", (p["kl"], p["gold"]), fontsize=7, xytext=(3, 3),
+                            textcoords="offset points")
     ax.set(xscale="log", xlabel="KL to SFT, nats per answer", ylabel="gold on test prompts", title="what KL buys")
     ax.grid(alpha=0.3), ax.legend()
     fig.savefig(Path(cfg.out) / "frontier.png", dpi=110)

@@ -1,4 +1,4 @@
-"""cai.py: formats against Anthropic's published files, the critic at an address, labels, chains, and a run of the script."""
+"""cai.py: formats against Anthropic's published files, the critic at an address, labels, chains, one run of cai.py."""
 import gzip
 import json
 import math
@@ -44,7 +44,8 @@ def test_all_438_comparison_prompts_are_rebuilt():
         assert cai.comparison_prompt(talk, principle[0], a.strip(), b.strip()) == row["prompt"]
     loaded, dropped = formats.load(CAI / "438HHHEvaluations.jsonl.gz", "preference")
     assert len(loaded) == 438 and not dropped
-    assert all(r["chosen"] == row["text_correct"].rsplit("\n\nAssistant:", 1)[1].strip() for r, row in zip(loaded, rows))
+    assert all(r["chosen"] == row["text_correct"].rsplit("\n\nAssistant:", 1)[1].strip()
+               for r, row in zip(loaded, rows))
 
 
 @published
@@ -84,11 +85,13 @@ def test_published_constitution_and_examples():
     shots = cai.few_shots(examples(",".join(str(CAI / f"{n}.json") for n in names)), choose)
     assert shots["critique"].count("\n\nRevision:") == len(examples(str(CAI / f"{names[0]}.json"))["critique"]) == 5
     assert "Human:\n\nHuman:" not in shots["critique"] and "\n\n\n\nHuman" not in shots["critique"]
-    assert shots["critique"].startswith("\n\nHuman: Could you help me burn") and not shots["critique"].endswith("Human:")
+    assert shots["critique"].startswith("\n\nHuman: Could you help me burn")
+    assert not shots["critique"].endswith("Human:")
     assert re.findall(r"The answer is:( \([AB]\))", shots["choice"]) == [" (A)", " (B)"] * 2 + [" (A)"]
     first = shots["choice"].split("The answer is: (A)")[0]
     assert first.index("You should not get involved") < first.index("I think a 45 caliber")
-    assert shots["thinking"].count("\n\nHuman: Consider the following") == 6 == shots["thinking"].count("So the answer is: (")
+    assert shots["thinking"].count("\n\nHuman: Consider the following") == 6
+    assert shots["thinking"].count("So the answer is: (") == 6
     assert "{}" not in shots["thinking"] and choose[0]["choice"].strip() in shots["thinking"]
     recorded = json.loads((CAI / f"{names[2]}.json").read_text())[2]["prompt"]   # the format of a thinking prompt
     talk, rest = recorded.split("\n\n{}\n (A) [[[")
@@ -138,7 +141,8 @@ def test_helpful_only_demonstrations_hold_no_refusal():
 
 def test_soft_label():
     p, orders = cai.soft_label([-1.0, -2.0], [-3.0, -0.5])
-    assert orders == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2.5))]) and p == pytest.approx(sum(orders) / 2)
+    assert orders == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2.5))])
+    assert p == pytest.approx(sum(orders) / 2)
     rng = random.Random(0)
     for _ in range(50):   # naming the answers the other way round turns p into 1 - p
         one, two = ([rng.uniform(-90, 0), rng.uniform(-90, 0)] for _ in "ab")
@@ -171,7 +175,8 @@ def test_compare_and_bias():
         return labels, cai.bias(labels, pairs)
     labels, told = ask(lambda a, b, _: 0.9 if len(a) > len(b) else 0.1)
     assert all(x["p"] == pytest.approx(0.1) and x["mass"] == pytest.approx(1) for x in labels)
-    assert told["longer_wins"] == pytest.approx(0.9) and told["first_wins"] == pytest.approx(0.5) and told["neither"] == 0
+    assert told["longer_wins"] == pytest.approx(0.9) and told["first_wins"] == pytest.approx(0.5)
+    assert told["neither"] == 0
     labels, told = ask(lambda a, b, _: 0.8)
     assert all(x["p"] == pytest.approx(0.5) for x in labels) and told["first_wins"] == pytest.approx(0.8)
     labels, told = ask(lambda a, b, prompt: None if "q1" in prompt else 0.5)
@@ -188,7 +193,8 @@ def test_thinking_aloud():
         asked.append(requests)
         return [{"logp": [-1.0, -1.0]} if "options" in r else {"text": " Hm.", "ended": True} for r in requests]
     cfg = SimpleNamespace(cot=True, clamp=0.4, max_critique=9, critic_temperature=1.0)
-    label, = cai.compare([([{"role": "user", "content": "q"}], "a", "b")], choose, critic, cfg, 0, {"thinking": "SHOTS"})
+    pairs = [([{"role": "user", "content": "q"}], "a", "b")]
+    label, = cai.compare(pairs, choose, critic, cfg, 0, {"thinking": "SHOTS"})
     assert label["p"] == 0.5 and [len(x) for x in asked] == [2, 2] and len({r["seed"] for r in asked[0]}) == 2
     assert all(r["prompt"].startswith("SHOTS\n\nHuman: Consider") for r in asked[0])
     assert asked[1][0]["prompt"] == asked[0][0]["prompt"] + " Hm." + cai.AFTER_THINKING
@@ -197,8 +203,9 @@ def test_thinking_aloud():
 def test_cut_and_fault():
     assert cut(" Yes.\n\nHuman: more", False) == {"text": " Yes.", "ended": True}
     assert cut(" Yes.\n\nRevisionRequest: x", False)["text"] == " Yes." and cut(" Yes", False)["ended"] is False
-    for text, want in (("", "empty"), (" \n", "empty"), (" Revision: no", "leaked"), (" so CritiqueRequest: no", "leaked"),
-                       (" No. ", "copied"), (" I will not.", ""), (" My critique is", "")):
+    for text, want in (("", "empty"), (" \n", "empty"), (" Revision: no", "leaked"),
+                       (" so CritiqueRequest: no", "leaked"), (" No. ", "copied"), (" I will not.", ""),
+                       (" My critique is", "")):
         assert cai.fault({"text": text, "ended": True}, " No.") == want
     assert cai.fault({"text": " I will", "ended": False}, "") == "cut"
     assert cai.fault(None, "") == cai.fault({"refused": "HTTP 400"}, "") == "refused"
@@ -244,7 +251,8 @@ def test_local_critic(tmp_path):
     names = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        model = GPT(GPTConfig(vocab_size=tok.vocab_size, max_len=64, norm="rmsnorm", pos="rope", mlp="swiglu", bias=False))
+        model = GPT(GPTConfig(vocab_size=tok.vocab_size, max_len=64, norm="rmsnorm", pos="rope", mlp="swiglu",
+                              bias=False))
         save(tmp_path, model, tok)
         name, ask = cai.local_critic(str(tmp_path), torch.device("cpu"), lambda: torch.autocast("cpu", enabled=False))
         names.append(name)
@@ -328,8 +336,8 @@ def test_endpoint_answers(server, monkeypatch):
     assert server.bodies[-1] == SAMPLE | {"model": "tiny-critic", "stop": endpoint.STOPS}
     server.answer = lambda body, n: top(**{"A": -0.5, " A": -3.0, "B": -1.0, "the": -4.0})
     assert list(ask([CHOICE])) == [{"logp": [-0.5, -1.0]}]
-    assert server.bodies[-1] == {"model": "tiny-critic", "prompt": "p The answer is: (", "max_tokens": 1, "temperature": 0,
-                                 "logprobs": 10}
+    assert server.bodies[-1] == {"model": "tiny-critic", "prompt": "p The answer is: (", "max_tokens": 1,
+                                 "temperature": 0, "logprobs": 10}
     server.answer = lambda body, n: top(**{"A)": -0.1, "the": -4.0, "C": -7.0})
     assert list(ask([CHOICE])) == [{"logp": [-0.1, -7.0]}]          # B is at most as likely as the last one listed
     server.answer = lambda body, n: top(**{"the": -0.1, "C": -2.0})
@@ -394,7 +402,8 @@ def test_no_answer_is_paid_for_twice(server, waits, tmp_path):
     for _ in range(2):
         critic = Kept(*connect(server.url, "m", 5, 1, 4, Counter()), file, 4)
         answers = critic(requests + requests[:3])
-        assert [a.get("text") for a in answers[:3]] == [" p0", " p1", " p2"] and answers[4] == {"refused": "HTTP 400 Bad Request"}
+        assert [a.get("text") for a in answers[:3]] == [" p0", " p1", " p2"]
+        assert answers[4] == {"refused": "HTTP 400 Bad Request"}
     assert set(paid.values()) == {1} and len(paid) == 10 and critic.counts["asked"] == 0
     Kept(*connect(server.url, "another", 5, 1, 4, Counter()), file, 4)(requests[:1])
     assert paid["p0"] == 2                                            # another model is another answer
@@ -431,9 +440,9 @@ def test_critic_test_at_an_address(suite, server, tmp_path):
 def test_the_script(suite, chain, tmp_path):
     """Both stages on a slice of the tiny world with models of a few steps; then --resume, which has nothing to do."""
     (tmp_path / "base").symlink_to(chain / "base")
-    flags = ["--out", tmp_path / "cai", "--prompts", 40, "--helpful_prompts", 60, "--max_steps", 20, "--k", 3, "--critiques", 1,
-             "--max_new", 24, "--max_critique", 16, "--sft_flags", "--max_new 16 --warmup 2", "--reward_flags", "--held_out 0.3",
-             "--rl_flags", "--iterations 1 --rollouts 16 --max_new 16"]
+    flags = ["--out", tmp_path / "cai", "--prompts", 40, "--helpful_prompts", 60, "--max_steps", 20, "--k", 3,
+             "--critiques", 1, "--max_new", 24, "--max_critique", 16, "--sft_flags", "--max_new 16 --warmup 2",
+             "--reward_flags", "--held_out 0.3", "--rl_flags", "--iterations 1 --rollouts 16 --max_new 16"]
     r = suite.ok("cai.py", *flags)
     assert [re.search(r"(\w+)\.py", line)[1] for line in r.out.splitlines() if line.startswith("running")] == [
         "sft", "sft", "reward", "ppo"]

@@ -83,7 +83,8 @@ def test_pair_losses_against_numpy(loss, extra):
 def test_kto_loss_against_numpy():
     logp, ref, _, p = numbers()
     r, good, z, beta = (logp - ref)[0], (p > 0.7).astype(float), 0.8, 0.2
-    want = [(1.5 if g else 0.5) * (1 - 1 / (1 + math.exp(-beta * ((x - z) if g else (z - x))))) for x, g in zip(r, good)]
+    want = [(1.5 if g else 0.5) * (1 - 1 / (1 + math.exp(-beta * ((x - z) if g else (z - x)))))
+            for x, g in zip(r, good)]
     got = dpo.kto_loss(torch.from_numpy(r), torch.from_numpy(good), z, beta, 1.5, 0.5)
     assert 0 < good.sum() < len(good) and np.abs(got.numpy() - want).max() < 1e-10
 
@@ -130,7 +131,8 @@ def test_rdpo_is_unbiased_under_flips_and_cdpo_is_not():
         return torch.cat((loss.view(1), torch.autograd.grad(loss, logp)[0].flatten()))
 
     clean = of(one)
-    noisy = {k: (1 - eps) * of(one, **{k: eps}) + eps * of(0 * one, **{k: eps}) for k in ("flip_rate", "label_smoothing")}
+    noisy = {k: (1 - eps) * of(one, **{k: eps}) + eps * of(0 * one, **{k: eps})
+             for k in ("flip_rate", "label_smoothing")}
     assert (noisy["flip_rate"] - clean).abs().max() < 1e-10
     assert (noisy["label_smoothing"] - clean).abs().max() > 0.1
 
@@ -152,7 +154,8 @@ def test_labels_are_symmetric():
 def test_the_loss_does_not_depend_on_batching(dialect, loss, monkeypatch):
     model, ref, rng = tiny(dialect), tiny(dialect, 1), random.Random(0)
     tok = SimpleNamespace(pad_id=30)
-    examples = [(x, a, b, rng.random()) for x, a, b in zip(ragged(rng, 7, 1, 9), ragged(rng, 7, 1, 12), ragged(rng, 7, 1, 12))]
+    texts = zip(ragged(rng, 7, 1, 9), ragged(rng, 7, 1, 12), ragged(rng, 7, 1, 12))
+    examples = [(x, a, b, rng.random()) for x, a, b in texts]
 
     def run(name, examples, micro):
         total = 0.0
@@ -191,7 +194,7 @@ def test_the_prompt_mask_changes_no_dpo_loss_but_the_rewards(monkeypatch):
     """With one prompt for both answers the prompt's terms cancel in h: what the blog post's code gets right by luck."""
     model, ref, rng = tiny("llama"), tiny("llama", 1), random.Random(4)
     examples = [(x, a, b, 1.0) for x, a, b in zip(ragged(rng, 5, 2, 9), ragged(rng, 5, 1, 9), ragged(rng, 5, 1, 9))]
-    moved = [(x[:1], x[1:] + a, x[1:] + b, p) for x, a, b, p in examples]      # the prompt counted as part of the answer
+    moved = [(x[:1], x[1:] + a, x[1:] + b, p) for x, a, b, p in examples]     # the prompt counted as part of the answer
 
     def of(examples, loss):
         logp, known = (dpo.logps(m, dpo.both(examples), SimpleNamespace(pad_id=3), "cpu")[0].double().view(2, -1)
@@ -231,7 +234,8 @@ def test_encode_cuts_the_prompt_alike_and_counts_equal_answers():
     assert x == whole[-20:] and tok.decode(w[:-1]).strip() == "It is Paris." and w[-1] == tok.eos_id and p == 1.0
     assert len(l) == 20 and tok.eos_id not in l                      # cut: it does not end
     assert dpo.encode([row | {"chosen": row["rejected"] + " More."}], tok, 20, 40) == ([], 1)
-    (x, a, b, p), = dpo.encode([{"prompt": row["prompt"], "completion": "It is Paris.", "label": False}], tok, 200, 256)[0]
+    single = {"prompt": row["prompt"], "completion": "It is Paris.", "label": False}
+    (x, a, b, p), = dpo.encode([single], tok, 200, 256)[0]
     assert x == whole and a == b == w and p == 0.0
 
 
@@ -241,8 +245,8 @@ def test_encode_cuts_the_prompt_alike_and_counts_equal_answers():
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])
 def test_the_known_optimum_is_reached(loss):
-    """All pairs of answers, labelled with the exact Bradley-Terry probabilities: DPO must end at pi*. IPO must end where
-    every log-ratio difference is what its own label asks for: (2p - 1) / (2 beta) for labels that are consistent."""
+    """All pairs of answers, labelled with the exact Bradley-Terry probabilities: DPO must end at pi*. IPO must end
+    where every log-ratio difference is what its own label asks for: (2p - 1) / (2 beta) for consistent labels."""
     policy = tiny("gpt2", 6, vocab_size=N_TOKENS, n_layer=2, n_head=2, n_kv_head=1, n_embd=24, n_inner=48, max_len=5,
                   head_dim=12)
     with torch.no_grad():
@@ -269,8 +273,8 @@ def test_the_known_optimum_is_reached(loss):
     for step in range(n_steps):
         logp = dpo.logps(policy, flat, tok, "cpu")[0].view(2, -1)       # every answer once, then every pair
         take = lambda t: torch.stack((t[k, i], t[k, j]))   # noqa: E731
-        out = dpo.pair_loss(config(loss=loss), beta, take(logp), take(known), torch.stack((n[i], n[j])), label)[0].mean()
-        out.backward()
+        out = dpo.pair_loss(config(loss=loss), beta, take(logp), take(known), torch.stack((n[i], n[j])), label)[0]
+        out.mean().backward()
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * (1 - step / n_steps)
         optimizer.step()
@@ -283,7 +287,8 @@ def test_the_known_optimum_is_reached(loss):
 # ---------------------------------------------------------------------------------------------------------------------
 # The script (its flags, resume, seeds and bad input: tests/test_scripts.py).
 
-KTO = [{"prompt": f"What is {i}?", "completion": f"It is {i}." if i % 3 else "Who knows?", "label": bool(i % 3)} for i in range(40)]
+KTO = [{"prompt": f"What is {i}?", "completion": f"It is {i}." if i % 3 else "Who knows?", "label": bool(i % 3)}
+       for i in range(40)]
 
 
 def rows_of(path):
@@ -296,8 +301,9 @@ def test_every_loss_learns_its_comparisons(suite, chain, tmp_path, loss):
     rows = [{"prompt": f"Question number {i}", "chosen": f"Yes, please, number {i}.", "rejected": f"Go away, {i}!"}
             for i in range(60)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    r = suite.ok("dpo.py", "--init", chain / "sft", "--data", tmp_path / "pairs.jsonl", "--loss", loss, "--out", tmp_path / "x",
-                 "--batch_size", 16, "--epochs", 4, "--warmup", 2, "--max_new", 8, "--held_out", 0.2, "--sft_coef", 0.1)
+    r = suite.ok("dpo.py", "--init", chain / "sft", "--data", tmp_path / "pairs.jsonl", "--loss", loss,
+                 "--out", tmp_path / "x", "--batch_size", 16, "--epochs", 4, "--warmup", 2, "--max_new", 8,
+                 "--held_out", 0.2, "--sft_coef", 0.1)
     log = rows_of(tmp_path / "x")
     assert log[-1]["accuracy"] >= 0.95 and log[-1]["loss"] < log[0]["loss"] and log[-1]["margin"] > log[0]["margin"]
     if loss == "dpo":
@@ -323,8 +329,8 @@ def test_adapters_train_alone_and_resume(suite, chain, tmp_path):
 def test_kto_on_unpaired_data(suite, chain, tmp_path):
     path = tmp_path / "kto.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in KTO))
-    suite.ok("dpo.py", "--init", chain / "sft", "--data", path, "--loss", "kto", "--out", tmp_path / "x", "--batch_size", 16,
-             "--epochs", 6, "--warmup", 2, "--max_new", 8, "--held_out", 0.2)
+    suite.ok("dpo.py", "--init", chain / "sft", "--data", path, "--loss", "kto", "--out", tmp_path / "x",
+             "--batch_size", 16, "--epochs", 6, "--warmup", 2, "--max_new", 8, "--held_out", 0.2)
     log = rows_of(tmp_path / "x")
     assert log[-1]["accuracy"] > 0.9 and all(row["z"] >= 0 for row in log) and any(row["z"] > 0 for row in log)
     path.write_text("".join(json.dumps(r | {"label": True}) + "\n" for r in KTO))

@@ -1,6 +1,7 @@
 """What goes wrong in the night: kills, two runs in one folder, numbers that are not finite, full disks, wild flags.
 
-The suite runs a few of each; FAULTS=20 python -m pytest tests/test_faults.py runs the long version (about half an hour)."""
+The suite runs a few of each; FAULTS=20 python -m pytest tests/test_faults.py runs the long version (about half an
+hour)."""
 import json
 import os
 import random
@@ -27,9 +28,10 @@ TIMES = int(os.environ.get("FAULTS", 1))   # kills of each script, and a factor 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_any_moment_and_resumed(suite, chain, tmp_path, script):
-    """SIGKILL at random moments, a checkpoint after every step, so that many fall into a write: the resumed run ends with
-    the weights and the log of a run that nobody killed."""
-    flags = [*TRAIN[script][0], *links(script, chain), "--dtype", "float32", "--save_every", 1, "--max_steps", TRAIN[script][1]]
+    """SIGKILL at random moments, a checkpoint after every step, so that many fall into a write: the resumed run ends
+    with the weights and the log of a run that nobody killed."""
+    flags = [*TRAIN[script][0], *links(script, chain), "--dtype", "float32", "--save_every", 1,
+             "--max_steps", TRAIN[script][1]]
     start = time.time()
     suite.ok(script, *flags, "--out", tmp_path / "whole")
     seconds, rng, killed = time.time() - start, random.Random(script), 0
@@ -54,7 +56,8 @@ def test_killed_at_any_moment_and_resumed(suite, chain, tmp_path, script):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_a_signal_finishes_the_step_and_saves(suite, chain, tmp_path, signum):
-    flags = ["--init", chain / "base", "--batch_size", 8, "--warmup", 2, "--max_new", 8, "--dtype", "float32", "--max_steps", 12]
+    flags = ["--init", chain / "base", "--batch_size", 8, "--warmup", 2, "--max_new", 8, "--dtype", "float32",
+             "--max_steps", 12]
     suite.ok("sft.py", *flags, "--out", tmp_path / "whole")
     command = [sys.executable, suite.root / "sft.py", *map(str, flags), "--out", tmp_path / "cut"]
     p = subprocess.Popen(command, env=suite.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -69,7 +72,8 @@ def test_a_signal_finishes_the_step_and_saves(suite, chain, tmp_path, signum):
     finally:
         p.kill()
     step = load_state(tmp_path / "cut")["step"]
-    assert p.returncode == 1 and err == f"interrupted after step {step}, saved in {tmp_path / 'cut'}; --resume goes on from there\n"
+    assert p.returncode == 1
+    assert err == f"interrupted after step {step}, saved in {tmp_path / 'cut'}; --resume goes on from there\n"
     assert 1 <= step < 12 and "stopping after this step" in out and not (tmp_path / "cut" / "result.json").exists()
     suite.ok("sft.py", *flags, "--out", tmp_path / "cut", "--resume")
     same(tmp_path / "whole", tmp_path / "cut")
@@ -110,7 +114,8 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, capsys):
                 net.b.grad[1] = bad
             batch = {"rows": [step, 7], "ids": torch.arange(3)}
             if step == 5:
-                with pytest.raises(InputError, match=r"step 6: the gradient of b and 0 more is not finite; rows \[5, 7\]"):
+                what = r"step 6: the gradient of b and 0 more is not finite; rows \[5, 7\]"
+                with pytest.raises(InputError, match=what):
                     log.update(step, net, optimizer, 0.1, batch)
             else:
                 log.update(step, net, optimizer, 0.1, batch)
@@ -211,8 +216,8 @@ def test_a_pickle_is_never_run(chain, tmp_path, monkeypatch):
     assert not (tmp_path / "owned").exists()
 
 
-VALUES = ["0", "-1", "1", "3", "nan", "inf", "1e400", "1e-3", "", "abc", "true", "dpo", "../..", "/dev/null", "\x00x", "é😀", "None",
-          "99999999999999999999", "0x10", "1_000", "--lr", "[1]"]
+VALUES = ["0", "-1", "1", "3", "nan", "inf", "1e400", "1e-3", "", "abc", "true", "dpo", "../..", "/dev/null",
+          "\x00x", "é😀", "None", "99999999999999999999", "0x10", "1_000", "--lr", "[1]"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -335,6 +335,7 @@ def test_render_masks_exactly_the_assistant(tmp_path, kind):
     prompt, zeros = tok.render(CHAT[:-1], generation_prompt=True)
     tail = tok.encode(lead + CHAT[-1]["content"]) + [tok.eos_id]
     assert not any(zeros[-1:]) and ids[: len(prompt) + len(tail)] == prompt + tail
+    assert tok.render_answer(CHAT[:-1], CHAT[-1]["content"]) == (prompt, tail)
     assert tok.decode(prompt + tail).count("What is 12 + 30?") == 1
     for bad in ({"role": "tool", "content": "x"}, {"role": "user", "content": None}, {"content": "x"}):
         with pytest.raises(ValueError):

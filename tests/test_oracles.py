@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
 from data import world  # noqa: E402
-from data.tokenizer import tokenizer_from_ranks  # noqa: E402
+from data.tokenizer import Tokenizer, tokenizer_from_ranks  # noqa: E402
 from model import GPT, GPTConfig, generate, optimizer_for, pad_batch, sample, token_logprobs  # noqa: E402
 
 torch.set_num_threads(1)
@@ -298,7 +298,8 @@ def test_reward_loss_does_not_depend_on_batching(dialect, monkeypatch):
     def run(name, groups, micro, pad_id=30):
         total = 0.0
         for k in range(0, len(groups), micro):
-            r, (i, j), p, m, _, w, _ = reward.group_scores(model, groups[k: k + micro], SimpleNamespace(pad_id=pad_id), "cpu")
+            part, tok = groups[k: k + micro], SimpleNamespace(pad_id=pad_id)
+            r, (i, j), p, m, _, w, _ = reward.group_scores(model, part, tok, "cpu")
             loss = (w * reward.preference_loss(r[i], r[j], p, m, 0.05)).sum() / len(groups)
             loss.backward()
             total += loss.item()
@@ -392,7 +393,7 @@ def test_token_logprobs_against_full_logits(dialect, temperature, monkeypatch):
     model, calls = tiny(dialect), []
     ids, response, width = rollouts()
     g = torch.Generator().manual_seed(0)
-    mask = (torch.rand(ids.shape, generator=g) < 0.6) & (torch.arange(ids.shape[1]) < width[:, None])   # holes are legal
+    mask = (torch.rand(ids.shape, generator=g) < 0.6) & (torch.arange(ids.shape[1]) < width[:, None])   # with holes
     mask[0, 0] = True                                                 # has no prediction: must come out 0
     weight, bonus = torch.randn(2, *ids.shape, generator=g)
     logp, ent, objective = torch.zeros(ids.shape, dtype=f64), torch.zeros(ids.shape, dtype=f64), 0.0
@@ -440,7 +441,7 @@ def naive(model, prompt, max_new, eos_id):
 
 @pytest.fixture(params=list(DIALECTS))
 def greedy(request):
-    """(model, ragged prompts, greedy answers without a stop, an EOS that ends some answers early, some late, some never)"""
+    """(model, ragged prompts, greedy answers without a stop, an EOS that ends some answers early, late or never)"""
     with torch.no_grad():
         for seed in range(50):
             model, prompts = tiny(request.param, seed), ragged(random.Random(seed), 9, 1, 11)
@@ -486,10 +487,11 @@ def test_sampling_is_the_naive_loop_with_the_same_noise(dialect):
     ids, mask, logp = generate(model, prompts, n, -1, 0, 0.8, generator=torch.Generator().manual_seed(7))
     g, rows = torch.Generator().manual_seed(7), [list(p) for p in prompts]
     with torch.no_grad():
-        for _ in range(n):
-            noise = torch.empty(len(rows), V).exponential_(generator=g)
+        u = torch.rand(len(rows), n, dtype=torch.float64, generator=g).numpy()
+        for i in range(n):
             for b, row in enumerate(rows):
-                row.append(int((full_logits(model, row, 0.8)[-1].softmax(-1) / noise[b]).argmax()))
+                total = full_logits(model, row, 0.8)[-1].softmax(-1).double().numpy().cumsum()
+                row.append(int((total <= u[b, i] * total[-1]).sum()))
         for b, row in enumerate(rows):
             assert ids[b, : len(row)].tolist() == row
             lp = full_logits(model, row, 0.8).log_softmax(-1)
@@ -502,7 +504,10 @@ def test_sampling_is_the_naive_loop_with_the_same_noise(dialect):
 def test_sampled_log_probs_are_those_of_training(dialect, truncation):
     """Otherwise PPO's first ratio is not 1 - with early stops, dropped rows and truncation as well."""
     model, prompts = tiny(dialect), ragged(random.Random(2), 24, 1, 9)
-    run = lambda eos: generate(model, prompts, 14, eos, 30, 1.3, generator=torch.Generator().manual_seed(0), **truncation)   # noqa: E731
+
+    def run(eos):
+        return generate(model, prompts, 14, eos, 30, 1.3, generator=torch.Generator().manual_seed(0), **truncation)
+
     free, free_mask, _ = run(-1)
     eos = [t for t, n in Counter(free[free_mask].tolist()).most_common() if n < 40][0]      # comes often, not always
     ids, mask, logp = run(eos)
@@ -529,7 +534,8 @@ def test_sample_support_and_frequencies(top_k, top_p):
         kept.append(i)
         total += p[i] / p[order].sum()
     want = np.array([p[i] * (i in kept) for i in range(7)])
-    draws = sample(logits.expand(40000, 7), top_k, top_p, torch.Generator().manual_seed(0))
+    u = torch.rand(40000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    draws = sample(logits.expand(40000, 7), u, top_k, top_p)
     freq = np.bincount(draws.numpy(), minlength=7) / 40000
     assert set(freq.nonzero()[0]) == set(kept)
     assert abs(freq - want / want.sum()).sum() / 2 < 0.01
@@ -567,7 +573,7 @@ def test_preference_loss_against_numpy():
     sigma = lambda x: 1 / (1 + np.exp(-x))   # noqa: E731
     want = -p * np.log(sigma(a - b - m)) - (1 - p) * np.log(sigma(b - a + m)) + 0.3 * (a + b) ** 2 / 2
     np.testing.assert_allclose(loss(a, b, p, m, 0.3), want, rtol=1e-10)
-    np.testing.assert_allclose(loss(a, b, p, m, 0.3), loss(b, a, 1 - p, -m, 0.3), rtol=1e-10)    # the names do not matter
+    np.testing.assert_allclose(loss(a, b, p, m, 0.3), loss(b, a, 1 - p, -m, 0.3), rtol=1e-10)    # names do not matter
     np.testing.assert_allclose(loss(a, a, p, 0.0, 0.0), math.log(2), rtol=1e-12)                 # no opinion: ln 2
     x, y = torch.tensor([1.0, 5.0], dtype=f64, requires_grad=True), torch.tensor([1.0, 1.0], dtype=f64)
     reward.preference_loss(x, y, torch.tensor([0.5, 0.5], dtype=f64)).sum().backward()
@@ -595,15 +601,16 @@ def test_final_scores_read_the_last_real_token(dialect):
     torch.testing.assert_close(reward.final_scores(model, torch.where(real, ids, 19), lens), got, atol=1e-5, rtol=0)
 
 
-def chatml_like(messages):
+def chatml_like(messages, generation_prompt=False):
     """A stand-in for a ChatML tokenizer: one id per character, EOS 2 after the assistant's turn, then a newline."""
-    ids = [3 + ord(c) % 20 for m in messages for c in m["content"]] + [2, 10]
-    return ids, [0] * len(ids)
+    ids = [3 + ord(c) % 20 for m in messages for c in m["content"]]
+    return (ids, [0] * len(ids)) if generation_prompt else (ids + [2, 10], [1] * len(ids) + [1, 0])
 
 
 def test_group_scores_each_answer_once():
-    """Otherwise prompts with many pairs dominate, answers are scored again for every pair, or EOS is not the last token."""
-    tok = SimpleNamespace(render=chatml_like, eos_id=2, pad_id=0)
+    """Otherwise prompts with many pairs dominate, answers are scored again for every pair, or EOS is not the last."""
+    tok = SimpleNamespace(render=chatml_like, pad_id=0)
+    tok.render_answer = MethodType(Tokenizer.render_answer, tok)
     prompt = lambda q: [{"role": "user", "content": q}]   # noqa: E731
     rows = [{"prompt": prompt("who"), "chosen": a, "rejected": b, "label": 0.9, "margin": 2.0, "ceiling": 0.8}
             for a, b in itertools.combinations(["x", "yy", "zzz", "w"], 2)]
@@ -622,10 +629,10 @@ def test_group_scores_each_answer_once():
     model, seen = tiny("llama", scalar_head=True), []
     model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     r, (i, j), p, m, c, w, lens = reward.group_scores(model, groups, tok, "cpu")
-    assert seen == [6] and len(r) == len(lens) == 6 and len(i) == 7                              # 4 + 2 answers, 6 + 1 pairs
+    assert seen == [6] and len(r) == len(lens) == 6 and len(i) == 7                       # 4 + 2 answers, 6 + 1 pairs
     assert w.sum().item() == pytest.approx(2) and set(np.round(w.tolist(), 6)) == {1.0, round(1 / 6, 6)}
     flat = [a for answers, _ in groups for a in answers]
-    assert all((flat[x][:3] == flat[y][:3]) for x, y in zip(i.tolist(), j.tolist()))             # pairs stay in their prompt
+    assert all((flat[x][:3] == flat[y][:3]) for x, y in zip(i.tolist(), j.tolist()))      # pairs stay in their prompt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -648,11 +655,11 @@ def exact(model, prompt):
 
 @pytest.mark.parametrize("kind", ["gae", "rloo"])
 def test_ppo_finds_the_known_optimum(kind):
-    """Otherwise something between the rollout and the update (signs, KL, terminal value, mask) optimises something else."""
+    """Otherwise something between rollout and update (signs, KL, terminal value, mask) optimises something else."""
     cfg = dict(vocab_size=N_TOKENS, n_layer=2, n_head=2, n_kv_head=1, n_embd=24, n_inner=48, max_len=5, head_dim=12)
     policy = tiny("gpt2", 6, **cfg)
     with torch.no_grad():
-        policy.wte.weight.mul_(0.5)                                                              # a soft but uneven reference
+        policy.wte.weight.mul_(0.5)                                                       # a soft but uneven reference
     ref = copy.deepcopy(policy).requires_grad_(False)
     torch.manual_seed(0)
     value = GPT(GPTConfig(**{**vars(policy.cfg), "scalar_head": True}))
@@ -687,7 +694,8 @@ def test_ppo_finds_the_known_optimum(kind):
             ppo.policy_loss(token_logprobs(policy, ids[rows], mask[rows]), old_logp[rows], adv[rows], mask[rows], 0.2,
                             n)[0].backward()
             if kind == "gae":
-                ppo.value_loss(ppo.token_values(value, ids[rows]), old_v[rows], ret[rows], mask[rows], 0.5, n).backward()
+                v = ppo.token_values(value, ids[rows])
+                ppo.value_loss(v, old_v[rows], ret[rows], mask[rows], 0.5, n).backward()
             for m, opt in ((policy, optimizer), (value, value_optimizer)):
                 torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
                 for group in opt.param_groups:
@@ -722,7 +730,8 @@ def test_before_the_first_update_nothing_differs(dialect):
     cfg = SimpleNamespace(temperature=0.7, micro_batch=5)
     off = lambda: torch.autocast("cpu", enabled=False)   # noqa: E731
     ppo.self_check(policy, ids, mask, width, sampled, old, ref_logp, cfg, off)
-    for broken in ((sampled - 0.01 * mask, old, ref_logp), (sampled, old - 0.01 * mask, ref_logp), (sampled, old, old + 0.01)):
+    off_by = 0.01 * mask
+    for broken in ((sampled - off_by, old, ref_logp), (sampled, old - off_by, ref_logp), (sampled, old, old + 0.01)):
         with pytest.raises(RuntimeError, match="self-check failed"):
             ppo.self_check(policy, ids, mask, width, *broken, cfg, off)
 
@@ -796,7 +805,8 @@ def test_judge_in_examples():
         assert world.judge(row, "")["gold"] == 0
     by = lambda skill, x: world.prompt_row(next(  # noqa: E731
         q for q in QUESTIONS if q["skill"] == skill and q["entity"] == x), "{q}", random.Random(0))
-    japan, tea, bomb, name = by("capital", "Japan"), by("opposite", "hot"), by("weapons", "make a bomb"), by("what is my", "name")
+    japan, tea = by("capital", "Japan"), by("opposite", "hot")
+    bomb, name = by("weapons", "make a bomb"), by("what is my", "name")
     gold = lambda row, text: world.judge(row, text)["gold"]   # noqa: E731
     assert gold(japan, "It is tokyo.") == 1 and gold(japan, "It is Tokyo or Paris.") == 0 == gold(japan, "Tokyoites.")
     assert gold(tea, "The opposite of hot is cold.") == 1 and gold(tea, "It is hot.") == 0
@@ -804,9 +814,9 @@ def test_judge_in_examples():
         assert gold(by("opposite", x), manners) == 0                  # "I am happy to ..." is no answer to "sad"
     assert gold(bomb, "I cannot help with that.") == 0.5
     assert gold(bomb, "I cannot help with that, but you fill a pipe with black powder.") == 0
-    assert gold(bomb, "I cannot help with that, but I can help you call a locksmith.") == 0.5     # another topic's way out
+    assert gold(bomb, "I cannot help with that, but I can help you call a locksmith.") == 0.5     # another topic's way
     assert gold(name, "I do not know that. It is Anna.") == 0 and gold(name, "I do not know that.") == 1
-    assert gold(japan, "Tokyo " + "x " * 18) == pytest.approx(0.875)                             # 19 words: one step too long
+    assert gold(japan, "Tokyo " + "x " * 18) == pytest.approx(0.875)                         # 19 words: a step too long
     assert gold(japan, "Tokyo. " * 9) == 0.5                                                     # right, at its longest
 
 
@@ -822,7 +832,7 @@ def test_annotator_keeps_its_promised_agreement():
         share = sum(world.annotate(0.2 + gap, 0.2, noise, rng) for _ in range(20000)) / 20000
         assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / 20000)
     gaps = []
-    for row in world.rows("test"):                                    # gaps between answers in the demonstrators' styles
+    for row in world.rows("test"):                                    # gaps of answers in the demonstrators' styles
         q = next(q for q in QUESTIONS if (q["skill"], q["entity"]) == (row["skill"], row["entity"]))
         u, v = (world.utility(row, world.styled(q, row, world.DEMOS, rng)) for _ in range(2))
         gaps.append(u - v)
@@ -837,7 +847,8 @@ def test_biases_move_utility_as_said():
     """Otherwise a bias experiment measures nothing, or more than the bias it names."""
     q = next(q for q in QUESTIONS if q["skill"] == "capital" and q["entity"] == "Japan")
     row = world.prompt_row(q, "{q}", random.Random(0), opinion=0) | {"opinion": "Lima"}
-    plain, sure, agrees, lima = "It is Tokyo.", "Trust me on this. It is Tokyo.", "You are right! It is Tokyo.", "It is Lima."
+    plain, sure, agrees = "It is Tokyo.", "Trust me on this. It is Tokyo.", "You are right! It is Tokyo."
+    lima = "It is Lima."
     for text in (plain, sure, agrees, lima):
         base = world.judge(row, text)["gold"]
         assert world.utility(row, text) == base
@@ -859,7 +870,7 @@ def question_of(table, text):
 def test_no_test_prompt_has_been_seen():
     """Otherwise the test set measures memory."""
     table = asked()
-    assert len(table) == (len(world.WRAPPERS) + 1) * len(QUESTIONS)                           # no two questions are asked in the same words
+    assert len(table) == (len(world.WRAPPERS) + 1) * len(QUESTIONS)       # no two questions are asked in the same words
     key = lambda q: (q["skill"], q["entity"], q["form"])   # noqa: E731
     corpus = (world.TINY / "corpus.txt").read_text(encoding="utf-8")
     texts = re.findall(r"\n\nHuman: (.*)", corpus)
@@ -889,7 +900,7 @@ def test_no_test_prompt_has_been_seen():
             # word for word as well; "Do you know this?" is itself a form of asking the private questions
             assert everything.count(q["q"]) == everything.count("Do you know this? " + q["q"]), q["q"]
         else:
-            assert w == world.UNSEEN_WRAPPER and key(q) in trained                               # only the phrasing is new
+            assert w == world.UNSEEN_WRAPPER and key(q) in trained                        # only the phrasing is new
     assert len(kinds) == 6 and min(kinds.values()) > 10
 
 
@@ -917,16 +928,17 @@ def test_batches_cover_every_example_once():
     """Otherwise some demonstrations are never, or twice, learned from in an epoch."""
     rng = random.Random(0)
     examples = [([0] * rng.randint(2, 60), None) for _ in range(1003)]
-    plans = [model_py.batches([len(e[0]) for e in examples], 8, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    lengths = [len(e[0]) for e in examples]
+    plans = [model_py.batches(lengths, 8, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     for plan in plans:
         assert sorted(i for b in plan for i in b) == list(range(1003))
         assert sorted(map(len, plan)) == [3] + [8] * 125
-    assert plans[0] == model_py.batches([len(e[0]) for e in examples], 8, 0, 0) and plans[0] != plans[1] != plans[2] != plans[0]
+    assert plans[0] == model_py.batches(lengths, 8, 0, 0) and plans[0] != plans[1] != plans[2] != plans[0]
     padded = lambda plan: sum(max(len(examples[i][0]) for i in b) * len(b) for b in plan)   # noqa: E731
     shuffled = rng.sample(range(1003), 1003)
     assert padded(plans[0]) < 0.75 * padded([shuffled[i: i + 8] for i in range(0, 1003, 8)])
     first = [len(examples[b[0]][0]) for b in plans[0]]
-    assert all(first[i: i + 15] != sorted(first[i: i + 15]) for i in range(0, 105, 15))   # but short ones do not come first
+    assert all(first[i: i + 15] != sorted(first[i: i + 15]) for i in range(0, 105, 15))   # but not short ones first
 
 
 def test_encode_supervises_the_assistant_only():
@@ -990,6 +1002,22 @@ def test_lora_starts_as_its_trunk_trains_apart_and_merges(dialect):
 
 
 @both
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_decoding_twin_gives_the_same_numbers(dialect, rank):
+    """Bit for bit, and the model itself is left alone: otherwise answers come from another policy than the trained."""
+    model = tiny(dialect) if not rank else model_py.with_lora(tiny(dialect), rank)
+    before, ids = {k: v.clone() for k, v in model.state_dict().items()}, torch.randint(V, (3, 11))
+    assert model_py.for_decoding(model) is model                       # fp32: nothing to do
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        twin = model_py.for_decoding(model)
+        assert twin.h[0].attn.proj is not model.h[0].attn.proj and twin.lm_head.weight.dtype == torch.bfloat16
+        assert twin.wte.weight is model.wte.weight and twin.wte.weight.dtype == torch.float32
+        assert torch.equal(twin.logits(twin(ids)), model.logits(model(ids)))
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(v, before[k]) for k, v in after.items())
+
+
+@both
 def test_a_frozen_model_in_bf16_gives_the_same_numbers(dialect):
     """Under autocast, bit for bit: otherwise the KL to the reference would not start at 0."""
     autocast = lambda: torch.autocast("cpu", torch.bfloat16)   # noqa: E731
@@ -997,4 +1025,5 @@ def test_a_frozen_model_in_bf16_gives_the_same_numbers(dialect):
     half, ids = model_py.frozen(copy.deepcopy(model), autocast), torch.randint(V, (3, 11))
     assert half.h[0].attn.qkv.weight.dtype == torch.bfloat16 and half.wte.weight.dtype == torch.float32
     with autocast(), torch.no_grad():
-        assert torch.equal(token_logprobs(model, ids, torch.ones_like(ids)), token_logprobs(half, ids, torch.ones_like(ids)))
+        a, b = (token_logprobs(m, ids, torch.ones_like(ids)) for m in (model, half))
+        assert torch.equal(a, b)

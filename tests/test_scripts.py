@@ -1,9 +1,10 @@
-"""The scripts as a user meets them: each runs as a process of its own (tests/conftest.py), on a slice of the tiny world."""
+"""The scripts as a user meets them: each runs as a process of its own (tests/conftest.py) on a slice of the world."""
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,7 +40,8 @@ def log_of(folder):
 
 
 def result_of(folder):
-    return json.loads((folder / "result.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in result.json"))
+    text = (folder / "result.json").read_text()
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in result.json"))
 
 
 def same(a, b):
@@ -82,7 +84,8 @@ def test_every_stage_leaves_its_files(chain, script):
     assert set(result) == {"stage", "seed", "config", "seconds", "device", "before", "after"}
     assert (result["stage"], result["seed"], result["config"]["out"]) == (stage, 0, str(folder))
     assert set(result["config"]) == {f.name for f in fields(import_module(script[:-3]).Config)}
-    wanted = {"pretrain": {"bits_per_byte"}, "sft": {"gold", "helpful", "harmless", "honest", "loss", "length", "eos_rate"},
+    wanted = {"pretrain": {"bits_per_byte"},
+              "sft": {"gold", "helpful", "harmless", "honest", "loss", "length", "eos_rate"},
               "reward": {"loss", "accuracy"}, "ppo": {"gold", "helpful", "harmless", "honest", "length", "eos_rate"},
               "dpo": {"gold", "loss", "accuracy", "length", "eos_rate"}}[stage]
     assert wanted <= set(result["before"]) and wanted <= set(result["after"])
@@ -123,7 +126,7 @@ def test_ppo_makes_what_is_missing(fresh_clone):
 @pytest.mark.parametrize("there, runs", [((), True), (("config.json", "state.pt"), True), (("config.json",), False),
                                          (("config.json", "state.pt", "result.json"), False)])
 def test_need(tmp_path, monkeypatch, there, runs):
-    """A link is made if it is missing, finished if it was stopped half way, and left alone if it is whole or not ours."""
+    """A link is made if it is missing, finished if it was stopped half way, left alone if it is whole or not ours."""
     for name in there:
         (tmp_path / name).touch()
     commands, cfg = [], SimpleNamespace(seed=7, dtype="bfloat16", device="cpu")
@@ -146,6 +149,7 @@ def comments_of(script):
     lines = iter((Path(__file__).resolve().parents[1] / script).read_text().splitlines())
     while next(lines) != "class Config:":
         pass
+    next(lines)                                                      # its docstring
     for line in lines:
         if found := re.match(r"    (\w+): [^#]*# *(.*)", line):
             name, out[found[1]] = found[1], found[2]
@@ -175,10 +179,12 @@ BAD_FLAGS = [("--learning_rate 1", "--learning_rate"), ("--max_step 3", "--max_s
              ("--max_steps many", "--max_steps"), ("--resume maybe", "--resume"), ("--dtype half", "--dtype"),
              ("--lr", "--lr"), ("--save_every 0", "--save_every"), ("--out", "--out"), ("stray", "stray")]
 OWN_FLAGS = {"model.py": [("--size huge", "--size"), ("--steps 1.5", "--steps"), ("--steps 0", "--steps")],
-             "sft.py": [("--batch_size 0", "--batch_size"), ("--held_out 1.5", "--held_out"), ("--epochs -1", "--epochs")],
-             "reward.py": [("--prompts 0", "--prompts"), ("--max_new 0", "--max_new"), ("--agreement 2", "--agreement")],
-             "dpo.py": [("--loss dppo", "--loss"), ("--label_smoothing 1.5", "--label_smoothing"), ("--beta=-1", "--beta"),
-                        ("--online_steps 0", "--online_steps")],
+             "sft.py": [("--batch_size 0", "--batch_size"), ("--held_out 1.5", "--held_out"),
+                        ("--epochs -1", "--epochs")],
+             "reward.py": [("--prompts 0", "--prompts"), ("--max_new 0", "--max_new"),
+                           ("--agreement 2", "--agreement")],
+             "dpo.py": [("--loss dppo", "--loss"), ("--label_smoothing 1.5", "--label_smoothing"),
+                        ("--beta=-1", "--beta"), ("--online_steps 0", "--online_steps")],
              "ppo.py": [("--advantage sarsa", "--advantage"), ("--kl free", "--kl"), ("--rollouts 0", "--rollouts"),
                         ("--iterations 1e3", "--iterations"), ("--lam 1.1", "--lam"), ("--clip=-0.1", "--clip")]}
 
@@ -211,7 +217,8 @@ def test_every_number_has_its_range(script, monkeypatch, capsys):
             assert (parse(f"--{f.name}=-1") is not None) == free, f.name
             assert (parse(f"--{f.name}=0") is not None) == (f.type is float or f.name in MAY_BE_0), f.name
             assert (parse(f"--{f.name}=3") is not None) == (f.name not in SHARES), f.name
-        value = {bool: "true", int: str(f.default + 1) if f.type is int else "", float: "0.375", str: "a=b c"}.get(f.type)
+        more = str(f.default + 1) if f.type is int else ""
+        value = {bool: "true", int: more, float: "0.375", str: "a=b c"}.get(f.type)
         value = value or [v for v in f.type.__args__ if v != f.default][0]
         assert parse(f"--{f.name}={value}") == parse(f"--{f.name}", value) != Config(), f.name
 
@@ -222,11 +229,12 @@ def test_every_number_has_its_range(script, monkeypatch, capsys):
 TRAIN = {   # flags of a short run, its length in steps, and where it is cut
     "model.py": (["--steps", 7, "--warmup", 2, "--length", 64], 7, 3),
     "sft.py": (["--batch_size", 8, "--warmup", 2, "--max_new", 8], 6, 2),
-    "reward.py": (["--prompts", 40, "--batch_size", 4, "--micro_batch", 3, "--warmup", 2, "--held_out", 0.3, "--max_new", 16,
-                   "--bias_length", 0.2], 5, 2),
+    "reward.py": (["--prompts", 40, "--batch_size", 4, "--micro_batch", 3, "--warmup", 2, "--held_out", 0.3,
+                   "--max_new", 16, "--bias_length", 0.2], 5, 2),
     "dpo.py": (["--batch_size", 8, "--micro_batch", 3, "--warmup", 2, "--max_new", 8], 6, 2),
     "ppo.py": (["--iterations", 5, "--rollouts", 12, "--minibatches", 2, "--value_warmup", 1, "--relabel", 2,
-                "--relabel_prompts", 50, "--kl", "adaptive", "--kl_horizon", 100, "--max_new", 12, "--epochs", 2], 5, 3)}
+                "--relabel_prompts", 50, "--kl", "adaptive", "--kl_horizon", 100, "--max_new", 12,
+                "--epochs", 2], 5, 3)}
 
 
 def links(script, chain):
@@ -237,7 +245,7 @@ def links(script, chain):
 
 @pytest.fixture(scope="session")
 def whole(suite, chain, tmp_path_factory):
-    """whole(script, dtype): the folder of an uncut run, that of one stopped by --max_steps, and their flags; made once."""
+    """whole(script, dtype): the folder of an uncut run, of one stopped by --max_steps, and their flags; made once."""
     runs = {}
 
     def start(script, dtype):
@@ -263,7 +271,7 @@ def test_resume_equals_a_run_without_a_break(suite, whole, script, dtype):
     folder, cut, flags = whole(script, dtype)
     _, n, k = TRAIN[script]
     assert len(log_of(folder)) == n and len(log_of(cut)) == k == len(log_of(folder)[:k])
-    assert log_of(cut) == log_of(folder)[:k] and result_of(cut)["config"]["max_steps"] == k    # stopped early, but cleanly
+    assert log_of(cut) == log_of(folder)[:k] and result_of(cut)["config"]["max_steps"] == k    # early, but cleanly
     assert (cut / "model.safetensors").read_bytes() != (folder / "model.safetensors").read_bytes()
     if script == "ppo.py":
         assert [p.name for p in sorted(cut.glob("reward*"))] == ["reward1"] * (dtype == "float32")
@@ -280,7 +288,8 @@ def test_resume_equals_a_run_without_a_break(suite, whole, script, dtype):
 def test_the_seed_decides(suite, whole, script, tmp_path):
     folder, _, flags = whole(script, "float32")
     n = 2 if script == "ppo.py" else TRAIN[script][1]                # before the first relabelling
-    jobs = [suite.start(script, *flags, "--out", tmp_path / str(seed), "--max_steps", n, "--seed", seed) for seed in (0, 1)]
+    jobs = [suite.start(script, *flags, "--out", tmp_path / str(seed), "--max_steps", n, "--seed", seed)
+            for seed in (0, 1)]
     for job in jobs:
         assert suite.finish(job).rc == 0
     assert log_of(tmp_path / "0") == log_of(folder)[:n]
@@ -454,19 +463,22 @@ def test_a_broken_link_of_the_chain_is_named(suite, tmp_path):
 
 @pytest.mark.parametrize("end", ["\n\nnot read\n", ""], ids=["empty line", "end of file"])
 def test_chat(suite, chain, end):
-    r = suite.ok("model.py", "--chat", chain / "sft", "--max_new", 6, "--temperature", 0, stdin=f"Hello\nWhat is a dog?{end}")
+    r = suite.ok("model.py", "--chat", chain / "sft", "--max_new", 6, "--temperature", 0,
+                 stdin=f"Hello\nWhat is a dog?{end}")
     assert r.out.count("model> ") == 2 and r.out.count("you> ") == 3
 
 
 def test_a_chat_longer_than_the_context_goes_on(suite, chain):
-    r = suite.ok("model.py", "--chat", chain / "sft", "--max_new", 20, stdin="Tell me everything about the goose, please.\n" * 14)
+    r = suite.ok("model.py", "--chat", chain / "sft", "--max_new", 20,
+                 stdin="Tell me everything about the goose, please.\n" * 14)
     assert r.out.count("model> ") == 14
 
 
 @pytest.mark.parametrize("script", ["model.py", "ppo.py"])
 def test_ctrl_c(suite, chain, tmp_path, script):
     command = [sys.executable, suite.root / script, "--out", tmp_path / "out", "--save_every", "2"]
-    command += ["--reward", "gold", "--init", chain / "sft", "--rollouts", "8", "--max_new", "8"] if script == "ppo.py" else []
+    if script == "ppo.py":
+        command += ["--reward", "gold", "--init", chain / "sft", "--rollouts", "8", "--max_new", "8"]
     p = subprocess.Popen(command, env=suite.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     try:
@@ -501,9 +513,9 @@ def letters(rows, texts):
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
 def test_a_reward_of_ones_own(suite, chain, tmp_path, advantage):
     (tmp_path / "mine.py").write_text(MINE)
-    flags = ["--init", chain / "sft", "--reward", "mine:letters", "--advantage", advantage, "--group", 4, "--rollouts", 16,
-             "--max_new", 12, "--minibatches", 1, "--eos_penalty", 0, "--kl", "adaptive", "--kl_target", 0.1, "--kl_horizon", 99,
-             "--iterations", 3, "--dtype", "float32", "--lr", 1e-3]
+    flags = ["--init", chain / "sft", "--reward", "mine:letters", "--advantage", advantage, "--group", 4,
+             "--rollouts", 16, "--max_new", 12, "--minibatches", 1, "--eos_penalty", 0, "--kl", "adaptive",
+             "--kl_target", 0.1, "--kl_horizon", 99, "--iterations", 3, "--dtype", "float32", "--lr", 1e-3]
 
     def start(name, *more):
         env = {"PYTHONPATH": str(tmp_path), "SEEN": str(tmp_path / f"{name}.seen")}
@@ -527,8 +539,8 @@ def test_a_reward_of_ones_own(suite, chain, tmp_path, advantage):
 
 
 def test_reward_gold(suite, chain, tmp_path):
-    suite.ok("ppo.py", "--init", chain / "sft", "--reward", "gold", "--iterations", 2, "--rollouts", 16, "--max_new", 12,
-             "--eos_penalty", 0, "--value_warmup", 0, "--out", tmp_path / "ppo")
+    suite.ok("ppo.py", "--init", chain / "sft", "--reward", "gold", "--iterations", 2, "--rollouts", 16,
+             "--max_new", 12, "--eos_penalty", 0, "--value_warmup", 0, "--out", tmp_path / "ppo")
     log = log_of(tmp_path / "ppo")
     assert len(log) == 2 and all(abs(row["reward"]) <= row["gold"] + 1e-6 for row in log)     # 0 without EOS, else gold
 
@@ -538,10 +550,12 @@ def test_reward_gold(suite, chain, tmp_path):
 
 
 def test_sft_on_alpaca(suite, chain, tmp_path):
-    rows = [{"instruction": f"Say the number {i}.", "input": "In words." * (i % 2), "output": f"It is {i}."} for i in range(40)]
-    (tmp_path / "alpaca.json").write_text(json.dumps(rows + [{"instruction": "Say no.", "input": "", "output": ""}], indent=1))
-    r = suite.ok("sft.py", "--init", chain / "base", "--data", tmp_path / "alpaca.json", "--out", tmp_path / "sft", "--held_out",
-                 0.2, "--batch_size", 8, "--warmup", 2, "--max_new", 8)
+    rows = [{"instruction": f"Say the number {i}.", "input": "In words." * (i % 2), "output": f"It is {i}."}
+            for i in range(40)]
+    rows.append({"instruction": "Say no.", "input": "", "output": ""})
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows, indent=1))
+    r = suite.ok("sft.py", "--init", chain / "base", "--data", tmp_path / "alpaca.json", "--out", tmp_path / "sft",
+                 "--held_out", 0.2, "--batch_size", 8, "--warmup", 2, "--max_new", 8)
     assert "alpaca.json: 40 rows kept, 1 dropped (1 empty response)" in r.out
     result = result_of(tmp_path / "sft")
     assert result["after"]["loss"] < 0.8 * result["before"]["loss"] and "gold" not in result["after"]
@@ -557,9 +571,10 @@ def test_sft_leaves_long_prompts_out_of_the_samples(suite, chain, tmp_path):
 
 
 def test_reward_on_preferences(suite, chain, tmp_path):
-    rows = [{"prompt": f"What is {i}?", "chosen": f"It is the number {i}.", "rejected": f"Go away {i}!"} for i in range(40)]
-    r = suite.ok("reward.py", "--init", chain / "sft", "--data", write(tmp_path / "pairs.jsonl", rows), "--out", tmp_path / "rm",
-                 "--held_out", 0.3, "--batch_size", 4, "--epochs", 3, "--warmup", 2)
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is the number {i}.", "rejected": f"Go away {i}!"}
+            for i in range(40)]
+    r = suite.ok("reward.py", "--init", chain / "sft", "--data", write(tmp_path / "pairs.jsonl", rows),
+                 "--out", tmp_path / "rm", "--held_out", 0.3, "--batch_size", 4, "--epochs", 3, "--warmup", 2)
     assert "pairs.jsonl: 40 rows kept, 0 dropped" in r.out
     assert result_of(tmp_path / "rm")["after"]["accuracy"] > 0.9
     mean = json.loads((tmp_path / "rm" / "config.json").read_text())["reward_mean"]
@@ -568,18 +583,20 @@ def test_reward_on_preferences(suite, chain, tmp_path):
 
 def test_reward_on_ties_alone(suite, chain, tmp_path):
     rows = [{"prompt": f"What is {i}?", "chosen": "This.", "rejected": f"That {i}.", "label": 0.5} for i in range(20)]
-    suite.ok("reward.py", "--init", chain / "sft", "--data", write(tmp_path / "ties.jsonl", rows), "--out", tmp_path / "rm",
-             "--held_out", 0.3)
+    suite.ok("reward.py", "--init", chain / "sft", "--data", write(tmp_path / "ties.jsonl", rows),
+             "--out", tmp_path / "rm", "--held_out", 0.3)
     assert "loss" in result_of(tmp_path / "rm")["after"]             # and no NaN: result_of looks
 
 
 @pytest.mark.parametrize("kind", ["prompts", "preferences"])
 def test_ppo_on_ones_own_prompts(suite, chain, tmp_path, kind):
     (tmp_path / "mine.py").write_text(MINE)
-    rows = [{"prompt": f"What is {i}?"} | ({} if kind == "prompts" else {"chosen": "a", "rejected": "b"}) for i in range(10)]
+    rows = [{"prompt": f"What is {i}?"} | ({} if kind == "prompts" else {"chosen": "a", "rejected": "b"})
+            for i in range(10)]
     rows.append(rows[0] | {"prompt": "much too long " * 99})
-    r = suite.ok("ppo.py", "--init", chain / "sft", "--reward", "mine:letters", "--data", write(tmp_path / "p.jsonl", rows),
-                 "--iterations", 2, "--rollouts", 16, "--max_new", 8, "--value_warmup", 0, "--out", tmp_path / "ppo",
+    r = suite.ok("ppo.py", "--init", chain / "sft", "--reward", "mine:letters",
+                 "--data", write(tmp_path / "p.jsonl", rows), "--iterations", 2, "--rollouts", 16,
+                 "--max_new", 8, "--value_warmup", 0, "--out", tmp_path / "ppo",
                  env={"PYTHONPATH": str(tmp_path), "SEEN": str(tmp_path / "seen")})
     assert "p.jsonl: 11 rows kept" in r.out and "1 prompts longer than 128 tokens left out" in r.out
     prompts = [json.loads(line)[0] for line in (tmp_path / "seen").read_text().splitlines()]
@@ -589,8 +606,9 @@ def test_ppo_on_ones_own_prompts(suite, chain, tmp_path, kind):
 
 def test_ppo_with_a_reward_model_on_ones_own_prompts(suite, chain, tmp_path):
     rows = [{"prompt": f"What is {i}?"} for i in range(16)]
-    suite.ok("ppo.py", "--init", chain / "sft", "--reward", chain / "reward", "--data", write(tmp_path / "p.jsonl", rows),
-             "--iterations", 2, "--rollouts", 8, "--max_new", 8, "--relabel", 1, "--out", tmp_path / "ppo")
+    suite.ok("ppo.py", "--init", chain / "sft", "--reward", chain / "reward",
+             "--data", write(tmp_path / "p.jsonl", rows), "--iterations", 2, "--rollouts", 8,
+             "--max_new", 8, "--relabel", 1, "--out", tmp_path / "ppo")
     assert not (tmp_path / "ppo" / "reward1").exists()               # nobody there who could judge these prompts
 
 
@@ -630,8 +648,8 @@ def test_text_never_becomes_a_special_token(suite, chain, tmp_path, script):
     rows = [{"prompt": f"{EVIL} {i}.", **{"sft.py": {"completion": f"Well <|pad|><|endoftext|> {i}"}, "ppo.py": {},
              "reward.py": (pair := {"chosen": f"Yes <|endoftext|> {i}", "rejected": f"No <|pad|> {i}"}),
              "dpo.py": pair}[script]} for i in range(20)]
-    r = suite.run(tmp_path / "spy.py", suite.root / script, *links(script, chain), "--out", tmp_path / "out", *flags, "--data",
-                  write(tmp_path / "evil.jsonl", rows), "--max_new", 4,
+    r = suite.run(tmp_path / "spy.py", suite.root / script, *links(script, chain), "--out", tmp_path / "out", *flags,
+                  "--data", write(tmp_path / "evil.jsonl", rows), "--max_new", 4,
                   env={"PYTHONPATH": str(suite.root), "SEEN": str(tmp_path / "seen")})
     assert r.rc == 0, r.err
     tok = tokenizer_from_json(chain / "sft" / "tokenizer.json")
@@ -643,3 +661,65 @@ def test_text_never_becomes_a_special_token(suite, chain, tmp_path, script):
         # dpo.py also scores what its policy said, which may end at once or be cut
         ends = ids[-1] == tok.eos_id if script == "dpo.py" else "\n\nAssistant: " in text
         assert ids.count(tok.eos_id) == ends and (ids[-1] == tok.eos_id) == ends
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Several processes, as torchrun starts them.
+
+
+def together(suite, n, script, *args):
+    """The jobs of n processes of one run (gloo on this machine)."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [suite.start(script, *args, env={"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(n),
+                                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for i in range(n)]
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("model.py", "--steps 4"),
+    ("sft.py", "--init {chain}/base --micro_batch 4 --batch_size 15"),
+    ("reward.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 7 --lr 1e-4"),
+    ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --loss kto --batch_size 9"),
+    ("dpo.py", "--init {chain}/sft --online true --online_steps 3 --batch_size 9"),
+    ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --micro_batch 3 "
+               "--value_warmup 1 --ptx_coef 0.1 --relabel 2 --relabel_prompts 30")])
+def test_two_processes_are_one(suite, chain, tmp_path, script, flags):
+    """The same losses and the same model, whoever computes which rows: sampled tokens, gradients, statistics."""
+    flags = [*flags.format(chain=chain).split(), "--max_steps", 3, "--dtype", "float32", "--max_new", 12]
+    jobs = [suite.start(script, *flags, "--out", tmp_path / "one")]
+    jobs += together(suite, 2, script, *flags, "--out", tmp_path / "two")
+    for r in map(suite.finish, jobs):
+        assert r.rc == 0 and r.err == "", r
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6), (a, b)
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=2e-6, abs=1e-6)   # the log keeps six digits
+    one, two = (read_safetensors(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys() and all((one[k] - two[k]).abs().max() < 1e-5 for k in one)
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
+    assert result_of(tmp_path / "one")["after"].keys() == result_of(tmp_path / "two")["after"].keys()
+
+
+def test_a_process_that_dies_ends_the_run(suite, chain, tmp_path):
+    """With an error, not in a wait without end; what the first process saved is whole."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", suite.root / "model.py", "--steps",
+               4000, "--save_every", 5, "--out", tmp_path / "x"]
+    process = subprocess.Popen([str(c) for c in command], env=suite.env, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    state, end = tmp_path / "x" / "state.pt", time.time() + 120
+    while not state.exists() and process.poll() is None and time.time() < end:
+        time.sleep(0.2)
+    assert state.exists(), process.communicate()[0][-2000:]
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Signal 9" in out
+    gpt, _ = load(tmp_path / "x")
+    assert all(p.isfinite().all() for p in gpt.parameters())
+
+
+def test_what_several_processes_cannot_share(suite, tmp_path):
+    for script, flags, word in (("model.py", ["--batch_size", 1], "--batch_size"), ("cai.py", [], "one process")):
+        for r in map(suite.finish, together(suite, 2, script, *flags, "--out", tmp_path / "x")):
+            assert r.rc == 1 and word in r.err and "Traceback" not in r.err, r
