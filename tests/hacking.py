@@ -60,7 +60,7 @@ class Config:
     kl_coef: float = 0.01         # of ppo.py where a cure says nothing else
     best_of: str = "1,2,4,8,16,32,64"   # N of the best-of-N points
     reward_flags: str = ""        # more flags for every reward.py
-    ppo_flags: str = ""           # more flags for every ppo.py
+    ppo_flags: str = "--iterations 60"   # more flags for every ppo.py
     evaluate_flags: str = ""      # more flags for every data.evaluate
 
 

@@ -20,6 +20,7 @@ import tiktoken
 import torch
 
 import model
+from conftest import copy_suite
 from data import InputError
 from data.checkpoint import read_safetensors
 from data.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
@@ -130,11 +131,11 @@ def test_need(tmp_path, monkeypatch, there, runs):
     for name in there:
         (tmp_path / name).touch()
     commands, cfg = [], SimpleNamespace(seed=7, dtype="bfloat16", device="cpu")
-    monkeypatch.setattr(model.subprocess, "run", lambda c: commands.append(c) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(model.subprocess, "run", lambda c, env: commands.append(c) or SimpleNamespace(returncode=0))
     model.need(tmp_path, "sft.py", cfg)
     want = f"--out {tmp_path} --seed 7 --dtype bfloat16 --resume --device cpu"
     assert [c[2:] for c in commands] == [want.split()] * runs
-    monkeypatch.setattr(model.subprocess, "run", lambda c: SimpleNamespace(returncode=1))
+    monkeypatch.setattr(model.subprocess, "run", lambda c, env: SimpleNamespace(returncode=1))
     with pytest.raises(InputError, match="sft.py failed") if runs else nullcontext():
         model.need(tmp_path, "sft.py", cfg)
 
@@ -723,3 +724,44 @@ def test_what_several_processes_cannot_share(suite, tmp_path):
     for script, flags, word in (("model.py", ["--batch_size", 1], "--batch_size"), ("cai.py", [], "one process")):
         for r in map(suite.finish, together(suite, 2, script, *flags, "--out", tmp_path / "x")):
             assert r.rc == 1 and word in r.err and "Traceback" not in r.err, r
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. README.
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = sorted({m[0] for m in re.findall(r"((python|torchrun) [^`\n]+?\.?)(?=`|\n| && )",
+                                            (ROOT / "README.md").read_text(encoding="utf-8"))})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_commands_are_understood(command, monkeypatch):
+    """Every flag of every command in README exists and takes the value shown, in the script that it names."""
+    words = re.sub(r"\b(N|M)\b", "1", command).split()
+    if words[0] == "torchrun":
+        words = ["python"] + [w for w in words[1:] if not w.startswith("--nproc_per_node")]
+    if words[1:3] in (["-m", "pytest"], ["-m", "data.world"]):
+        return
+    is_module = words[1] == "-m"
+    module, args = (words[2], words[3:]) if is_module else (words[1].removesuffix(".py").replace("/", "."), words[2:])
+    assert is_module or (ROOT / words[1]).exists()
+    while args and not args[0].startswith("-"):   # data.evaluate takes paths first
+        args = args[1:]
+    monkeypatch.setattr(sys, "argv", [module, *args])
+    cli(import_module(module).Config, "")
+
+
+@pytest.mark.parametrize("command, stdin, word", [
+    ("python -m data.world", "", "corpus.txt"),
+    ("python model.py --chat out/ppo", "What is the capital of Kenya?\n", "model>"),
+    ("python ppo.py --inspect", "", "whitened"),
+    ("python reward.py --vote", "q\n", "votes in"),
+    ("python -m data.evaluate out/base out/sft out/ppo", "", "gold")])
+def test_quick_readme_commands_run(suite, chain, tmp_path, command, stdin, word):
+    """As printed, in a folder where out/ holds a finished chain."""
+    assert command in COMMANDS
+    root = copy_suite(tmp_path / "suite")
+    shutil.copytree(chain, root / "out")
+    r = subprocess.run([sys.executable, *command.split()[1:]], cwd=root, env=suite.env, input=stdin, timeout=300,
+                       capture_output=True, text=True)
+    assert r.returncode == 0 and word in r.stdout and r.stderr == "", (r.stdout[-500:], r.stderr)
