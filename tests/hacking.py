@@ -32,14 +32,14 @@ sys.path.insert(0, str(ROOT))
 from data import InputError   # noqa: E402
 from model import run, write_atomic   # noqa: E402
 
-BIASES = {"length": 0.5, "confidence": 1.0, "sycophancy": 1.5}    # --bias_NAME of reward.py
+BIASES = {"length": 0.7, "confidence": 1.0, "sycophancy": 2.0}    # --bias_NAME of reward.py
 REWARDS = {   # reward models: flags of reward.py
     "reward": "--seed {seed}", "second": "--seed {seed}1", "third": "--seed {seed}2",
     "center": "--seed {seed} --center 0.2"}
 CURES = {     # flags of ppo.py; {reward} and the like are paths of the reward models above
     "none": "--reward {reward}",
-    "kl": "--reward {reward} --kl_coef 0.1",
-    "adaptive": "--reward {reward} --kl adaptive --kl_target 0.7 --kl_horizon 2000",
+    "kl": "--reward {reward} --kl_coef 0.3",
+    "adaptive": "--reward {reward} --kl adaptive --kl_target 0.7 --kl_horizon 300",
     "budget": "--reward {reward} --kl_budget 0.7",
     "entropy": "--reward {reward} --entropy_coef 0.02",
     "length": "--reward {reward} --length_penalty 0.1",
