@@ -42,7 +42,7 @@ CURES = {     # flags of ppo.py; {reward} and the like are paths of the reward m
     "adaptive": "--reward {reward} --kl adaptive --kl_target 0.7 --kl_horizon 300",
     "budget": "--reward {reward} --kl_budget 0.7",
     "entropy": "--reward {reward} --entropy_coef 0.02",
-    "length": "--reward {reward} --length_penalty 0.1",
+    "length": "--reward {reward} --length_penalty 0.3",
     "min": "--reward {reward},{second},{third} --ensemble min",
     "uwo": "--reward {reward},{second},{third} --ensemble uwo",
     "center": "--reward {center}",
