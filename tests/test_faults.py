@@ -23,7 +23,7 @@ from data.checkpoint import CheckpointError, load_weights, save_folder
 from model import load, load_state
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
-TIMES = int(os.environ.get("FAULTS", 1))   # kills of each script, and a factor on everything else
+TIMES = int(os.environ.get("FAULTS", 1))   # killed runs of each script (three kills each), a factor on everything else
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -52,6 +52,44 @@ def test_killed_at_any_moment_and_resumed(suite, chain, tmp_path, script):
         assert {k: v for k, v in a["after"].items() if k != "tokens_per_second"} == \
             {k: v for k, v in b["after"].items() if k != "tokens_per_second"}
         shutil.rmtree(out)
+    print(f"{script}: {killed} kills, {TIMES} runs")
+
+
+@pytest.mark.skipif(TIMES == 1, reason="takes minutes: FAULTS=7 runs it")
+def test_constitutional_ai_killed_at_any_moment_and_resumed(suite, chain, tmp_path):
+    """The same of cai.py and of the scripts it runs: equal chains, comparisons, weights and figures."""
+    flags = ["--prompts", 30, "--helpful_prompts", 40, "--max_steps", 20, "--k", 2, "--critiques", 1, "--max_new", 16,
+             "--max_critique", 12, "--dtype", "float32", "--sft_flags", "--max_new 16 --warmup 2", "--reward_flags",
+             "--held_out 0.3", "--rl_flags", "--iterations 2 --rollouts 16 --max_new 16", "--resume"]
+
+    def end(name):
+        folder, files = tmp_path / name / "cai", ("chains.jsonl", "stage1.jsonl", "comparisons.jsonl")
+        rows = [{k: v for k, v in row.items() if k != "critic_asked"} for row in log_of(folder)]   # kept ones are not
+        result = json.loads((folder / "result.json").read_text())
+        return (rows, result["before"], result["after"], (folder / "model.safetensors").read_bytes(),
+                [(folder / "round1" / f).read_bytes() for f in files])
+
+    def begin(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        if not (tmp_path / name / "base").exists():
+            (tmp_path / name / "base").symlink_to(chain / "base")
+        return suite.start("cai.py", *flags, "--out", tmp_path / name / "cai")
+    start = time.time()
+    assert suite.finish(begin("whole")).err == ""
+    seconds, rng, killed = time.time() - start, random.Random(0), 0
+    for k in range(TIMES):
+        done = False
+        while not done:
+            job = begin(f"cut{k}")
+            wait, born = rng.uniform(0.1, 0.6) * seconds if killed < 3 * TIMES else 999, time.time()
+            while not (done := (job / "rc").exists()) and time.time() - born < wait:
+                time.sleep(0.005)
+            suite.kill(job)
+            killed += not done
+        r = suite.finish(job)
+        assert r.rc == 0 and r.err == "", r.err
+        assert end("whole") == end(f"cut{k}")
+    print(f"cai.py: {killed} kills, {TIMES} runs")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
