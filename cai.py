@@ -419,9 +419,9 @@ def test_critic(cfg, critic, choose, shots):
 
 def main(cfg):
     """Stage 1 and stage 2, as often as --rounds says; or --critic_test."""
-    device, autocast = setup(cfg)
     if WORLD > 1:
         raise InputError("cai.py runs the other scripts: start it as one process, not with torchrun")
+    device, autocast = setup(cfg)
     if cfg.k < 2 or cfg.clamp > 0.5:
         raise InputError(f"--k {cfg.k} must be at least 2 and --clamp {cfg.clamp} at most 0.5")
     if cfg.data and not cfg.init:

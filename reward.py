@@ -275,6 +275,7 @@ def main(cfg):
         meet()   # of several processes the first one writes
         print(f"sampled {cfg.k} answers to each of {cfg.prompts} prompts, compared them: {len(rows)} pairs in {path} "
               f"({time.time() - start:.0f} s)")
+    torch.manual_seed(cfg.seed)   # a new head is drawn alike whether comparisons were made just now or found there
     model, tok = load(init, device, scalar_head=True)
     model.cfg.reward_mean = 0.0   # a reward model to go on from has one; it is measured anew at every save
     rows, dropped = formats.load(path, "preference")

@@ -117,10 +117,14 @@ class Suite:
         return SimpleNamespace(rc=int(rc), out=out, err=err)
 
     def kill(self, job):
-        """End a job that has not ended, and all that it started."""
+        """End a job that has not ended, and all that it started; wait until they and their locks are gone."""
         if (job / "pid").exists() and not (job / "rc").exists():
+            group, end = int((job / "pid").read_text()), time.time() + 5
             with suppress(ProcessLookupError):
-                os.killpg(int((job / "pid").read_text()), signal.SIGKILL)
+                os.killpg(group, signal.SIGKILL)
+                while time.time() < end:
+                    time.sleep(0.02)
+                    os.killpg(group, 0)
 
     def run(self, script, *args, **kw):
         return self.finish(self.start(script, *args, **kw))

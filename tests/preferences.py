@@ -9,7 +9,7 @@ two tables and two plots. By hand, for hours.
     python tests/preferences.py --links runs/{seed} --seeds 0 --variants dpo,ipo
 
 Every variant of a seed learns from the same comparisons, those of its reward.py, for as many passes. A run that is
-there already is not made again. Leaves --out/table.txt and table.json, or frontier.json and .png, or pareto.json and .png.
+there already is not made again. Leaves --out/table.txt and .json, or frontier.json and .png, or pareto.json and .png.
 """
 import json
 import os

@@ -532,7 +532,7 @@ def test_hacking_driver(tmp_path, monkeypatch, capsys):
         "sft.py", "reward.py", "ppo.py", "reward.py", "ppo.py", "ppo.py", "data.evaluate"] * 2 + [
         "reward.py", "ppo.py", "reward.py", "ppo.py", "ppo.py", "data.evaluate"] * 2
     configs = {name: [c for n, c in commands if n == name] for name in ("reward.py", "ppo.py", "data.evaluate")}
-    assert [(c.bias_length, c.bias_sycophancy) for c in configs["reward.py"][::4]] == [(1, 0), (0, 3)]
+    assert [(c.bias_length, c.bias_sycophancy) for c in configs["reward.py"][::4]] == [(1.4, 0), (0, 4)]
     assert [(c.center, c.seed) for c in configs["reward.py"][:3]] == [(0.01, 0), (0.2, 0), (0.01, 1)]
     none, center, budget = configs["ppo.py"][:3]
     assert (none.relabel, none.kl_coef, none.iterations, none.kl_budget, budget.kl_budget) == (0, 0.01, 30, 0, 0.7)

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -737,7 +738,7 @@ COMMANDS = sorted({m[0] for m in re.findall(r"((python|torchrun) [^`\n]+?\.?)(?=
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_commands_are_understood(command, monkeypatch):
     """Every flag of every command in README exists and takes the value shown, in the script that it names."""
-    words = re.sub(r"\b(N|M)\b", "1", command).split()
+    words = shlex.split(re.sub(r"\b(N|M)\b", "1", command))
     if words[0] == "torchrun":
         words = ["python"] + [w for w in words[1:] if not w.startswith("--nproc_per_node")]
     if words[1:3] in (["-m", "pytest"], ["-m", "data.world"]):
