@@ -440,7 +440,7 @@ def test_critic_test_at_an_address(suite, server, tmp_path):
 def test_the_script(suite, chain, tmp_path):
     """Both stages on a slice of the tiny world with models of a few steps; then --resume, which has nothing to do."""
     (tmp_path / "base").symlink_to(chain / "base")
-    flags = ["--out", tmp_path / "cai", "--prompts", 40, "--helpful_prompts", 60, "--max_steps", 20, "--k", 3,
+    flags = ["--out", tmp_path / "cai", "--prompts", 24, "--helpful_prompts", 40, "--max_steps", 8, "--k", 3,
              "--critiques", 1, "--max_new", 24, "--max_critique", 16, "--sft_flags", "--max_new 16 --warmup 2",
              "--reward_flags", "--held_out 0.3", "--rl_flags", "--iterations 1 --rollouts 16 --max_new 16"]
     r = suite.ok("cai.py", *flags)
@@ -452,10 +452,10 @@ def test_the_script(suite, chain, tmp_path):
     assert result["stage"] == "cai" and {"gold", "harmless", "harmless_rate", "eos_rate"} <= told
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3]
-    assert log[1]["revisions_revisions"] == 40 and {"refused_0", "refused_1"} <= set(log[1])
+    assert log[1]["revisions_revisions"] == 24 and {"refused_0", "refused_1"} <= set(log[1])
     assert {"critic_neither", "critic_first_wins", "critic_longer_wins", "critic_asked"} <= set(log[2])
     chains = [json.loads(line) for line in (folder / "round1" / "chains.jsonl").read_text().splitlines()]
-    assert len(chains) == 40 and set(chains[0]) == {"prompt", "initial", "chain"} and len(chains[0]["chain"]) == 1
+    assert len(chains) == 24 and set(chains[0]) == {"prompt", "initial", "chain"} and len(chains[0]["chain"]) == 1
     pairs = [json.loads(line) for line in (folder / "round1" / "comparisons.jsonl").read_text().splitlines()]
     assert {r.get("by", "ai") for r in pairs} == {"ai", "human"} and all(0.5 <= r["label"] <= 1 for r in pairs)
     policy, _ = load(folder)

@@ -267,8 +267,8 @@ def whole(suite, chain, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script, dtype", [(s, "float32") for s in SCRIPTS] + [("model.py", "bfloat16"),
+                                                                              ("ppo.py", "bfloat16")])
 def test_resume_equals_a_run_without_a_break(suite, whole, script, dtype):
     folder, cut, flags = whole(script, dtype)
     _, n, k = TRAIN[script]
