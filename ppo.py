@@ -575,7 +575,7 @@ def main(cfg):
                       "distinct_2": distinct_2(rs)}, texts
 
     before, texts = (state["before"], None) if first else measure()
-    metrics, warned = {}, set()
+    warned = set()
     history = [json.loads(line) for line in (log.folder / "log.jsonl").read_text().splitlines()]   # before --resume
     if not first:
         log.samples("before", [r["prompt"] for r in tests[:12]], texts[:12])
@@ -628,8 +628,8 @@ def main(cfg):
             break
     after, texts = measure()
     print(log.samples("after", [r["prompt"] for r in tests[:12]], texts[:12]))
-    if metrics:
-        after |= {k: float(metrics[k]) for k in ("reward", "kl", "entropy")}
+    if history:   # as the log has it: this may be --resume after the last step
+        after |= {k: float(f"{history[-1][k]:.6g}") for k in ("reward", "kl", "entropy") if k in history[-1]}
     columns = {"SFT": before, "PPO": after}
     told = result_of(sibling(cfg, "sft"))
     if told and not cfg.init:   # sft.py measured the base model on the same prompts
