@@ -567,8 +567,9 @@ def cli(Config, doc):
     cfg = Config(**vars(parser.parse_args()))
     for f in (f for f in fields(Config) if f.type in (int, float) and not f.name.startswith("bias_")):
         value, low = getattr(cfg, f.name), int(f.type is int and f.name not in MAY_BE_0)
-        if not low <= value <= (1 if f.name in SHARES else math.inf):
-            bounds = "between 0 and 1" if f.name in SHARES else f"at least {low}"
+        high = 1 if f.name in SHARES else 2 ** 31 - 1 if f.type is int else math.inf
+        if not low <= value <= high:
+            bounds = f"at least {low}" if value < low and high > 1 else f"between {low} and {high}"
             parser.error(f"argument --{f.name}: {value} is not {bounds}")
     return cfg
 
