@@ -223,6 +223,8 @@ def theirs(shape, cfg, device, autocast):
     bf16 = cfg.dtype != "float32"
     shared = dict(per_device_train_batch_size=B, max_steps=cfg.rounds + 2, report_to=[], output_dir=tempfile.mkdtemp(), save_strategy="no",
                   bf16=bf16, use_cpu=device.type == "cpu", logging_steps=10 ** 6, disable_tqdm=True, gradient_checkpointing=False)
+    scored = transformers.GPT2Config.from_dict(config.to_dict())
+    scored.num_labels, scored.pad_token_id = 1, 0
     words = lambda ids: " ".join(f"w{i}" for i in ids)   # noqa: E731
 
     def timed(trainer, tokens):
@@ -242,10 +244,13 @@ def theirs(shape, cfg, device, autocast):
         return timed(trl.SFTTrainer(transformers.GPT2LMHeadModel(config), args=trl.SFTConfig(max_length=T, **shared), train_dataset=data,
                                     processing_class=tok), B * T)
 
-    def pairs():
-        n, half = (cfg.rounds + 2) * B // 2, T // 2
-        r = torch.randint(10, V - 10, (n, 3, half - 1)).tolist()
-        return Dataset.from_list([{"prompt": words(a), "chosen": words(b), "rejected": words(c)} for a, b, c in r])
+    def pairs(whole=False):
+        """Answers of T/2 tokens to prompts of T/2; `whole`: of T tokens to none, because RewardTrainer reads no prompt."""
+        n = (cfg.rounds + 2) * B // 2
+        sizes = (0, T - 1, T - 1) if whole else (T // 2, T // 2 - 1, T // 2 - 1)
+        names = ("prompt", "chosen", "rejected")
+        return Dataset.from_list([{k: words(torch.randint(10, V - 10, (m,)).tolist()) for k, m in zip(names, sizes) if m}
+                                  for _ in range(n)])
 
     def trl_dpo():
         args = trl.DPOConfig(**(shared | {"per_device_train_batch_size": B // 2}), max_length=T, max_prompt_length=T // 2)
@@ -253,9 +258,20 @@ def theirs(shape, cfg, device, autocast):
                                     train_dataset=pairs(), processing_class=tok), B * T)
 
     def trl_reward():
-        model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**config.to_dict() | {"num_labels": 1, "pad_token_id": 0}))
+        model = transformers.GPT2ForSequenceClassification(scored)
         args = trl.RewardConfig(**(shared | {"per_device_train_batch_size": B // 2}), max_length=T)
-        return timed(trl.RewardTrainer(model, args=args, train_dataset=pairs(), processing_class=tok), B * T)
+        return timed(trl.RewardTrainer(model, args=args, train_dataset=pairs(True), processing_class=tok), B * T)
+
+    def trl_ppo():
+        lm, scorer = transformers.GPT2LMHeadModel, transformers.GPT2ForSequenceClassification
+        data = Dataset.from_dict({"input_ids": rows[:, : cfg.prompt].repeat(cfg.rounds + 2, 1).tolist()})
+        args = trl.PPOConfig(**{k: v for k, v in shared.items() if k != "max_steps"}, total_episodes=B * (cfg.rounds + 2),
+                             num_ppo_epochs=4, num_mini_batches=1, local_rollout_forward_batch_size=B, response_length=cfg.new,
+                             temperature=1.0, num_sample_generations=0, gradient_accumulation_steps=1)
+        return timed(trl.PPOTrainer(args, tok, lm(config), lm(config), scorer(scored), data, scorer(scored), eval_dataset=data),
+                     B * cfg.new)
+    if hasattr(trl, "PPOTrainer"):   # until 0.21 or so
+        out[("ppo", "TRL")] = trl_ppo
     return out | {("sft", "TRL"): trl_sft, ("dpo", "TRL"): trl_dpo, ("reward", "TRL"): trl_reward}
 
 
@@ -285,7 +301,8 @@ def main(cfg):
         s = SHAPES[size]
         with torch.device("meta"):
             weights = sum(p.numel() for p in GPT(GPTConfig(**s)).parameters())
-        per_token = 6 * weights + 12 * s["n_layer"] * s["n_head"] * s["head_dim"] * cfg.length
+        body = weights - s["vocab_size"] * s["n_embd"] * (1 if s.get("tie", True) else 2)   # without embedding and head
+        attended = 12 * s["n_layer"] * s["n_head"] * s["head_dim"] * cfg.length
         mine = ours(size, cfg, device, autocast)
         peers = theirs(size, cfg, device, autocast) if cfg.peers else {}
         for stage in stages:
@@ -298,7 +315,7 @@ def main(cfg):
                 t = go.measured if hasattr(go, "measured") else seconds(go, cfg.rounds, device)
                 row = {"size": size, "stage": stage, "who": who, "tokens_per_second": tokens / t, "seconds": t}
                 if stage in ("sft", "reward"):
-                    row["mfu"] = per_token * tokens / t / flops
+                    row["mfu"] = (6 * (weights if stage == "sft" else body) + attended) * tokens / t / flops
                 if stage == "sample":   # one decoding step reads all weights once
                     row["mbu"] = weights * (2 if cfg.dtype != "float32" else 4) * cfg.new / t / copy
                 if who == "ours":
