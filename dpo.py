@@ -39,8 +39,9 @@ import torch.nn.functional as F
 
 from data import InputError, formats, function_of, world
 from data.evaluate import kl_and_entropy
-from model import (Run, batches, cosine, distinct_2, frozen, load, load_state, need, optimizer_for, pad_batch, respond,
-                   result_of, run, save, seeded, setup, share, sibling, summed, token_logprobs, trained, with_lora)
+from model import (Run, batches, cosine, distinct_2, for_training, frozen, load, load_optimizer, load_state, need,
+                   optimizer_for, pad_batch, pieces, respond, result_of, run, save, seeded, setup, sibling, summed,
+                   token_logprobs, trained, with_lora)
 
 
 @dataclass
@@ -80,7 +81,9 @@ class Config:
     seed: int = 0                 # every random draw comes from (seed, step)
     device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
-    compile: bool = False         # torch.compile the training forward
+    compile: bool = False         # torch.compile the training forward, and on a GPU the decoding step
+    recompute: bool = False       # activation checkpointing: layers run again in the backward pass, for less memory
+    fsdp: bool = False            # with torchrun: cut weights, gradients and optimizer state over the processes
 
 
 BETAS = {"dpo": 0.3, "ipo": 0.5, "simpo": 2.0, "orpo": 1.0, "kto": 0.3}   # orpo has none; 1 keeps its rewards readable
@@ -181,10 +184,10 @@ def mismatch(examples, seed):
 
 def logps(model, pairs, tok, device, forward=token_logprobs):
     """Summed log-probs (N,) of answers given prompts, [(prompt ids, answer ids)], and the answers' lengths (N,)."""
-    ids, real = pad_batch([x + y for x, y in pairs], tok.pad_id, device)              # (N, T)
-    start = torch.tensor([len(x) for x, _ in pairs], device=device)
-    mask = real & (torch.arange(ids.shape[1], device=device) >= start[:, None])
-    return forward(model, ids, mask).sum(1), mask.sum(1)
+    ids, real = pad_batch([x + y for x, y in pairs], tok.pad_id)                      # (N, T)
+    start, ids = torch.tensor([len(x) for x, _ in pairs]), ids.to(device)   # the mask stays on the CPU: nothing waits
+    mask = real & (torch.arange(ids.shape[1]) >= start[:, None])
+    return forward(model, ids, mask).sum(1), mask.sum(1).to(device)
 
 
 def both(examples):
@@ -197,9 +200,11 @@ def all_logps(model, examples, tok, device, autocast, batch):
     """Summed log-probs (2, N) of both answers of all examples, similar lengths together."""
     out = torch.zeros(2, len(examples))
     order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i][:3])))
-    for rows in share([order[k: k + batch] for k in range(0, len(order), batch)]):
+    for rows, real in pieces(order, batch) if order else ():
         with autocast():
-            out[:, rows] = logps(model, both([examples[i] for i in rows]), tok, device)[0].view(2, -1).cpu()
+            part = logps(model, both([examples[i] for i in rows]), tok, device)[0].view(2, -1).cpu()
+        if real:
+            out[:, rows] = part
     return summed(out)
 
 
@@ -293,11 +298,14 @@ def main(cfg):
 
     trunk = frozen(policy, autocast) if cfg.lora else None   # without its adapters the policy is the reference
     policy = with_lora(trunk, cfg.lora) if cfg.lora else policy
-    optimizer, first, ref_logp = optimizer_for(policy, cfg.lr, cfg.weight_decay, (0.9, 0.95), 1e-6), 0, None
-    if cfg.resume and (state := load_state(cfg.out)):
+    state = load_state(cfg.out) if cfg.resume else {}
+    if state:
         policy.load_state_dict(state["model"], strict=not cfg.lora)   # the trunk is not in it
-        optimizer.load_state_dict(state["optimizer"])
-        first, ref_logp = state["step"], state["ref_logp"]
+    policy = for_training(policy, cfg)
+    optimizer = optimizer_for(policy, cfg.lr, cfg.weight_decay, (0.9, 0.95), 1e-6)
+    first, ref_logp = state.get("step", 0), state.get("ref_logp")
+    if state:
+        load_optimizer(optimizer, state["optimizer"])
     needs_ref = cfg.loss in ("dpo", "ipo", "kto")
     if not cfg.online and ref_logp is None:
         ref_logp = torch.zeros(2, len(train) + len(held))
@@ -372,14 +380,14 @@ def main(cfg):
         else:
             examples, known = [train[i] for i in plan[step]], ref_logp[:, plan[step]]
         known = known.to(device)
-        order = share(sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i][:3]))))
+        order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i][:3])))
         z = reference_point(examples, known) if cfg.loss == "kto" else 0.0
         sums = {}
-        for rows_ in (order[k: k + cfg.micro_batch] for k in range(0, len(order), cfg.micro_batch)):
+        for rows_, real in pieces(order, cfg.micro_batch) if order else ():
             loss, rewards, p = losses([examples[i] for i in rows_], known[:, rows_], z=z)
-            (loss.sum() / len(examples)).backward()   # mean over the whole step, however it is cut
+            (real * loss.sum() / len(examples)).backward()   # mean over the whole step, however it is cut
             for name, value in figures(loss.detach(), rewards.detach(), p).items():
-                sums[name] = sums.get(name, 0.0) + value.item() / len(examples)
+                sums[name] = sums.get(name, 0.0) + real * value / len(examples)
         lr = cfg.lr * cosine(step, len(plan), cfg.warmup)
         norm = log.update(step, policy, optimizer, lr, {"rows": plan[step], "examples": examples})
         n_tokens = sum(len(x) + len(y) for x, y in both(examples))

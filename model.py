@@ -18,11 +18,13 @@ import tempfile
 import time
 import traceback
 import typing
+import weakref
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")   # threads that wait for work sleep sooner: 100x faster on a busy CPU
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")   # large tensors in huge pages: GPT-2 124M trains 1.2x faster
 try:   # glibc keeps freed memory instead of fetching it anew from the system, page by page, in every step (LOG.md)
     for option, value in ((-3, 2 ** 25), (-1, 2 ** 30)):   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         ctypes.CDLL("libc.so.6").mallopt(option, value)
@@ -65,26 +67,28 @@ class GPTConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None   # llama3 rule: factor, low_freq_factor, high_freq_factor, original_max_...
+    recompute: bool = False       # keep only each layer's input for the backward pass, and run the layer again there
     scalar_head: bool = False     # reward and value models: one number per position instead of V logits
     reward_mean: float = 0.0      # subtracted from every score, so that reference responses average 0
 
 
 def rope_table(cfg, device=None):
-    """cos and sin of every position's rotary angles, each (max_len, D) (arXiv:2104.09864, halves rotated together)."""
+    """cos and sin of every position's rotary angles, (max_len, 1, D) each, the sign of the rotation in the first half
+    of sin (arXiv:2104.09864, halves rotated together)."""
     freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim)   # (D/2,)
     if cfg.rope_scaling:   # Llama 3.1: stretch slow waves by `factor`, keep fast ones, blend in between
         s = cfg.rope_scaling
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)   # full turns within the old context
         blend = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
         freq = freq * (blend + (1 - blend) / s["factor"])
-    angle = torch.outer(torch.arange(cfg.max_len, device=device).float(), freq).repeat(1, 2)   # (S, D)
-    return angle.cos(), angle.sin()
+    angle = torch.outer(torch.arange(cfg.max_len, device=device).float(), freq)[:, None]   # (S, 1, D/2)
+    return angle.cos().repeat(1, 1, 2), torch.cat((-angle.sin(), angle.sin()), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (B, H, T, D) by cos, sin (T, D) or (B, 1, T, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+    """Rotary embedding of x (B, T, H, D) by cos, sin (T, 1, D) or (B, 1, 1, D)."""
+    full = x.to(torch.promote_types(x.dtype, cos.dtype))
+    return torch.addcmul(full * cos, full.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -113,9 +117,9 @@ def attention(q, k, v, mask=None):
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         if mask is None:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()         # (T, T)
-        hidden = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
-        weights = ((q @ k.contiguous().transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + hidden).softmax(-1)
-        return weights.to(v.dtype) @ v.contiguous()                                    # (B, H, T, D)
+        scores = q.mul(q.shape[-1] ** -0.5).contiguous() @ k.contiguous().transpose(-1, -2)   # (B, H, T, S)
+        scores += torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -math.inf)
+        return scores.softmax(-1) @ v.contiguous()             # softmax: sums in fp32, rounds its result to bf16
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -125,31 +129,30 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.sizes = [cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim]
-        self.qkv = nn.Linear(cfg.n_embd, sum(self.sizes), bias=cfg.bias or cfg.qkv_bias)
-        self.proj = nn.Linear(self.sizes[0], cfg.n_embd, bias=cfg.bias)
+        self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim, bias=cfg.bias or cfg.qkv_bias)
+        self.proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.bias)
         if cfg.qk_norm:
             self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
             self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
 
     def forward(self, x, rope, cache, step):
-        B, T, _ = x.shape
-        q, k, v = (z.view(B, T, -1, self.cfg.head_dim).transpose(1, 2)
-                   for z in self.qkv(x).split(self.sizes, dim=-1))                 # (B, H, T, D), (B, Hkv, T, D)
+        B, T, H, Hkv, D = *x.shape[:2], self.cfg.n_head, self.cfg.n_kv_head, self.cfg.head_dim
+        qk, v = self.qkv(x).view(B, T, -1, D).split([H + Hkv, Hkv], dim=2)         # (B, T, H + Hkv, D), (B, T, Hkv, D)
         if self.cfg.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = qk.split([H, Hkv], dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            qk = rotate(qk, *rope)
+        q, k, v = (z.transpose(1, 2) for z in (*qk.split([H, Hkv], dim=2), v))     # (B, H, T, D), (B, Hkv, T, D)
         if step is None:   # a whole sequence: right padding never reaches a real token, so causal is all the mask
             if cache is not None:
                 cache[0][:, :, :T], cache[1][:, :, :T] = k, v
             y = attention(q, k, v)
-        else:              # one new token per row, written at the row's own position; reads only what is filled
-            write, read, mask = step
+        else:              # one new token per row, written at the row's own position
+            row, pos, mask = step
             for kv, new in zip(cache, (k, v)):
-                kv[write[0], :, write[1]] = new[:, :, 0].to(kv.dtype)
-            k, v = cache[0][:, :, :read].to(q.dtype), cache[1][:, :, :read].to(q.dtype)
-            y = attention(q, k, v, mask)
+                kv[row, :, pos] = new[:, :, 0].to(kv.dtype)
+            y = attention(q, cache[0].to(q.dtype), cache[1].to(q.dtype), mask)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))                      # (B, T, C)
 
 
@@ -220,33 +223,39 @@ class GPT(nn.Module):
         if self.cfg.pos == "rope":                # recomputed from the config, never saved
             self.rope = rope_table(self.cfg, self.wte.weight.device)
 
-    def forward(self, ids, cache=None, pos=None, read=None):
+    def forward(self, ids, cache=None, pos=None):
         """Hidden states (B, T, C) of ids (B, T), rows right-padded with anything: causal attention hides the padding.
 
         With a `cache` (L, 2, B, Hkv, S, D) keys and values are also stored. With `pos` (B,) as well, T is 1 and row b's
-        token stands at position pos[b]: it is written there and attends to positions <= pos[b] < read."""
+        token stands at position pos[b] < S: it is written there and attends to positions <= pos[b]."""
         T = ids.shape[1]
         if T > self.cfg.max_len:
             raise InputError(f"a sequence of {T} tokens is longer than the model's context of {self.cfg.max_len}")
         x = self.wte(ids)                                                           # (B, T, C)
         step, where = None, slice(0, T)
         if pos is not None:
-            mask = torch.arange(read, device=ids.device) <= pos[:, None, None, None]   # (B, 1, 1, read)
-            step, where = ((torch.arange(len(pos), device=ids.device), pos), read, mask), pos[:, None]
+            mask = torch.arange(cache.shape[-2], device=ids.device) <= pos[:, None, None, None]   # (B, 1, 1, S)
+            step, where = (torch.arange(len(pos), device=ids.device), pos, mask), pos[:, None]
         if self.cfg.pos == "learned":
             x, rope = x + self.wpe.weight[where], None
         else:
             if self.rope[0].device != x.device:
                 self.rope = [table.to(x.device) for table in self.rope]
-            rope = [table[where] for table in self.rope]                            # (T, D) or (B, 1, D)
-            rope = rope if pos is None else [r[:, None] for r in rope]              # (B, 1, 1, D)
+            rope = [table[where] for table in self.rope]                            # (T, 1, D) or (B, 1, 1, D)
         for i, block in enumerate(self.h):
-            x = block(x, rope, None if cache is None else cache[i], step)
+            if self.cfg.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, None, None, use_reentrant=False)   # arXiv:1604.06174
+            else:
+                x = block(x, rope, None if cache is None else cache[i], step)
         return self.ln_f(x)
+
+    def head(self):
+        """The matrix (V, C) whose rows the logits are products with."""
+        return self.wte.weight if self.cfg.tie else self.lm_head.weight
 
     def logits(self, hidden):
         """Next-token logits (..., V) of hidden states (..., C)."""
-        return F.linear(hidden, self.wte.weight) if self.cfg.tie else self.lm_head(hidden)
+        return F.linear(hidden, self.head())
 
     def scores(self, hidden):
         """Scalar per position (...,) of hidden states (..., C), fp32: a reward at the last token, a value anywhere."""
@@ -269,21 +278,40 @@ def frozen(model, autocast):
     return model.requires_grad_(False)
 
 
+TWINS = weakref.WeakKeyDictionary()   # model: its twin for decoding
+
+
+@torch.no_grad()
 def for_decoding(model):
     """A twin of the model on the same weights, but under bf16 autocast with its matrices (a tied head too) in bf16:
-    they are cast once, not anew for every token, each of which reads all of them."""
-    device = model.wte.weight.device
-    if not torch.is_autocast_enabled(device.type) or torch.get_autocast_dtype(device.type) != torch.bfloat16:
+    they are cast once per call, not anew for every token, each of which reads all of them. It is made once and stays
+    where it is, so that CUDA graphs of it stay valid. A sharded model's twin is whole, and made for one call."""
+    device = model.wte.weight.device.type
+    bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    if hasattr(model, "unshard"):
+        with torch.device("meta"):
+            twin = GPT(model.cfg)
+        for name, x in model.state_dict().items():   # gathered, and cast, one by one
+            matrix = bf16 and isinstance(twin.get_submodule(name.rpartition(".")[0]), nn.Linear)
+            twin.load_state_dict({name: whole(x).to(torch.bfloat16 if matrix else x.dtype)}, strict=False, assign=True)
+        twin.rope = getattr(model, "rope", None)
+        return twin.requires_grad_(False)
+    if not bf16:
         return model
-    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    if twin.cfg.tie:
-        twin.cfg.tie, twin.lm_head = False, nn.Linear(1, 1, bias=False)
-        twin.lm_head.weight = twin.wte.weight
-    for layer in twin.modules():
-        if isinstance(layer, nn.Linear):
-            for name, p in list(layer.named_parameters()):
-                setattr(layer, name, nn.Parameter(p.detach().bfloat16(), requires_grad=False))
-    return twin
+    if model not in TWINS:
+        twin = TWINS[model] = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        if twin.cfg.tie:
+            twin.cfg.tie, twin.lm_head = False, nn.Linear(1, 1, bias=False)
+            twin.lm_head.weight = model.wte.weight
+        for layer in twin.modules():
+            if isinstance(layer, nn.Linear):
+                for name, p in list(layer.named_parameters()):
+                    setattr(layer, name, nn.Parameter(p.bfloat16(), requires_grad=False))
+    weights = {"lm_head.weight": model.wte.weight, **dict(model.named_parameters())}
+    for name, p in TWINS[model].named_parameters():
+        if p.dtype != weights[name].dtype:
+            p.copy_(weights[name])
+    return TWINS[model]
 
 
 class LoRA(nn.Module):
@@ -319,9 +347,10 @@ def trained(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def merged(model):
-    """The state of a plain GPT, {name: tensor}, with adapters added into the weights they belong to."""
-    state, out = {name: x.float() for name, x in model.state_dict().items()}, {}
+def merged(state):
+    """The state of a plain GPT, {name: tensor} in fp32, of one that may have adapters: they are added into the weights
+    they belong to."""
+    state, out = {name: x.float() for name, x in state.items()}, {}
     for name, x in state.items():
         if name.endswith(".linear.weight"):
             layer = name.removesuffix(".linear.weight")
@@ -334,6 +363,7 @@ def merged(model):
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes (torchrun --nproc_per_node=N ppo.py). Each draws the same batches, computes its share of their rows,
 # and gradients are summed. Losses are normalised over the whole step, so the sum is what one process would compute.
+# With --fsdp each process also keeps only its part of the trained weights, their gradients and optimizer state.
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 ALONE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}   # environment of a script run by one
@@ -342,6 +372,51 @@ ALONE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
 def share(items):
     """This process's part of a list: one of every WORLD items."""
     return list(items[RANK::WORLD])
+
+
+def pieces(items, size):
+    """This process's part of a list or tensor in pieces of at most `size`: [(piece, 1.0)]. All processes get as many,
+    since a sharded model needs all of them in each pass; where items run out, the first ones come again with a 0.0."""
+    size = min(size, -(-len(items) // WORLD))
+    cut = [items[i: i + size] for i in range(0, len(items), size)]
+    mine = [(piece, 1.0) for piece in cut[RANK::WORLD]]
+    return mine + [(cut[0], 0.0)] * (-(-len(cut) // WORLD) - len(mine))
+
+
+def for_training(model, cfg):
+    """The model as --recompute and --fsdp want it trained: with --fsdp cut over all processes, layer by layer (FSDP2,
+    arXiv:2304.11277). Before its optimizer is made."""
+    model.cfg.recompute = cfg.recompute
+    if cfg.fsdp:
+        if WORLD == 1:
+            raise InputError("--fsdp cuts a model over several processes: start them with torchrun --nproc_per_node=N")
+        from torch.distributed.fsdp import fully_shard
+        mesh = torch.distributed.device_mesh.init_device_mesh(model.wte.weight.device.type, (WORLD,))
+        for part in (*model.h, model):
+            fully_shard(part, mesh=mesh)
+            part.set_gradient_divide_factor(1.0)             # gradients are summed, not averaged
+            part.set_force_sum_reduction_for_comms(True)     # gloo has no average and says nothing (pytorch#162338)
+    return model
+
+
+def whole(x):
+    """A tensor, or a nested dict or list of them, with what is sharded gathered on every process."""
+    if isinstance(x, dict):
+        return {k: whole(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(whole(v) for v in x)
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def load_optimizer(optimizer, state):
+    """Give an optimizer the state_dict of one that was not sharded, whether or not its own parameters are."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in enumerate(params):
+        for name, x in state["state"].get(i, {}).items():
+            if hasattr(p, "full_tensor") and x.shape == p.shape:
+                from torch.distributed.tensor import distribute_tensor
+                state["state"][i][name] = distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
+    optimizer.load_state_dict(state)
 
 
 def summed(x):
@@ -392,17 +467,34 @@ def sample(logits, u, top_k=0, top_p=1.0):
     return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
+def decode(model, token, cache, pos, u, temperature, top_k, top_p):
+    """One step of `generate`: reads tokens (n,) at positions pos (n,) and the cache (L, 2, n, Hkv, S, D), and draws the
+    next tokens (n,), with their log-probs (n,). Its shapes depend on n and S alone, and nothing in it waits for the
+    host: with --compile on a GPU each such pair becomes a CUDA graph (setup)."""
+    return draw(model.logits(model(token[:, None], cache, pos)[:, 0]), u, temperature, top_k, top_p)
+
+
+def draw(logits, u, temperature, top_k, top_p):
+    """Tokens (n,) drawn from logits (n, V), or the likeliest ones at temperature 0, and their log-probs (n,)."""
+    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                    # (n, V)
+    token = sample(logp, u, top_k, top_p) if temperature else logp.argmax(-1)
+    return token, logp.gather(1, token[:, None])[:, 0]
+
+
+GRAPHS = False   # whether decode has been compiled to CUDA graphs (setup)
+
+
 @torch.no_grad()
 def generate(model, prompts, max_new, eos_id, pad_id=0, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Continue ragged prompts (lists of ids) until EOS or max_new tokens.
 
     Returns ids (B, T): prompt, response, padding, in that order without gaps; mask (B, T): True on response tokens, EOS
     included; logp (B, T): log-prob of each response token under softmax(logits / temperature), 0 elsewhere - also with
-    top_k or top_p, because that is the distribution training uses. temperature 0 is greedy (log-probs at 1). Of several
-    processes each continues its share of the prompts, and all return everything."""
+    top_k or top_p, because that is the distribution training uses. temperature 0 is greedy (log-probs at 1). A prompt
+    that comes several times is read once. Of several processes each continues its share of the prompts, and all return
+    everything."""
     model, device = for_decoding(model), model.wte.weight.device
-    lens = torch.tensor([len(p) for p in prompts], device=device)
-    P, B = max(map(len, prompts)), len(prompts)
+    P, B, block = max(map(len, prompts)), len(prompts), 8 if device.type == "cpu" else 64
     if min(map(len, prompts)) == 0:
         raise InputError("an empty prompt: generation needs at least one token to start from")
     if P + max_new > model.cfg.max_len:
@@ -410,58 +502,116 @@ def generate(model, prompts, max_new, eos_id, pad_id=0, temperature=1.0, top_k=0
     exact = torch.float32 if device.type == "mps" else torch.float64   # MPS has no float64
     u = torch.rand(B, max_new, dtype=torch.float64, generator=generator, device=generator and generator.device)
     u = u.to(device, exact)                        # all draws at once: a row's do not depend on how long others last
+    lens = torch.tensor([len(p) for p in prompts], device=device)
+    new, logp = torch.zeros(B, max_new, dtype=torch.long, device=device), torch.zeros(B, max_new, device=device)
+    wrote = torch.zeros_like(new)                                                     # 1 where a row wrote a token
     row = torch.tensor(share(range(B)), dtype=torch.long, device=device)   # the rows still being written
-    ids, _ = pad_batch(prompts, pad_id, device, P + max_new)                          # (B, T)
-    mask, logp = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape, device=device)
-    cache = model.new_cache(len(row), P + max_new)
-    hidden = model(ids[row, :P], cache)[torch.arange(len(row)), lens[row] - 1]        # (B, C)
+    if len(row):
+        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in row.tolist()))       # U prompts
+        number = {p: n for n, p in enumerate(distinct)}
+        which = torch.tensor([number[tuple(prompts[i])] for i in row.tolist()], device=device)    # (n,)
+        cache = start = model.new_cache(len(row), P + max_new if GRAPHS else P)       # (L, 2, n, Hkv, S, D)
+        if len(distinct) < len(row):
+            start = model.new_cache(len(distinct), P)
+        hidden = model(pad_batch(distinct, pad_id, device, P)[0], start)              # (U, P, C)
+        if start is not cache:
+            cache[..., :P, :] = start[:, :, which]
+        token, lp = draw(model.logits(hidden[which, lens[row] - 1]), u[row, 0], temperature, top_k, top_p)
+        done = torch.zeros(len(row), dtype=torch.bool, device=device)
+        del start, hidden
     for i in range(max_new if len(row) else 0):
-        logits = model.logits(hidden).float() / (temperature or 1.0)                  # (B, V)
-        token = sample(logits, u[row, i], top_k, top_p) if temperature else logits.argmax(-1)
-        pos = lens[row] + i
-        ids[row, pos], mask[row, pos] = token, True
-        logp[row, pos] = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-        # what follows an EOS is computed in vain until the row is dropped, and wiped at the end
-        done = (ids[row] == eos_id).logical_and(mask[row]).any(1) if i % 4 == 3 else None
-        if done is not None and done.float().mean() >= 0.25:
-            keep = ~done
-            row, token, pos, cache = row[keep], token[keep], pos[keep], cache[:, :, keep]
-            if len(row) == 0:
+        new[row, i], logp[row, i], wrote[row, i] = token, lp, (~done).long()
+        done = done | (token == eos_id)
+        if i % 4 == 3:   # the only wait for the GPU: rows that have ended are dropped where that saves a quarter
+            keep = (~done).nonzero()[:, 0]
+            if len(keep) == 0:
                 break
+            n = len(keep) if not GRAPHS else min(len(row), 1 << (len(keep) - 1).bit_length())   # few shapes: 2^k rows
+            if n <= 0.75 * len(row):
+                keep = torch.cat((keep, done.nonzero()[: n - len(keep), 0]))
+                row, token, done = row[keep], token[keep], done[keep]
+                if GRAPHS:   # it stays where it is
+                    cache[:, :, :n] = cache[:, :, keep]
+                cache = cache[:, :, :n] if GRAPHS else cache[:, :, keep]
         if i + 1 < max_new:
-            hidden = model(token[:, None], cache, pos, P + i + 1)[:, 0]               # (B, C)
-    if WORLD > 1:   # what others wrote is still as it was at the start: the prompt, no response
-        start = pad_batch(prompts, pad_id, device, P + max_new)[0]
-        ids, mask, logp = start + summed(ids - start), summed(mask.long()).bool(), summed(logp)
-    after = ((ids == eos_id) & mask).cumsum(1) - ((ids == eos_id) & mask).long() > 0    # strictly after the first EOS
-    ids, mask, logp = ids.masked_fill(after & mask, pad_id), mask & ~after, logp.masked_fill(after, 0.0)
-    T = int((lens + mask.sum(1)).max())
-    return ids[:, :T], mask[:, :T], logp[:, :T]
+            S = min(-(-(P + i + 1) // block) * block, P + max_new)   # the cache is read, and grows, block by block
+            if S > cache.shape[-2]:
+                cache = F.pad(cache, (0, 0, 0, S - cache.shape[-2]))
+            filled = cache[..., :S, :]
+            if GRAPHS:
+                torch._dynamo.mark_static_address(filled, guard=False)   # to be used in place, not copied
+                torch.compiler.cudagraph_mark_step_begin()
+            token, lp = decode(model, token, filled, lens[row] + i, u[row, i + 1], temperature, top_k, top_p)
+            if GRAPHS:
+                token, lp = token.clone(), lp.clone()   # the next replay writes over the graph's own
+    if WORLD > 1:   # what others wrote is still 0 here
+        new, logp, wrote = summed(new), summed(logp), summed(wrote)
+    ids, at = pad_batch(prompts, pad_id, device, P + max_new)[0], lens[:, None] + torch.arange(max_new, device=device)
+    ids.scatter_(1, at, torch.where(wrote > 0, new, pad_id))                          # (B, T)
+    T = int((lens + wrote.sum(1)).max())
+    return (ids[:, :T], torch.zeros_like(ids, dtype=torch.bool).scatter_(1, at, wrote > 0)[:, :T],
+            torch.zeros(ids.shape, device=device).scatter_(1, at, logp * wrote)[:, :T])
 
 
-def token_logprobs(model, ids, mask, temperature=1.0, entropy=False, chunk=4096):
+class HeadLogProbs(torch.autograd.Function):
+    """log softmax(h w^T / temperature)[y] and the entropy of that distribution, (N,) each in fp32, for hidden states h
+    (N, C), head w (V, C), tokens y (N,). The logits are kept in h's precision; in fp32 only a few rows exist at a time,
+    which stay in the CPU's cache: with 50,304 tokens 1.4 times faster than F.cross_entropy (LOG.md)."""
+
+    @staticmethod
+    def pieces(temperature, z, *tensors):
+        """Logits z (N, V) in fp32, over the temperature, and other tensors (N,), a few rows at a time."""
+        rows = max(1, 2 ** (19 if z.device.type == "cpu" else 31) // z.shape[1])
+        for z_, *rest in zip(z.split(rows), *(x.split(rows) for x in tensors)):
+            z_ = z_.to(torch.float32, copy=True)                                      # (n, V)
+            yield z_ if temperature == 1 else z_.div_(temperature), *rest
+
+    @staticmethod
+    def forward(ctx, h, w, y, temperature, entropy):
+        z = h @ w.T                                                                   # (N, V)
+        logp, ent = (torch.zeros(len(y), device=h.device) for _ in range(2))
+        for z_, y_, logp_, ent_ in HeadLogProbs.pieces(temperature, z, y, logp, ent):
+            lp = z_.log_softmax(1)                                                    # (n, V)
+            logp_.copy_(lp.gather(1, y_[:, None])[:, 0])
+            if entropy:
+                ent_.copy_(-(lp.exp() * lp).sum(1))
+        ctx.save_for_backward(h, w, y, z, ent)
+        ctx.temperature, ctx.entropy = temperature, entropy
+        return logp, ent
+
+    @staticmethod
+    def backward(ctx, g, g_ent):
+        """With p the softmax: d logp / dz = onehot(y) - p, d entropy / dz = -p (log p + entropy)."""
+        h, w, y, z, ent = ctx.saved_tensors
+        dz = torch.empty_like(z)
+        for z_, y_, ent_, g_, g_ent_, dz_ in HeadLogProbs.pieces(ctx.temperature, z, y, ent, g, g_ent, dz):
+            p, g_ = z_.softmax(1), g_[:, None]                                        # (n, V), (n, 1)
+            scale = g_ + g_ent_[:, None] * (z_.log_softmax(1) + ent_[:, None]) if ctx.entropy else g_
+            d = p.mul_(-scale).scatter_add_(1, y_[:, None], g_)
+            dz_.copy_(d if ctx.temperature == 1 else d.div_(ctx.temperature))
+        return dz @ w, dz.T @ h, None, None, None
+
+
+def token_logprobs(model, ids, mask, temperature=1.0, entropy=False, chunk=8192):
     """Log-prob (B, T) of every token under the model where mask is True, 0 elsewhere; fp32. ids, mask: (B, T).
 
     logp[b, t] = log softmax(logits[b, t-1] / temperature)[ids[b, t]]: SFT, DPO, PPO and CAI all train on this number.
-    The head runs on the masked rows only, `chunk` at a time and recomputed in the backward pass, so that no (B, T, V)
-    tensor ever exists. entropy=True also returns the entropy (B, T) in nats of each such distribution."""
-    mask = mask[:, 1:].bool()
-    h, y = model(ids)[:, :-1][mask], ids[:, 1:][mask]                                 # (N, C), (N,)
-
-    def head(h, y):
-        logits = model.logits(h).float()                                              # (n, V)
-        if temperature != 1:
-            logits = logits / temperature
-        ent = torch.distributions.Categorical(logits=logits).entropy() if entropy else None
-        return -F.cross_entropy(logits, y, reduction="none"), ent
-
+    The head runs on the masked rows only, and where they are many, `chunk` at a time and again in the backward pass, so
+    that no (B, T, V) tensor ever exists. entropy=True also returns the entropy (B, T) in nats of each distribution. A
+    mask on the CPU says which rows these are without waiting for the GPU."""
+    B, T = ids.shape
+    at = mask[:, 1:].bool().flatten().nonzero()[:, 0].to(ids.device)                  # (N,): b (T - 1) + t - 1
+    h, y = model(ids)[:, :-1].flatten(0, 1)[at], ids[:, 1:].flatten()[at]             # (N, C), (N,)
+    device, w = ids.device.type, model.head()
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
     recompute = torch.is_grad_enabled() and len(y) > chunk
-    parts = [checkpoint(head, a, b, use_reentrant=False) if recompute else head(a, b)
+    run = lambda *x: HeadLogProbs.apply(*x, temperature, entropy)   # noqa: E731
+    h, w = h.to(dtype), w.to(dtype)
+    parts = [checkpoint(run, a, w, b, use_reentrant=False) if recompute else run(a, w, b)
              for a, b in zip(h.split(chunk), y.split(chunk))]
-    scatter = lambda x: torch.zeros(ids.shape, device=ids.device).index_put(tuple(where), torch.cat(x))   # noqa: E731
-    where = mask.nonzero().T + torch.tensor([[0], [1]], device=ids.device)
-    logp = scatter([p[0] for p in parts])
-    return (logp, scatter([p[1] for p in parts])) if entropy else logp
+    logp, ent = (F.pad(torch.zeros(B * (T - 1), device=ids.device).scatter(0, at, torch.cat(x)).view(B, T - 1), (1, 0))
+                 for x in zip(*parts))
+    return (logp, ent) if entropy else logp
 
 
 def batches(lengths, batch_size, seed, epoch):
@@ -517,9 +667,10 @@ def load(path, device="cpu", scalar_head=None):
 def save(folder, model, tok, state=None):
     """Save model, tokenizer and, for --resume, training state {name: tensors, numbers, strings}: all or nothing."""
     from data.checkpoint import save_folder
+    state, weights = whole(state), whole(model.state_dict())
     extra = {} if state is None else {"state.pt": lambda path: torch.save(state, path)}
     if RANK == 0:
-        save_folder(folder, model.cfg, merged(model), tok, extra)
+        save_folder(folder, model.cfg, merged(weights), tok, extra)
     meet()
 
 
@@ -637,6 +788,10 @@ def setup(cfg):
             torch.cuda.set_device(device)
         torch.distributed.init_process_group(timeout=timedelta(hours=2))   # the first may have a chain to make
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+    if getattr(cfg, "compile", False) and device.startswith("cuda"):
+        global decode, GRAPHS
+        torch._dynamo.config.recompile_limit = 64   # a graph for each number of rows and of positions read
+        decode, GRAPHS = torch.compile(decode, mode="reduce-overhead", fullgraph=True, dynamic=False), True
     return torch.device(device), lambda: torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
 
 
@@ -710,10 +865,10 @@ class Run:
         A gradient that is not finite never reaches the weights: the step is skipped, its batch {name: ids, rows, ...}
         saved, and with the fourth such step the run ends."""
         params = [p for p in model.parameters() if p.requires_grad]
-        if WORLD > 1 and summed(any(p.grad is not None for p in params)):   # a process whose share was empty has none
-            for p in params:
+        if WORLD > 1 and not hasattr(model, "unshard") and summed(any(p.grad is not None for p in params)):
+            for p in params:   # a process whose share was empty has none
                 p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
         if norm.isfinite():
             nn.utils.clip_grads_with_norm_(model.parameters(), self.cfg.grad_clip, norm)
             for group in optimizer.param_groups:
@@ -835,7 +990,9 @@ class Config:
     seed: int = 0                 # every random draw comes from (seed, step)
     device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
-    compile: bool = False         # torch.compile the training forward
+    compile: bool = False         # torch.compile the training forward, and on a GPU the decoding step
+    recompute: bool = False       # activation checkpointing: layers run again in the backward pass, for less memory
+    fsdp: bool = False            # with torchrun: cut weights, gradients and optimizer state over the processes
     chat: str = ""                # do not train: talk to this checkpoint
     temperature: float = 1.0      # of sampling in --chat
     max_new: int = 64             # longest answer in --chat, in tokens
@@ -914,11 +1071,13 @@ def main(cfg):
     test_bytes = len(tok.decode(test.tolist()).encode())
 
     model = GPT(GPTConfig(vocab_size=tok.vocab_size, **SIZES[cfg.size])).to(device)
-    optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), 0
-    if cfg.resume and (state := load_state(cfg.out)):
+    state = load_state(cfg.out) if cfg.resume else {}
+    if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+    model = for_training(model, cfg)
+    optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), state.get("step", 0)
+    if state:
+        load_optimizer(optimizer, state["optimizer"])
     forward = torch.compile(token_logprobs) if cfg.compile else token_logprobs
     n_steps = min(cfg.steps, cfg.max_steps or cfg.steps)
     log = Run(cfg, "pretrain", n_steps, first)

@@ -27,22 +27,23 @@ reward model). --advantage rloo or grpo needs no value model: the other answers 
 """
 import copy
 import json
+import random
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 import typing
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 from data import InputError, formats, function_of, world
-from model import (ALONE, RANK, WORLD, Run, distinct_2, frozen, generate, load, load_state, meet, need, optimizer_for,
-                   read_corpus, respond, result_of, run, save, seeded, setup, share, sibling, summed, token_logprobs,
-                   trained, with_lora, write_atomic)
+from model import (RANK, Run, distinct_2, for_training, frozen, generate, load, load_optimizer, load_state, need,
+                   optimizer_for, pad_batch, pieces, read_corpus, respond, result_of, run, save, seeded, setup, share,
+                   sibling, summed, token_logprobs, trained, with_lora, write_atomic)
 
 
 @dataclass
@@ -57,10 +58,11 @@ class Config:
     reward_weights: str = ""      # of several rewards, 1,0.5 (default: equal), e.g. of a helpful and a harmless one
     data: str = ""                # prompts (default: the tiny world's)
     out: str = "out/ppo"          # folder for the checkpoint, log, samples and plot
-    iterations: int = 90          # rollout + update
-    relabel: int = 15             # have new answers of the policy compared, and the reward model go on, every so many
-                                  # iterations (0: never); needs the tiny world's annotator and one reward model of ours
-    relabel_prompts: int = 2000   # prompts of such a round, answered twice by the policy and twice by --init
+    iterations: int = 50          # rollout + update
+    relabel: int = 1              # every so many iterations have the answers to each prompt compared, and the reward
+                                  # model learn from that (0: never); needs the tiny world's annotator, one reward model
+                                  # of ours and --group 2 or more
+    reward_lr: float = 3e-4       # of the reward model then
     rollouts: int = 256           # responses an iteration
     epochs: int = 1               # passes over each batch of rollouts
     minibatches: int = 4          # optimizer steps per pass
@@ -69,7 +71,7 @@ class Config:
     max_new: int = 32             # longest response, in tokens
     temperature: float = 1.0      # of sampling and of every log-prob
     advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"   # gae uses the value model, the others --group answers
-    group: int = 1                # answers per prompt (rloo and grpo need at least 2)
+    group: int = 2                # answers per prompt (rloo, grpo and --relabel need at least 2)
     gamma: float = 1.0            # discount
     lam: float = 0.95             # GAE lambda
     lr: float = 2e-4              # of the policy, falling linearly to a third (1e-6 to 1e-5 for real models)
@@ -97,7 +99,9 @@ class Config:
     seed: int = 0                 # every random draw comes from (seed, iteration)
     device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
-    compile: bool = False         # torch.compile the training forward
+    compile: bool = False         # torch.compile the training forward, and on a GPU the decoding step
+    recompute: bool = False       # activation checkpointing: layers run again in the backward pass, for less memory
+    fsdp: bool = False            # with torchrun: cut weights, gradients and optimizer state over the processes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,22 +249,22 @@ def compare(policy, ref, ids, mask, temperature):
     return out
 
 
-def by_length(lens, size):
-    """Row numbers cut into pieces of at most `size`, similar lengths together, so that little is padded."""
-    return lens.argsort().split(size)
-
-
 def in_pieces(f, size, ids, mask, width):
     """f(ids, mask) over pieces of rows of similar length, put together again; f gives (..., b, t) tensors."""
-    lens = width.tolist()
     out = None
-    for rows in share(by_length(width, min(size, len(ids) // WORLD))):
-        t = max(lens[i] for i in rows.tolist())
+    for rows, real in pieces(width.argsort(), size):
+        t = int(width[rows].max())
         part = f(ids[rows, :t], mask[rows, :t])
         if out is None:
             out = torch.zeros(*part.shape[:-2], *ids.shape, device=ids.device)
-        out[..., rows, :t] = part.float()
+        if real:
+            out[..., rows, :t] = part.float()
     return summed(out)
+
+
+def final_scores(rm, ids, lens):
+    """Reward (B,) of right-padded ids (B, T): the scalar head at the last real token, position lens - 1."""
+    return rm.scores(rm(ids)[torch.arange(len(ids), device=ids.device), lens - 1])
 
 
 def one_reward(name, cfg, device, autocast):
@@ -283,10 +287,9 @@ def one_reward(name, cfg, device, autocast):
     @torch.no_grad()
     def score(rows, texts, ids, lens):
         out = torch.zeros(len(ids), device=device)
-        for at in share(by_length(lens, cfg.micro_batch)):
+        for at, real in pieces(lens.argsort(), cfg.micro_batch):
             with autocast():
-                hidden = rm(ids[at, : lens[at].max()])
-            out[at] = rm.scores(hidden[torch.arange(len(at), device=device), lens[at] - 1])
+                out[at] = final_scores(rm, ids[at, : lens[at].max()], lens[at]) if real else 0.0
         return summed(out)
     return score, rm, tok
 
@@ -327,34 +330,6 @@ def self_check(policy, ids, mask, width, sampled_logp, old_logp, ref_logp, cfg, 
         print(f"check before the first update: {name:46} max deviation {worst:.1e}")
         if not worst < (0.3 if bf16 else 1e-3):
             raise RuntimeError(f"self-check failed: {name}; nothing learned from here on could be trusted")
-
-
-def relabel(cfg, path, init, round):
-    """Another round of comparisons, on what the policy says now (arXiv:2203.02155, 3.1; arXiv:2204.05862, 4.5): runs
-    reward.py, which goes on from the reward model at `path`. Returns the path of the new one."""
-    new = Path(cfg.out) / f"reward{round}"
-    command = [sys.executable, str(Path(__file__).parent / "reward.py"), "--init", path,
-               "--policy", f"{cfg.out},{init}", "--prompts", str(cfg.relabel_prompts),
-               "--seed", str(cfg.seed + 1000 * round), "--out", str(new),
-               "--add", f"{path}/comparisons.jsonl", "--epochs", "1", "--lr", "5e-4", "--dtype", cfg.dtype]
-    if told := result_of(path):   # the same annotator as before, with its noise and its biases
-        command += [f"--{name}={told['config'][name]}" for name in (
-            "noise", "agreement", "bias_length", "bias_confidence", "bias_sycophancy")]
-    command += ["--device", cfg.device] if cfg.device else []
-    print(f"relabel, round {round}: {' '.join(command[1:])}", flush=True)
-    if RANK == 0:
-        result = subprocess.run(command, env=ALONE, capture_output=True, text=True)
-        if result.returncode:
-            raise InputError(f"reward.py failed: {(result.stderr.strip() or 'killed').splitlines()[-1]}")
-    meet()
-    return str(new)
-
-
-def update_reward_model(rm, path):
-    """Give a reward model the weights and the mean of the one at `path`."""
-    new, _ = load(path, scalar_head=True)
-    rm.load_state_dict(new.state_dict())
-    rm.cfg.reward_mean = new.cfg.reward_mean
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,10 +390,9 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
         for mb in torch.randperm(len(b.ids), generator=rng).chunk(cfg.minibatches):
             mb = mb.to(b.ids.device)
             n_tokens = b.mask[mb].sum()
-            for piece in share(by_length(b.width[mb], min(cfg.micro_batch, max(1, len(mb) // WORLD)))):
-                r = mb[piece]
+            for r, real in pieces(mb[b.width[mb].argsort()], cfg.micro_batch):   # similar lengths: little padding
                 t = int(b.width[r].max())
-                x, m = b.ids[r, :t], b.mask[r, :t]
+                x, m = b.ids[r, :t], b.mask[r, :t] & (real > 0)
                 if trains_policy:
                     with autocast():
                         out = logprobs(policy, x, m, cfg.temperature, entropy=cfg.entropy_coef != 0)
@@ -446,6 +420,49 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
             batch = {"rows": [b.at[i] for i in mb.tolist()], "ids": b.ids[mb], "scores": b.scores[mb]}
             log.update(step, policy, optimizer, cfg.lr * scale, batch)
             log.update(step, value, value_optimizer, cfg.value_lr * scale, batch)
+    return summed(sums)
+
+
+def ask(b, ref, rm, optimizer, compared, told, tok, cfg, step, autocast, log):
+    """6. The annotator compares the answers to each prompt, and the reference's among them, where they differ; the reward
+    model takes a step on these comparisons and on some of all `compared` so far, lest it forget. So it stays right about
+    what the policy says by now (iterated as in arXiv:2203.02155, 3.1, and arXiv:2204.05862, 4.5, but every iteration).
+    Returns its loss, and its accuracy on the new ones before the step. told: reward.py's flags of the annotator."""
+    rng, rows, device = random.Random(f"{cfg.seed} {step}"), b.rows[:: cfg.group], b.ids.device
+    prompts = [x[: int(m.nonzero()[0])].tolist() for x, m in zip(b.ids[:: cfg.group], b.mask[:: cfg.group])]
+    with autocast():
+        ids, mask, _ = generate(ref, prompts, cfg.max_new, tok.eos_id, tok.pad_id, cfg.temperature,
+                                generator=seeded(cfg.seed, step + 2 ** 20, device))
+    answers = [{} for _ in rows]   # of each prompt, those that ended: {text: prompt and answer}
+    for k, (x, m) in enumerate([*zip(b.ids, b.mask), *zip(ids, mask)]):
+        k, end = k // cfg.group if k < len(b.ids) else k - len(b.ids), int(m.nonzero()[-1]) + 1
+        if x[end - 1] == tok.eos_id:
+            answers[k][tok.decode(x[m].tolist())] = tuple(x[:end].tolist())
+    pairs = [(row, x, y) for row, texts in zip(rows, answers) for x, y in combinations(texts, 2)]
+    bias = [told[f"bias_{name}"] for name in ("length", "confidence", "sycophancy")]
+    utility = [[world.utility(row, text, *bias) for text in pair] for row, *pair in pairs]
+    noise = told["noise"]
+    if told["agreement"] and pairs:
+        noise = world.noise_for(told["agreement"], [u - v for u, v in utility])
+    new = [(x, y, world.annotate(u, v, noise, rng)) for (x, y), (u, v) in zip(
+        [(t[x], t[y]) for t in answers for x, y in combinations(t, 2)], utility)]
+    rows, sums = new + rng.sample(compared, min(len(compared), 64)), {"rm_loss": 0.0, "rm_accuracy": 0.0}
+    compared += new
+    for at, real in pieces(torch.arange(len(rows)), cfg.micro_batch):
+        part = [rows[i] for i in at]
+        number = {x: n for n, x in enumerate(dict.fromkeys(x for *pair, _ in part for x in pair))}
+        x, there = pad_batch(list(number), tok.pad_id, device)
+        with autocast():
+            r = final_scores(rm, x, there.sum(1))
+        r_a, r_b = r[torch.tensor([[number[x], number[y]] for x, y, _ in part], device=device).T]
+        p, is_new = torch.tensor([p for *_, p in part], device=device), (at < len(new)).to(device)
+        # Bradley-Terry and centering, as in reward.py
+        loss = -p * F.logsigmoid(r_a - r_b) - (1 - p) * F.logsigmoid(r_b - r_a) + 0.01 * (r_a + r_b) ** 2 / 2
+        (real * loss.sum() / len(rows)).backward()
+        sums["rm_loss"] += real * loss.detach().sum() / len(rows)
+        right = torch.where(p == 0.5, 0.5, ((r_a > r_b) == (p > 0.5)).float())
+        sums["rm_accuracy"] += real * (right * is_new).sum() / max(1, len(new))
+    log.update(step, rm, optimizer, cfg.reward_lr, {"rows": b.at, "pairs": rows})
     return summed(sums)
 
 
@@ -512,14 +529,12 @@ def main(cfg):
     else:
         ref = frozen(copy.deepcopy(policy), autocast)
         value = copy.deepcopy(rms[0][0]) if rms else load(init, device, scalar_head=True)[0]
-    for rm, _ in rms:
-        frozen(rm, autocast)
     data = cfg.data or world.TINY / "rl.jsonl"
     rows, dropped = formats.load(data, "prompt")
     print(formats.describe(rows, dropped, data))
     if "gold" in cfg.reward.split(",") and not all("family" in r for r in rows):
         raise InputError(f"{data}: --reward gold judges the tiny world's prompts only")
-    path = cfg.reward or sibling(cfg, "reward")   # of the reward model in use
+    path = Path(cfg.reward or sibling(cfg, "reward"))
     prompts = [tok.render(r["prompt"], generation_prompt=True)[0] for r in rows]
     room = min(cfg.max_prompt, *(m.cfg.max_len - cfg.max_new for m in (policy, *(rm for rm, _ in rms))))
     fit = [(r, p) for r, p in zip(rows, prompts) if len(p) <= room]
@@ -528,22 +543,35 @@ def main(cfg):
         raise InputError(f"{data}: no prompt of at most {room} tokens (--max_prompt, --max_new, the models' context)")
     rows, prompts = zip(*fit)
     graded = not cfg.data   # the tiny world knows the gold score; it goes into the log, never into the update
-    relabels = graded and cfg.relabel and len(rms) == 1 and (Path(path) / "comparisons.jsonl").exists()
+    asks = cfg.relabel and graded and len(rms) == 1 and cfg.group > 1 and (path / "comparisons.jsonl").exists()
+    for rm, _ in rms if not asks else ():
+        frozen(rm, autocast)
     corpus = None
     if cfg.ptx_coef:
         corpus = windows(cfg.ptx_data or world.TINY / "corpus.txt", tok, min(128, policy.cfg.max_len))
 
-    optimizer = optimizer_for(policy, cfg.lr, 0.0, (0.9, 0.95), 1e-5)
-    value_optimizer = optimizer_for(value, cfg.value_lr, 0.0, (0.9, 0.95), 1e-5)
-    beta, first = cfg.kl_coef, 0
-    if cfg.resume and (state := load_state(cfg.out)):
+    if asks:
+        rm, told = rms[0][0], result_of(path)["config"]
+        first_rows = formats.load(path / "comparisons.jsonl", "preference")[0]
+        first_rows = random.Random(cfg.seed).sample(first_rows, min(2000, len(first_rows)))
+        compared = [(*(tuple(sum(tok.render_answer(r["prompt"], r[s]), [])) for s in ("chosen", "rejected")), r["label"])
+                    for r in first_rows]
+        rm_optimizer = optimizer_for(rm, cfg.reward_lr, 0.01)
+    state = load_state(cfg.out) if cfg.resume else {}
+    if state:
         for name, model in (("policy", policy), ("value", value)):
             model.load_state_dict(state[name], strict=not cfg.lora)   # the trunk is not in it
-        optimizer.load_state_dict(state["optimizer"])
-        value_optimizer.load_state_dict(state["value_optimizer"])
-        beta, first, path = state["beta"], state["step"], state["reward_path"]
-        if rms and "," not in path:
-            update_reward_model(rms[0][0], path)
+    policy, value = for_training(policy, cfg), for_training(value, cfg)
+    optimizer = optimizer_for(policy, cfg.lr, 0.0, (0.9, 0.95), 1e-5)
+    value_optimizer = optimizer_for(value, cfg.value_lr, 0.0, (0.9, 0.95), 1e-5)
+    beta, first = state.get("beta", cfg.kl_coef), state.get("step", 0)
+    if state:
+        load_optimizer(optimizer, state["optimizer"])
+        load_optimizer(value_optimizer, state["value_optimizer"])
+        if asks:
+            rm.load_state_dict(state["reward"])
+            rm_optimizer.load_state_dict(state["reward_optimizer"])
+            compared = state["compared"]
     logprobs, values = (torch.compile(f) if cfg.compile else f for f in (token_logprobs, token_values))
     if cfg.inspect:
         rng, cfg.value_warmup = seeded(cfg.seed, first), 0
@@ -580,10 +608,6 @@ def main(cfg):
     if not first:
         log.samples("before", [r["prompt"] for r in tests[:12]], texts[:12])
     for step in range(first, n_steps):
-        if relabels and step and step % cfg.relabel == 0:
-            save(cfg.out, policy, tok)
-            path = relabel(cfg, path, init, step // cfg.relabel)
-            update_reward_model(rms[0][0], path)
         clock, rng = [time.time()], seeded(cfg.seed, step)
         b = rollout(policy, tok, rows, prompts, cfg, step, rng, autocast)
         clock.append(time.time())
@@ -597,6 +621,8 @@ def main(cfg):
         if not spent:
             sums = update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, step, rng,
                           autocast, log)
+        if asks and (step + 1) % cfg.relabel == 0:
+            sums |= ask(b, ref, rm, rm_optimizer, compared, told, tok, cfg, step, autocast, log)
         clock.append(time.time())
         n = b.mask.sum()
         err = ((b.returns - b.old_values) * b.mask).sum() / n
@@ -619,9 +645,13 @@ def main(cfg):
         if cfg.kl == "adaptive":
             beta = adapt_kl_coef(beta, float(metrics["kl"]), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
         if log.save_now(step) or spent:
-            save(cfg.out, policy, tok, {"policy": trained(policy), "value": trained(value), "beta": beta,
-                                        "optimizer": optimizer.state_dict(), "step": step + 1, "reward_path": path,
-                                        "value_optimizer": value_optimizer.state_dict(), "before": before})
+            state = {"policy": trained(policy), "value": trained(value), "beta": beta, "step": step + 1,
+                     "optimizer": optimizer.state_dict(), "value_optimizer": value_optimizer.state_dict(),
+                     "before": before}
+            if asks:
+                save(Path(cfg.out) / "reward", rm, tok)
+                state |= {"reward": trained(rm), "reward_optimizer": rm_optimizer.state_dict(), "compared": compared}
+            save(cfg.out, policy, tok, state)
             log.saved(step)
         if spent:
             print(f"--kl_budget {cfg.kl_budget:g} is spent: KL {metrics['kl_exact']:.2f} after {step} iterations")

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, formats, world
-from model import (Run, batches, cosine, load, load_state, meet, need, optimizer_for, pad_batch, respond, run, save,
-                   seeded, setup, share, sibling, summed, write_atomic)
+from model import (Run, batches, cosine, for_training, load, load_optimizer, load_state, meet, need, optimizer_for,
+                   pad_batch, pieces, respond, run, save, seeded, setup, sibling, summed, write_atomic)
 
 
 @dataclass
@@ -68,7 +68,9 @@ class Config:
     seed: int = 0                 # every random draw comes from (seed, step)
     device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
-    compile: bool = False         # torch.compile the forward
+    compile: bool = False         # torch.compile the training forward, and on a GPU the decoding step
+    recompute: bool = False       # activation checkpointing: layers run again in the backward pass, for less memory
+    fsdp: bool = False            # with torchrun: cut weights, gradients and optimizer state over the processes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,11 +293,13 @@ def main(cfg):
         raise InputError(f"{path}: needs comparisons of two prompts or more within --max_len {max_len} tokens, one of "
                          f"them in the {cfg.held_out:.0%} held out (--held_out)")
 
-    optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), 0
-    if cfg.resume and (state := load_state(cfg.out)):
+    state = load_state(cfg.out) if cfg.resume else {}
+    if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+    model = for_training(model, cfg)
+    optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), state.get("step", 0)
+    if state:
+        load_optimizer(optimizer, state["optimizer"])
     forward = torch.compile(final_scores) if cfg.compile else final_scores
     lengths = [max(map(len, answers)) for answers, _ in train]
     plan = [b for epoch in range(cfg.epochs) for b in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
@@ -310,19 +314,19 @@ def main(cfg):
     for step in range(first, n_steps):
         start = time.time()
         groups = sorted((train[i] for i in plan[step]), key=lambda g: len(g[0][0]))
-        total, right, n_tokens, mine = 0.0, 0.0, 0, share(groups)
-        for k in range(0, len(mine), cfg.micro_batch):
+        total, right, n_tokens = *torch.zeros(2, device=device), 0
+        for part, real in pieces(groups, cfg.micro_batch):
             with autocast():
-                part = mine[k: k + cfg.micro_batch]
                 r, (i, j), p, margin, _, w, lens = group_scores(model, part, tok, device, forward)
-            loss = (w * preference_loss(r[i], r[j], p, margin, cfg.center)).sum() / len(groups)
+            w = real * w / len(groups)
+            loss = (w * preference_loss(r[i], r[j], p, margin, cfg.center)).sum()
             loss.backward()
-            total += loss.item()
-            right += (w * ((r[i] > r[j]).float() + 0.5 * (r[i] == r[j]))).sum().item() / len(groups)
-            n_tokens += sum(lens)
+            total += loss.detach()
+            right += (w * ((r[i] > r[j]).float() + 0.5 * (r[i] == r[j]))).sum()
+            n_tokens += real * sum(lens)
         lr = cfg.lr * cosine(step, len(plan), cfg.warmup)
         norm = log.update(step, model, optimizer, lr, {"rows": plan[step], "groups": groups})
-        log.step(step, loss=summed(total), accuracy=summed(right), grad_norm=norm,
+        log.step(step, loss=summed(total.item()), accuracy=summed(right.item()), grad_norm=norm,
                  tok_s=summed(n_tokens) / (time.time() - start))
         if log.save_now(step):
             after, mean = evaluate(model, held, tok, device, autocast)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from data import InputError, formats, world
-from model import (Run, batches, cosine, distinct_2, load, load_state, need, optimizer_for, pad_batch, respond, run,
-                   save, seeded, setup, share, sibling, summed, token_logprobs)
+from model import (Run, batches, cosine, distinct_2, for_training, load, load_optimizer, load_state, need,
+                   optimizer_for, pad_batch, pieces, respond, run, save, seeded, setup, sibling, summed, token_logprobs)
 
 
 @dataclass
@@ -44,7 +44,9 @@ class Config:
     seed: int = 0                 # every random draw comes from (seed, step)
     device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
-    compile: bool = False         # torch.compile the forward
+    compile: bool = False         # torch.compile the training forward, and on a GPU the decoding step
+    recompute: bool = False       # activation checkpointing: layers run again in the backward pass, for less memory
+    fsdp: bool = False            # with torchrun: cut weights, gradients and optimizer state over the processes
 
 
 def encode(rows, tok, max_len):
@@ -60,7 +62,7 @@ def encode(rows, tok, max_len):
 def nll(model, examples, tok, device, forward=token_logprobs):
     """Summed negative log-likelihood of the supervised tokens of examples [(ids, mask)], and how many they are."""
     ids, _ = pad_batch([ids for ids, _ in examples], tok.pad_id, device)              # (B, T)
-    mask, _ = pad_batch([mask for _, mask in examples], 0, device)                    # (B, T)
+    mask, _ = pad_batch([mask for _, mask in examples], 0)       # (B, T), on the CPU: nothing has to wait for its sum
     mask[:, 0] = 0   # nothing predicts the first token
     return -forward(model, ids, mask).sum(), int(mask.sum())
 
@@ -81,11 +83,13 @@ def main(cfg):
         raise InputError(f"{path}: {len(train)} conversations within --max_len {max_len} tokens to train on, "
                          f"{len(held)} held out (--held_out); both need at least one")
 
-    optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), 0
-    if cfg.resume and (state := load_state(cfg.out)):
+    state = load_state(cfg.out) if cfg.resume else {}
+    if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+    model = for_training(model, cfg)
+    optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), state.get("step", 0)
+    if state:
+        load_optimizer(optimizer, state["optimizer"])
     forward = torch.compile(token_logprobs) if cfg.compile else token_logprobs
     lengths = [len(ids) for ids, _ in train]
     plan = [b for epoch in range(cfg.epochs) for b in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
@@ -117,17 +121,17 @@ def main(cfg):
         start = time.time()
         examples = [train[i] for i in plan[step]]
         n_tokens = sum(sum(mask[1:]) for _, mask in examples)
-        total, mine = 0.0, share(examples)
-        for i in range(0, len(mine), cfg.micro_batch):
+        total = torch.zeros((), device=device)
+        for part, real in pieces(examples, cfg.micro_batch):
             with autocast():
                 # L = - sum log p / N over the whole step, Eq. above
-                loss = nll(model, mine[i: i + cfg.micro_batch], tok, device, forward)[0] / n_tokens
+                loss = real * nll(model, part, tok, device, forward)[0] / n_tokens
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         lr = cfg.lr * cosine(step, len(plan), cfg.warmup)
         norm = log.update(step, model, optimizer, lr, {"rows": plan[step], "examples": examples})
         n_seen = sum(len(x) for x, _ in examples)
-        log.step(step, loss=summed(total), grad_norm=norm, tok_s=n_seen / (time.time() - start))
+        log.step(step, loss=summed(total.item()), grad_norm=norm, tok_s=n_seen / (time.time() - start))
         if log.save_now(step):
             save(cfg.out, model, tok, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                        "step": step + 1, "before": before})
