@@ -183,11 +183,16 @@ def mismatch(examples, seed):
 
 
 def logps(model, pairs, tok, device, forward=token_logprobs):
-    """Summed log-probs (N,) of answers given prompts, [(prompt ids, answer ids)], and the answers' lengths (N,)."""
-    ids, real = pad_batch([x + y for x, y in pairs], tok.pad_id)                      # (N, T)
-    start, ids = torch.tensor([len(x) for x, _ in pairs]), ids.to(device)   # the mask stays on the CPU: nothing waits
-    mask = real & (torch.arange(ids.shape[1]) >= start[:, None])
-    return forward(model, ids, mask).sum(1), mask.sum(1).to(device)
+    """Summed log-probs (N,) of answers given prompts, [(prompt ids, answer ids)], and the answers' lengths (N,). A
+    prompt with several answers goes through the model once."""
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i][0])                      # equal prompts side by side
+    rows, back = [pairs[i] for i in order], torch.tensor(order).argsort().to(device)
+    number = {x: n for n, x in enumerate(dict.fromkeys(tuple(x) for x, _ in rows))}
+    prompt = torch.tensor([number[tuple(x)] for x, _ in rows], device=device) if len(number) < len(rows) else None
+    ids, real = pad_batch([x + y for x, y in rows], tok.pad_id)                       # (N, T)
+    mask = real & (torch.arange(ids.shape[1]) >= torch.tensor([len(x) for x, _ in rows])[:, None])
+    logp = forward(model, ids.to(device), mask, prompt=prompt).sum(1)                 # (N,)
+    return logp[back], mask.sum(1).to(device)[back]
 
 
 def both(examples):

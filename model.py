@@ -111,7 +111,7 @@ def make_norm(cfg, size):
 
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v; q (B, H, T, D), k and v (B, Hkv, S, D). Without a mask, causal: each position sees
-    those up to its own, and S = T. With one, True (B, 1, 1, S) where a row's single query may look."""
+    those up to its own, and S = T. With one, True (B, 1, T, S) where a query may look."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:   # written out, because the CPU's fused bf16 kernels are
         if q.shape[1] != k.shape[1]:                           # 2 to 5 times slower than this (LOG.md)
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -135,7 +135,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
             self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
 
-    def forward(self, x, rope, cache, step):
+    def forward(self, x, rope, mask, cache, pos):
         B, T, H, Hkv, D = *x.shape[:2], self.cfg.n_head, self.cfg.n_kv_head, self.cfg.head_dim
         qk, v = self.qkv(x).view(B, T, -1, D).split([H + Hkv, Hkv], dim=2)         # (B, T, H + Hkv, D), (B, T, Hkv, D)
         if self.cfg.qk_norm:
@@ -144,15 +144,13 @@ class Attention(nn.Module):
         if rope is not None:
             qk = rotate(qk, *rope)
         q, k, v = (z.transpose(1, 2) for z in (*qk.split([H, Hkv], dim=2), v))     # (B, H, T, D), (B, Hkv, T, D)
-        if step is None:   # a whole sequence: right padding never reaches a real token, so causal is all the mask
-            if cache is not None:
-                cache[0][:, :, :T], cache[1][:, :, :T] = k, v
-            y = attention(q, k, v)
-        else:              # one new token per row, written at the row's own position
-            row, pos, mask = step
+        if cache is not None and pos is None:
+            cache[0][:, :, :T], cache[1][:, :, :T] = k, v
+        elif cache is not None:   # one new token per row, written at the row's own position
             for kv, new in zip(cache, (k, v)):
-                kv[row, :, pos] = new[:, :, 0].to(kv.dtype)
-            y = attention(q, cache[0].to(q.dtype), cache[1].to(q.dtype), mask)
+                kv[torch.arange(B, device=x.device), :, pos[:, 0]] = new[:, :, 0].to(kv.dtype)
+            k, v = cache[0].to(q.dtype), cache[1].to(q.dtype)
+        y = attention(q, k, v, mask)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))                      # (B, T, C)
 
 
@@ -181,8 +179,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = make_norm(cfg, cfg.n_embd), Attention(cfg)
         self.ln_2, self.mlp = make_norm(cfg, cfg.n_embd), MLP(cfg)
 
-    def forward(self, x, rope, cache, step):
-        x = x + self.attn(self.ln_1(x), rope, cache, step)
+    def forward(self, x, *where):
+        x = x + self.attn(self.ln_1(x), *where)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -223,31 +221,32 @@ class GPT(nn.Module):
         if self.cfg.pos == "rope":                # recomputed from the config, never saved
             self.rope = rope_table(self.cfg, self.wte.weight.device)
 
-    def forward(self, ids, cache=None, pos=None):
+    def forward(self, ids, cache=None, pos=None, mask=None):
         """Hidden states (B, T, C) of ids (B, T), rows right-padded with anything: causal attention hides the padding.
 
-        With a `cache` (L, 2, B, Hkv, S, D) keys and values are also stored. With `pos` (B,) as well, T is 1 and row b's
-        token stands at position pos[b] < S: it is written there and attends to positions <= pos[b]."""
+        With a `cache` (L, 2, B, Hkv, S, D) keys and values are also stored; with pos (B, 1) as well, T is 1 and row b's
+        token stands at position pos[b] < S: it is written there and attends to positions <= pos[b]. Without a cache,
+        pos (B, T) and mask (B, 1, T, T) say where each token stands and which others it sees."""
         T = ids.shape[1]
-        if T > self.cfg.max_len:
+        if pos is None and T > self.cfg.max_len:
             raise InputError(f"a sequence of {T} tokens is longer than the model's context of {self.cfg.max_len}")
-        x = self.wte(ids)                                                           # (B, T, C)
-        step, where = None, slice(0, T)
-        if pos is not None:
-            mask = torch.arange(cache.shape[-2], device=ids.device) <= pos[:, None, None, None]   # (B, 1, 1, S)
-            step, where = (torch.arange(len(pos), device=ids.device), pos, mask), pos[:, None]
+        if pos is None and cache is None:   # few different shapes: every new one costs matrix kernels, or a compilation
+            ids = F.pad(ids, (0, min(-T % 8, self.cfg.max_len - T)))
+        if cache is not None and pos is not None:
+            mask = torch.arange(cache.shape[-2], device=ids.device) <= pos[:, None, None]          # (B, 1, 1, S)
+        x, rope, where = self.wte(ids), None, slice(0, ids.shape[1]) if pos is None else pos        # (B, T, C)
         if self.cfg.pos == "learned":
-            x, rope = x + self.wpe.weight[where], None
+            x = x + self.wpe.weight[where]
         else:
             if self.rope[0].device != x.device:
                 self.rope = [table.to(x.device) for table in self.rope]
-            rope = [table[where] for table in self.rope]                            # (T, 1, D) or (B, 1, 1, D)
+            rope = [table[where] for table in self.rope]                            # (T, 1, D) or (B, T, 1, D)
         for i, block in enumerate(self.h):
             if self.cfg.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, None, None, use_reentrant=False)   # arXiv:1604.06174
+                x = checkpoint(block, x, rope, mask, None, None, use_reentrant=False)   # arXiv:1604.06174
             else:
-                x = block(x, rope, None if cache is None else cache[i], step)
-        return self.ln_f(x)
+                x = block(x, rope, mask, None if cache is None else cache[i], pos)
+        return self.ln_f(x[:, :T])
 
     def head(self):
         """The matrix (V, C) whose rows the logits are products with."""
@@ -471,7 +470,7 @@ def decode(model, token, cache, pos, u, temperature, top_k, top_p):
     """One step of `generate`: reads tokens (n,) at positions pos (n,) and the cache (L, 2, n, Hkv, S, D), and draws the
     next tokens (n,), with their log-probs (n,). Its shapes depend on n and S alone, and nothing in it waits for the
     host: with --compile on a GPU each such pair becomes a CUDA graph (setup)."""
-    return draw(model.logits(model(token[:, None], cache, pos)[:, 0]), u, temperature, top_k, top_p)
+    return draw(model.logits(model(token[:, None], cache, pos[:, None])[:, 0]), u, temperature, top_k, top_p)
 
 
 def draw(logits, u, temperature, top_k, top_p):
@@ -526,7 +525,7 @@ def generate(model, prompts, max_new, eos_id, pad_id=0, temperature=1.0, top_k=0
             keep = (~done).nonzero()[:, 0]
             if len(keep) == 0:
                 break
-            n = len(keep) if not GRAPHS else min(len(row), 1 << (len(keep) - 1).bit_length())   # few shapes: 2^k rows
+            n = 1 << (len(keep) - 1).bit_length() if GRAPHS else -(-len(keep) // 16) * 16   # few different shapes
             if n <= 0.75 * len(row):
                 keep = torch.cat((keep, done.nonzero()[: n - len(keep), 0]))
                 row, token, done = row[keep], token[keep], done[keep]
@@ -592,16 +591,41 @@ class HeadLogProbs(torch.autograd.Function):
         return dz @ w, dz.T @ h, None, None, None
 
 
-def token_logprobs(model, ids, mask, temperature=1.0, entropy=False, chunk=8192):
+def with_shared_prompts(model, ids, mask, prompt):
+    """What model(ids) gives, (B, T, C), when rows of equal prompt (B,), all neighbours, begin with the same tokens
+    and go on with their own, mask (B, T): the prompt goes through the model once. The rows' answers follow it one
+    after the other, each at the positions of its own row, seeing the prompt and itself alone (arXiv:2410.20305).
+    Without prompt it is model(ids)."""
+    if prompt is None:
+        return model(ids)
+    row = (prompt != prompt.roll(1)).cumsum(0) - (prompt[0] != prompt[-1]).long()     # (B,) 0, 0, 1, 1, 1, ..
+    P, n, t = mask.long().argmax(1), mask.sum(1), torch.arange(ids.shape[1], device=ids.device)    # (B,), (B,), (T,)
+    start = n.cumsum(0) - n                                                           # tokens of all answers before
+    start = start - start[torch.searchsorted(row, row)]                               # .. in the same row
+    rows, length = int(row[-1]) + 1, -(-int((P + start + n).max()) // 8) * 8          # (S, U): what goes in
+    at = t + start[:, None] * (t >= P[:, None])                                       # (B, T) place in its row
+    at = torch.where(t < (P + n)[:, None], at, length)                                # padding: one past the end
+    part = torch.where(t < P[:, None], 0, torch.arange(1, len(ids) + 1, device=ids.device)[:, None])   # 0: the prompt
+    packed = torch.zeros(3, rows, length + 1, dtype=torch.long, device=ids.device)
+    packed[:, row[:, None], at] = torch.stack((ids, t.expand_as(ids), part))
+    x, pos, part = packed[:, :, :length]                                              # (S, U)
+    sees = (part[:, None] == 0) | (part[:, None] == part[:, :, None])                 # (S, U, U)
+    hidden = model(x, pos=pos, mask=sees.tril()[:, None])                             # (S, U, C)
+    return hidden.flatten(0, 1)[row[:, None] * length + at.clamp(max=length - 1)]
+
+
+def token_logprobs(model, ids, mask, temperature=1.0, entropy=False, prompt=None, chunk=8192):
     """Log-prob (B, T) of every token under the model where mask is True, 0 elsewhere; fp32. ids, mask: (B, T).
 
     logp[b, t] = log softmax(logits[b, t-1] / temperature)[ids[b, t]]: SFT, DPO, PPO and CAI all train on this number.
     The head runs on the masked rows only, and where they are many, `chunk` at a time and again in the backward pass, so
     that no (B, T, V) tensor ever exists. entropy=True also returns the entropy (B, T) in nats of each distribution. A
-    mask on the CPU says which rows these are without waiting for the GPU."""
+    mask on the CPU says which rows these are without waiting for the GPU. Rows with equal numbers in prompt (B,) share
+    their prompt (see with_shared_prompts)."""
     B, T = ids.shape
     at = mask[:, 1:].bool().flatten().nonzero()[:, 0].to(ids.device)                  # (N,): b (T - 1) + t - 1
-    h, y = model(ids)[:, :-1].flatten(0, 1)[at], ids[:, 1:].flatten()[at]             # (N, C), (N,)
+    h, y = with_shared_prompts(model, ids, mask.to(ids.device), prompt), ids[:, 1:]                          # (B, T, C)
+    h, y = h[:, :-1].flatten(0, 1)[at], y.flatten()[at]                               # (N, C), (N,)
     device, w = ids.device.type, model.head()
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
     recompute = torch.is_grad_enabled() and len(y) > chunk

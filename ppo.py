@@ -15,6 +15,7 @@ One iteration:
   5. update     epochs x minibatches:  ratio = pi / pi_old,
                 L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)                            (arXiv:1707.06347, eq. 7)
                 L_V = max((V - ret)^2, (clip(V, V_old - eps_v, V_old + eps_v) - ret)^2) / 2
+  6. ask        the annotator compares the answers to each prompt, and the reward model takes a step on that (--relabel)
 Against reward hacking (data/evaluate.py shows it): several reward models at once (--reward A,B,C --ensemble uwo),
 --kl_budget, --kl adaptive, --length_penalty, --entropy_coef, --relabel. Against forgetting: pretraining text mixed in,
     L - ptx_coef E[ log pi(x) ]  over the corpus (arXiv:2203.02155, eq. 2). A run that goes wrong says so (health).
@@ -22,8 +23,9 @@ Against reward hacking (data/evaluate.py shows it): several reward models at onc
 All temperatures divide logits in pi, pi_old and pi_ref alike. All means are over response tokens, EOS included, and use
 the token count of the whole minibatch, so a minibatch may be cut into micro-batches freely.
 
-Four models: policy (trained), reference (frozen policy), reward model (frozen), value model (trained, starts as the
-reward model). --advantage rloo or grpo needs no value model: the other answers to the same prompt are the baseline.
+Four models: policy (trained), reference (frozen policy), reward model (frozen unless the annotator is asked again),
+value model (trained, starts as the reward model). A prompt with several answers goes through each of them once.
+--advantage rloo or grpo needs no value model: the other answers to the same prompt are the baseline.
 """
 import copy
 import json
@@ -43,7 +45,7 @@ import torch.nn.functional as F
 from data import InputError, formats, function_of, world
 from model import (RANK, Run, distinct_2, for_training, frozen, generate, load, load_optimizer, load_state, need,
                    optimizer_for, pad_batch, pieces, read_corpus, respond, result_of, run, save, seeded, setup, share,
-                   sibling, summed, token_logprobs, trained, with_lora, write_atomic)
+                   sibling, summed, token_logprobs, trained, with_lora, with_shared_prompts, write_atomic)
 
 
 @dataclass
@@ -217,7 +219,7 @@ def health(history):
         if now["gold"] < best["gold"] - 0.05 and now["reward"] > best["reward"]:
             said["reward hacking"] = f"""gold fell from {best['gold']:.2f} to {now['gold']:.2f} while the reward rose
                 from {best['reward']:.2f} to {now['reward']:.2f}: the policy exploits the reward model (Goodhart's law);
-                try --relabel 15, --kl_budget {best['kl_exact']:.1f}, a larger --kl_coef, or --ensemble uwo"""
+                try --relabel 1, --kl_budget {best['kl_exact']:.1f}, a larger --kl_coef, or --ensemble uwo"""
     return {name: " ".join(sentence.split()) for name, sentence in said.items()}
 
 
@@ -225,20 +227,21 @@ def health(history):
 # The four models at work.
 
 
-def token_values(model, ids):
-    """Values (B, T): entry t is the value of the state before token t, read at token t - 1; entry 0 is 0."""
-    v = model.scores(model(ids))
+def token_values(model, ids, mask=None, prompt=None):
+    """Values (B, T): entry t is the value of the state before token t, read at token t - 1; entry 0 is 0. mask (B, T)
+    and prompt (B,) as in model.with_shared_prompts, here and below."""
+    v = model.scores(with_shared_prompts(model, ids, mask, prompt))
     return torch.cat((torch.zeros_like(v[:, :1]), v[:, :-1]), dim=1)
 
 
 @torch.no_grad()
-def compare(policy, ref, ids, mask, temperature):
+def compare(policy, ref, ids, mask, temperature, prompt=None):
     """log-probs of policy and reference, the exact KL(policy || reference) over the whole vocabulary and the policy's
     entropy at every response token: four (B, T) tensors, 0 outside the mask."""
     out = torch.zeros(4, *ids.shape, device=ids.device)
-    m = mask[:, 1:]
-    hidden, ref_hidden, y = policy(ids)[:, :-1][m], ref(ids)[:, :-1][m], ids[:, 1:][m]
-    parts = []
+    m, parts = mask[:, 1:], []
+    hidden, ref_hidden = (with_shared_prompts(model, ids, mask, prompt)[:, :-1][m] for model in (policy, ref))
+    y = ids[:, 1:][m]
     for h, g, y in zip(hidden.split(4096), ref_hidden.split(4096), y.split(4096)):
         lp = (policy.logits(h).float() / temperature).log_softmax(-1)                 # (n, V)
         lr = (ref.logits(g).float() / temperature).log_softmax(-1)
@@ -249,12 +252,23 @@ def compare(policy, ref, ids, mask, temperature):
     return out
 
 
-def in_pieces(f, size, ids, mask, width):
-    """f(ids, mask) over pieces of rows of similar length, put together again; f gives (..., b, t) tensors."""
+def by_length(width, size, group):
+    """Responses of these widths (B,) in pieces of about `size` rows: [(rows, prompt, 1.0 or 0.0)]. Answers to one
+    prompt, `group` neighbours, stay together, beside others of similar length, so that little is padded; prompt numbers
+    them, or is None for single answers; the last number is as in model.pieces."""
+    width, out = width.view(-1, group).amax(1), []
+    for k, real in pieces(width.argsort(), max(1, size // group)):
+        rows = (k[:, None] * group + torch.arange(group, device=k.device)).flatten()
+        out.append((rows, rows // group if group > 1 else None, real))
+    return out
+
+
+def in_pieces(f, size, ids, mask, width, group=1):
+    """f(ids, mask, prompt) over pieces of rows, put together again; f gives (..., b, t) tensors."""
     out = None
-    for rows, real in pieces(width.argsort(), size):
+    for rows, prompt, real in by_length(width, size, group):
         t = int(width[rows].max())
-        part = f(ids[rows, :t], mask[rows, :t])
+        part = f(ids[rows, :t], mask[rows, :t], prompt)
         if out is None:
             out = torch.zeros(*part.shape[:-2], *ids.shape, device=ids.device)
         if real:
@@ -262,22 +276,23 @@ def in_pieces(f, size, ids, mask, width):
     return summed(out)
 
 
-def final_scores(rm, ids, lens):
-    """Reward (B,) of right-padded ids (B, T): the scalar head at the last real token, position lens - 1."""
-    return rm.scores(rm(ids)[torch.arange(len(ids), device=ids.device), lens - 1])
+def final_scores(rm, ids, width, mask=None, prompt=None):
+    """Reward (B,) of right-padded ids (B, T): the scalar head at the last real token, position width - 1."""
+    hidden = with_shared_prompts(rm, ids, mask, prompt)
+    return rm.scores(hidden[torch.arange(len(ids), device=ids.device), width - 1])
 
 
 def one_reward(name, cfg, device, autocast):
-    """(score(rows, texts, ids, lens) -> (B,), reward model or None, its tokenizer or None) of one --reward."""
+    """(score(b) -> (B,), reward model or None, its tokenizer or None) of one --reward; b: see `rollout`."""
     if name == "gold" or ":" in name:
         f = world.gold if name == "gold" else function_of(name, "--reward")
 
-        def call(rows, texts, ids, lens):
+        def call(b):
             if RANK:   # of several processes the first one asks
-                return summed(torch.zeros(len(rows), device=device))
-            out = torch.as_tensor(f(rows, texts), dtype=torch.float, device=device)
-            if out.shape != (len(rows),) or not out.isfinite().all():
-                raise InputError(f"--reward {name}: expected {len(rows)} finite numbers for as many responses")
+                return summed(torch.zeros(len(b.rows), device=device))
+            out = torch.as_tensor(f(b.rows, b.texts), dtype=torch.float, device=device)
+            if out.shape != (len(b.rows),) or not out.isfinite().all():
+                raise InputError(f"--reward {name}: expected {len(b.rows)} finite numbers for as many responses")
             return summed(out)
         return call, None, None
     rm, tok = load(name, device)
@@ -285,17 +300,20 @@ def one_reward(name, cfg, device, autocast):
         raise InputError(f"{name} is a language model; --reward needs a reward model")
 
     @torch.no_grad()
-    def score(rows, texts, ids, lens):
-        out = torch.zeros(len(ids), device=device)
-        for at, real in pieces(lens.argsort(), cfg.micro_batch):
+    def score(b):
+        out = torch.zeros(len(b.ids), device=device)
+        for r, prompt, real in by_length(b.width, cfg.micro_batch, cfg.group):
+            t = int(b.width[r].max())
             with autocast():
-                out[at] = final_scores(rm, ids[at, : lens[at].max()], lens[at]) if real else 0.0
+                part = final_scores(rm, b.ids[r, :t], b.width[r], b.mask[r, :t], prompt)
+            if real:
+                out[r] = part
         return summed(out)
     return score, rm, tok
 
 
 def reward_function(cfg, device, autocast):
-    """(score(rows, texts, ids, lens) -> (B,), [(reward model, its tokenizer)]) of all of --reward together."""
+    """(score(b) -> (B,), [(reward model, its tokenizer)]) of all of --reward together."""
     path = cfg.reward or sibling(cfg, "reward")
     if not cfg.reward:
         need(path, "reward.py", cfg)
@@ -309,8 +327,8 @@ def reward_function(cfg, device, autocast):
     functions, *models = zip(*(one_reward(name, cfg, device, autocast) for name in names))
     weights = torch.tensor(weights, device=device)[:, None] * len(names) / sum(weights)       # (K, 1), 1 on average
 
-    def score(*args):
-        return ensemble(torch.stack([f(*args) for f in functions]) * weights, cfg.ensemble, cfg.uwo_coef)
+    def score(b):
+        return ensemble(torch.stack([f(b) for f in functions]) * weights, cfg.ensemble, cfg.uwo_coef)
     return score, [(rm, tok) for rm, tok in zip(*models) if rm is not None]
 
 
@@ -319,7 +337,8 @@ def self_check(policy, ids, mask, width, sampled_logp, old_logp, ref_logp, cfg, 
     differ in the third digit between a cached step and a whole sequence, so it gets a wide tolerance."""
     i = int(width.argmin())                                   # the shortest row carries the most padding
     with torch.no_grad(), autocast():
-        again = in_pieces(lambda x, m: token_logprobs(policy, x, m, cfg.temperature), cfg.micro_batch, ids, mask, width)
+        again = in_pieces(lambda x, m, prompt: token_logprobs(policy, x, m, cfg.temperature, prompt=prompt),
+                          cfg.micro_batch, ids, mask, width, cfg.group)
         alone = token_logprobs(policy, ids[i: i + 1, : width[i]], mask[i: i + 1, : width[i]], cfg.temperature)
         bf16 = torch.is_autocast_enabled(ids.device.type)
     for name, value in (("ratio = 1", ((again - old_logp).exp() - 1) * mask),
@@ -338,7 +357,8 @@ def self_check(policy, ids, mask, width, sampled_logp, old_logp, ref_logp, cfg, 
 
 
 def rollout(policy, tok, rows, prompts, cfg, step, rng, autocast):
-    """1. Responses of the policy to this iteration's prompts: ids (B, T), mask, sampled_logp, width, ended (B,)."""
+    """1. Responses of the policy to this iteration's prompts: ids (B, T), mask, sampled_logp, width, ended (B,), and
+    their rows and prompts, lists of B."""
     n_prompts = cfg.rollouts // cfg.group    # if there are fewer, each comes more than once
     at = torch.cat([torch.randperm(len(rows), generator=rng) for _ in range(0, n_prompts, len(rows))])[:n_prompts]
     at = at.sort().values.repeat_interleave(cfg.group).tolist()
@@ -348,18 +368,20 @@ def rollout(policy, tok, rows, prompts, cfg, step, rng, autocast):
                                    cfg.temperature, generator=seeded(cfg.seed, step, device))
     width = torch.tensor([len(prompts[i]) for i in at], device=device) + mask.sum(1)          # (B,) prompt + response
     ended = ids.gather(1, (width - 1)[:, None])[:, 0] == tok.eos_id                           # (B,)
-    return SimpleNamespace(at=at, rows=[rows[i] for i in at], ids=ids, mask=mask, sampled_logp=logp, width=width,
-                           ended=ended)
+    return SimpleNamespace(at=at, rows=[rows[i] for i in at], prompts=[prompts[i] for i in at], ids=ids, mask=mask,
+                           sampled_logp=logp, width=width, ended=ended)
 
 
 def score(b, policy, ref, value, tok, reward, cfg, autocast):
     """2. Scores (B,) of the responses, and at every token what policy, reference and value model say of them."""
     b.texts = [tok.decode(x[m].tolist()) for x, m in zip(b.ids, b.mask)]
-    b.scores = torch.where(b.ended, reward(b.rows, b.texts, b.ids, b.width), -cfg.eos_penalty)
+    b.scores = torch.where(b.ended, reward(b), -cfg.eos_penalty)
     with torch.no_grad(), autocast():
         b.old_logp, b.ref_logp, b.exact_kl, b.entropy = in_pieces(
-            lambda x, m: compare(policy, ref, x, m, cfg.temperature), cfg.micro_batch, b.ids, b.mask, b.width)
-        b.old_values = in_pieces(lambda x, m: token_values(value, x), cfg.micro_batch, b.ids, b.mask, b.width) * b.mask
+            lambda x, m, prompt: compare(policy, ref, x, m, cfg.temperature, prompt), cfg.micro_batch, b.ids, b.mask,
+            b.width, cfg.group)
+        b.old_values = b.mask * in_pieces(lambda x, m, prompt: token_values(value, x, m, prompt), cfg.micro_batch,
+                                          b.ids, b.mask, b.width, cfg.group)
     for name, x in (("score", b.scores[:, None]), ("log-prob of the policy", b.old_logp), ("value", b.old_values),
                     ("log-prob of the reference", b.ref_logp)):
         if not x.isfinite().all():
@@ -387,26 +409,29 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
     scale, sums = 1 - 2 / 3 * step / cfg.iterations, {}
     trains_policy = step >= cfg.value_warmup or cfg.advantage != "gae"
     for epoch in range(cfg.epochs):
-        for mb in torch.randperm(len(b.ids), generator=rng).chunk(cfg.minibatches):
-            mb = mb.to(b.ids.device)
+        for mb in torch.randperm(len(b.ids) // cfg.group, generator=rng).chunk(cfg.minibatches):
+            mb = (mb[:, None] * cfg.group + torch.arange(cfg.group)).flatten().to(b.ids.device)   # whole groups
             n_tokens = b.mask[mb].sum()
-            for r, real in pieces(mb[b.width[mb].argsort()], cfg.micro_batch):   # similar lengths: little padding
+            for r, prompt, real in by_length(b.width[mb], cfg.micro_batch, cfg.group):
+                r = mb[r]
                 t = int(b.width[r].max())
-                x, m = b.ids[r, :t], b.mask[r, :t] & (real > 0)
+                x, m = b.ids[r, :t], b.mask[r, :t]
                 if trains_policy:
                     with autocast():
-                        out = logprobs(policy, x, m, cfg.temperature, entropy=cfg.entropy_coef != 0)
+                        out = logprobs(policy, x, m, cfg.temperature, cfg.entropy_coef != 0, prompt)
                     logp, ent = out if cfg.entropy_coef else (out, None)
-                    loss, stats = policy_loss(logp, b.old_logp[r, :t], b.advantages[r, :t], m, cfg.clip, n_tokens)
+                    loss, stats = policy_loss(logp, b.old_logp[r, :t], b.advantages[r, :t], m * real, cfg.clip,
+                                              n_tokens)
                     if cfg.entropy_coef:
-                        loss = loss - cfg.entropy_coef * ent.sum() / n_tokens
+                        loss = loss - cfg.entropy_coef * real * ent.sum() / n_tokens
                     loss.backward()
                     for k, v in {"policy_loss": loss.detach(), **stats}.items():
                         sums[k] = sums.get(k, 0.0) + v / (cfg.epochs * cfg.minibatches)
                 if cfg.advantage == "gae":
                     with autocast():
-                        v = values(value, x)
-                    loss = value_loss(v, b.old_values[r, :t], b.returns[r, :t], m, cfg.value_clip, n_tokens)
+                        v = values(value, x, m, prompt)
+                    loss = value_loss(v, b.old_values[r, :t], b.returns[r, :t], m * real, cfg.value_clip,
+                                      n_tokens)
                     loss.backward()
                     part = loss.detach() / (cfg.epochs * cfg.minibatches)
                     sums["value_loss"] = sums.get("value_loss", 0.0) + part
@@ -423,47 +448,51 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
     return summed(sums)
 
 
-def ask(b, ref, rm, optimizer, compared, told, tok, cfg, step, autocast, log):
-    """6. The annotator compares the answers to each prompt, and the reference's among them, where they differ; the reward
-    model takes a step on these comparisons and on some of all `compared` so far, lest it forget. So it stays right about
-    what the policy says by now (iterated as in arXiv:2203.02155, 3.1, and arXiv:2204.05862, 4.5, but every iteration).
-    Returns its loss, and its accuracy on the new ones before the step. told: reward.py's flags of the annotator."""
-    rng, rows, device = random.Random(f"{cfg.seed} {step}"), b.rows[:: cfg.group], b.ids.device
-    prompts = [x[: int(m.nonzero()[0])].tolist() for x, m in zip(b.ids[:: cfg.group], b.mask[:: cfg.group])]
+def ask(b, ref, told, tok, cfg, step, autocast):
+    """6. The annotator compares the answers to each prompt, one of the reference among them, that end and differ:
+    [(prompt, answer, answer: tuples of ids, p: 1.0 where the first is preferred, 0.0 or 0.5)]. told: its noise and
+    biases, flags of reward.py by name."""
+    rng, firsts = random.Random(f"{cfg.seed} {step}"), b.prompts[:: cfg.group]
     with autocast():
-        ids, mask, _ = generate(ref, prompts, cfg.max_new, tok.eos_id, tok.pad_id, cfg.temperature,
-                                generator=seeded(cfg.seed, step + 2 ** 20, device))
-    answers = [{} for _ in rows]   # of each prompt, those that ended: {text: prompt and answer}
-    for k, (x, m) in enumerate([*zip(b.ids, b.mask), *zip(ids, mask)]):
-        k, end = k // cfg.group if k < len(b.ids) else k - len(b.ids), int(m.nonzero()[-1]) + 1
-        if x[end - 1] == tok.eos_id:
-            answers[k][tok.decode(x[m].tolist())] = tuple(x[:end].tolist())
-    pairs = [(row, x, y) for row, texts in zip(rows, answers) for x, y in combinations(texts, 2)]
-    bias = [told[f"bias_{name}"] for name in ("length", "confidence", "sycophancy")]
-    utility = [[world.utility(row, text, *bias) for text in pair] for row, *pair in pairs]
-    noise = told["noise"]
-    if told["agreement"] and pairs:
-        noise = world.noise_for(told["agreement"], [u - v for u, v in utility])
-    new = [(x, y, world.annotate(u, v, noise, rng)) for (x, y), (u, v) in zip(
-        [(t[x], t[y]) for t in answers for x, y in combinations(t, 2)], utility)]
-    rows, sums = new + rng.sample(compared, min(len(compared), 64)), {"rm_loss": 0.0, "rm_accuracy": 0.0}
-    compared += new
-    for at, real in pieces(torch.arange(len(rows)), cfg.micro_batch):
-        part = [rows[i] for i in at]
-        number = {x: n for n, x in enumerate(dict.fromkeys(x for *pair, _ in part for x in pair))}
-        x, there = pad_batch(list(number), tok.pad_id, device)
+        ids, mask, _ = generate(ref, firsts, cfg.max_new, tok.eos_id, tok.pad_id, cfg.temperature,
+                                generator=seeded(cfg.seed, step + 2 ** 20, b.ids.device))
+    said = [(k // cfg.group, x[m].tolist()) for k, (x, m) in enumerate(zip(b.ids, b.mask))]
+    said += [(k, x[m].tolist()) for k, (x, m) in enumerate(zip(ids, mask))]
+    answers = [{} for _ in firsts]   # {text: ids} for each prompt
+    for k, y in said:
+        if y[-1] == tok.eos_id:
+            answers[k][tok.decode(y)] = tuple(y)
+    bias, pairs = [told[f"bias_{name}"] for name in ("length", "confidence", "sycophancy")], []
+    for row, x, texts in zip(b.rows[:: cfg.group], firsts, answers):
+        u = {text: world.utility(row, text, *bias) for text in texts}
+        pairs += [(tuple(x), texts[y], texts[z], u[y], u[z]) for y, z in combinations(texts, 2)]
+    noise = world.noise_for(told["agreement"], [u - v for *_, u, v in pairs]) if told["agreement"] else told["noise"]
+    return [(x, y, z, world.annotate(u, v, noise, rng)) for x, y, z, u, v in pairs]
+
+
+def learn(new, old, rm, optimizer, tok, cfg, step, autocast, log):
+    """7. A step of the reward model on new comparisons and on some old ones, lest it forget: it stays right about what
+    the policy says by now (arXiv:2203.02155, 3.1, and arXiv:2204.05862, 4.5, in rounds; here a little at a time). The
+    loss is that of reward.py. Returns it, and the accuracy on the new ones before the step."""
+    rows, device = [(*row, 1.0) for row in new] + [(*row, 0.0) for row in old], rm.wte.weight.device
+    total, right = torch.zeros(2, device=device)
+    for part, real in pieces(sorted(rows, key=lambda row: (len(row[0]), row)), cfg.micro_batch):
+        number = {key: n for n, key in enumerate(sorted({(x, y) for x, *ys in part for y in ys[:2]}))}
+        prompts = {x: n for n, (x, _) in enumerate(number)}
+        ids, there = pad_batch([x + y for x, y in number], tok.pad_id, device)       # each answer once
+        start, prompt = torch.tensor([(len(x), prompts[x]) for x, _ in number], device=device).T
+        mask = there & (torch.arange(ids.shape[1], device=device) >= start[:, None])
         with autocast():
-            r = final_scores(rm, x, there.sum(1))
-        r_a, r_b = r[torch.tensor([[number[x], number[y]] for x, y, _ in part], device=device).T]
-        p, is_new = torch.tensor([p for *_, p in part], device=device), (at < len(new)).to(device)
-        # Bradley-Terry and centering, as in reward.py
-        loss = -p * F.logsigmoid(r_a - r_b) - (1 - p) * F.logsigmoid(r_b - r_a) + 0.01 * (r_a + r_b) ** 2 / 2
+            r = final_scores(rm, ids, there.sum(1), mask, prompt)
+        i, j = ([number[row[0], row[k]] for row in part] for k in (1, 2))
+        p, is_new = torch.tensor([row[3:] for row in part], device=device).T
+        d, both = r[i] - r[j], r[i] + r[j]
+        loss = -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + 0.01 * both ** 2 / 2
         (real * loss.sum() / len(rows)).backward()
-        sums["rm_loss"] += real * loss.detach().sum() / len(rows)
-        right = torch.where(p == 0.5, 0.5, ((r_a > r_b) == (p > 0.5)).float())
-        sums["rm_accuracy"] += real * (right * is_new).sum() / max(1, len(new))
-    log.update(step, rm, optimizer, cfg.reward_lr, {"rows": b.at, "pairs": rows})
-    return summed(sums)
+        total += real * loss.detach().sum() / len(rows)
+        right += real * (is_new * torch.where(p == 0.5, 0.5, ((d > 0) == (p > 0.5)).float())).sum() / max(1, len(new))
+    log.update(step, rm, optimizer, cfg.reward_lr, {"comparisons": rows})
+    return summed({"rm_loss": total, "rm_accuracy": right})
 
 
 def windows(path, tok, length):
@@ -554,8 +583,8 @@ def main(cfg):
         rm, told = rms[0][0], result_of(path)["config"]
         first_rows = formats.load(path / "comparisons.jsonl", "preference")[0]
         first_rows = random.Random(cfg.seed).sample(first_rows, min(2000, len(first_rows)))
-        compared = [(*(tuple(sum(tok.render_answer(r["prompt"], r[s]), [])) for s in ("chosen", "rejected")), r["label"])
-                    for r in first_rows]
+        compared = [(tuple(x), tuple(y), tuple(tok.render_answer(r["prompt"], r["rejected"])[1]), r["label"])
+                    for r in first_rows for x, y in [tok.render_answer(r["prompt"], r["chosen"])]]
         rm_optimizer = optimizer_for(rm, cfg.reward_lr, 0.01)
     state = load_state(cfg.out) if cfg.resume else {}
     if state:
@@ -622,7 +651,10 @@ def main(cfg):
             sums = update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, step, rng,
                           autocast, log)
         if asks and (step + 1) % cfg.relabel == 0:
-            sums |= ask(b, ref, rm, rm_optimizer, compared, told, tok, cfg, step, autocast, log)
+            new = ask(b, ref, told, tok, cfg, step, autocast)
+            old = random.Random(f"{cfg.seed} {step}").sample(compared, min(len(compared), 64))
+            sums |= learn(new, old, rm, rm_optimizer, tok, cfg, step, autocast, log) if new else {}
+            compared += new
         clock.append(time.time())
         n = b.mask.sum()
         err = ((b.returns - b.old_values) * b.mask).sum() / n

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 
 from data import InputError, formats, world
 from model import (Run, batches, cosine, for_training, load, load_optimizer, load_state, meet, need, optimizer_for,
-                   pad_batch, pieces, respond, run, save, seeded, setup, sibling, summed, write_atomic)
+                   pad_batch, pieces, respond, run, save, seeded, setup, sibling, summed, with_shared_prompts,
+                   write_atomic)
 
 
 @dataclass
@@ -82,9 +83,10 @@ def preference_loss(r_a, r_b, p, margin=0.0, center=0.0):
     return -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + center * (r_a + r_b) ** 2 / 2
 
 
-def final_scores(model, ids, lens):
-    """Reward (B,) of right-padded ids (B, T): the scalar head at the last real token, position lens - 1."""
-    hidden = model(ids)                                                               # (B, T, C)
+def final_scores(model, ids, lens, mask=None, prompt=None):
+    """Reward (B,) of right-padded ids (B, T): the scalar head at the last real token, position lens - 1. mask (B, T)
+    and prompt (B,): what goes through the model once for several rows (model.with_shared_prompts)."""
+    hidden = with_shared_prompts(model, ids, mask, prompt)                            # (B, T, C)
     return model.scores(hidden[torch.arange(len(ids), device=ids.device), lens - 1])
 
 
@@ -137,14 +139,19 @@ def group_scores(model, groups, tok, device, forward=final_scores):
     """Rewards of all answers of some groups (N,), and their pairs as tensors over them: (i, j, p, margin, ceiling, w);
     w is 1 / (pairs of the prompt), the weight of a pair in the loss."""
     flat = [list(a) for answers, _ in groups for a in answers]
-    ids, real = pad_batch(flat, tok.pad_id, device)                                   # (N, T)
-    pairs, start = [], 0
-    for answers, ps in groups:
+    ids, real = pad_batch(flat, tok.pad_id)                                           # (N, T)
+    pairs, prompt, common = [], [], []
+    for n, (answers, ps) in enumerate(groups):
+        start = len(prompt)
         pairs += [(start + i, start + j, p, m, c, 1 / len(ps)) for i, j, p, m, c in ps]
-        start += len(answers)
+        prompt += [n] * len(answers)
+        # what all begin with, the prompt at least, goes through the model once; a last token is nobody else's
+        common += [min(len(os.path.commonprefix(answers)), min(map(len, answers)) - 1)] * len(answers)
+    own = real & (torch.arange(ids.shape[1]) >= torch.tensor(common)[:, None])
     i, j, *rest = zip(*pairs)
     rest = [torch.tensor(x, device=device) for x in rest]
-    return forward(model, ids, real.sum(1)), torch.tensor([i, j], device=device), *rest, [len(x) for x in flat]
+    r = forward(model, *(x.to(device) for x in (ids, real.sum(1), own, torch.tensor(prompt))))
+    return r, torch.tensor([i, j], device=device), *rest, [len(x) for x in flat]
 
 
 @torch.no_grad()

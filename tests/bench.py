@@ -147,15 +147,15 @@ def ours(shape, cfg, device, autocast):
         else:
             ref, value = frozen(new(), autocast), new(scalar_head=True)
         frozen(rm, autocast)
-        options = ppo.Config(rollouts=B, epochs=4, minibatches=1, micro_batch=B, max_new=cfg.new, value_warmup=0, lr=1e-6,
+        options = ppo.Config(rollouts=B, group=1, epochs=4, minibatches=1, micro_batch=B, max_new=cfg.new, value_warmup=0, lr=1e-6,
                              value_lr=1e-6, iterations=10 ** 6)
         optimizers = [optimizer_for(m, 1e-6, 0.0) for m in (policy, value)]
         tok.eos_id = -1
         rng, split = torch.Generator().manual_seed(0), {"generate": [], "score": [], "train": []}
 
-        def score(rows, texts, ids, lens):
+        def score(b):
             with torch.no_grad(), autocast():
-                return reward.final_scores(rm, ids, lens)
+                return reward.final_scores(rm, b.ids, b.width)
 
         def update(step, model, optimizer, lr, batch):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -46,7 +46,7 @@ CURES = {     # flags of ppo.py; {reward} and the like are paths of the reward m
     "min": "--reward {reward},{second},{third} --ensemble min",
     "uwo": "--reward {reward},{second},{third} --ensemble uwo",
     "center": "--reward {center}",
-    "relabel": "--reward {reward} --relabel 15"}
+    "relabel": "--reward {reward} --relabel 1"}
 
 
 @dataclass

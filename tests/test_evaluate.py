@@ -25,7 +25,7 @@ import torch
 import hacking
 import ppo
 from data import InputError, evaluate, world
-from model import GPT, GPTConfig, cli, distinct_2
+from model import GPT, GPTConfig, cli, distinct_2, pad_batch
 from test_scripts import fails, log_of, result_of, user, write
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
@@ -449,7 +449,7 @@ def test_weights_of_several_rewards(tmp_path, monkeypatch):
                         ({"ensemble": "uwo", "uwo_coef": 0.25}, 1.75)):
         cfg = ppo.Config(reward="some_rewards:one,some_rewards:three", **flags)
         score, models = ppo.reward_function(cfg, torch.device("cpu"), None)
-        assert score([{}] * 2, ["a", "b"], None, None).tolist() == [want, want] and models == []
+        assert score(SimpleNamespace(rows=[{}] * 2, texts=["a", "b"])).tolist() == [want, want] and models == []
 
 
 @needs_fork
@@ -558,11 +558,42 @@ def test_every_cure_is_a_command(monkeypatch):
         assert cli(ppo.Config, "") != ppo.Config()
 
 
-def test_relabelling_asks_the_same_annotator(tmp_path, monkeypatch):
-    """With the noise and the biases that the reward model's comparisons were made with."""
-    commands = []
-    monkeypatch.setattr(ppo.subprocess, "run", lambda c, **kw: commands.append(c) or SimpleNamespace(returncode=0))
-    config = {"noise": 0.2, "agreement": 0.7, "bias_length": -0.5, "bias_confidence": 1.0, "bias_sycophancy": 0.0}
-    (tmp_path / "result.json").write_text(json.dumps({"config": config}))
-    ppo.relabel(ppo.Config(), str(tmp_path), "sft", 1)
-    assert {f"--{k}={v}" for k, v in config.items()} <= set(commands[0])
+def test_asking_again_asks_the_same_annotator(monkeypatch):
+    """About the answers of policy and reference that end and differ, with the noise and the biases of the first
+    comparisons; and the reward model learns what is preferred."""
+    tok = SimpleNamespace(eos_id=0, pad_id=1, decode=lambda ids: " ".join(map(str, ids)))
+    prompts, says = [[2, 3], [2, 3], [4], [4]], [[5, 0], [6, 0], [7, 8], [7, 0]]          # the third one does not end
+    ids, real = pad_batch([p + a for p, a in zip(prompts, says)], 1)
+    mask = real & (torch.arange(4) >= torch.tensor([len(p) for p in prompts])[:, None])
+    b = SimpleNamespace(ids=ids, mask=mask, prompts=prompts, rows=["who", "who", "why", "why"])
+    other, _ = pad_batch([[2, 3, 6, 0], [4, 9, 0]], 1)
+    monkeypatch.setattr(ppo, "generate", lambda model, prompts, *a, **kw: (
+        (other, other * 0 + torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]]) > 0, None) if prompts == [[2, 3], [4]] else None))
+    asked = []
+    monkeypatch.setattr(ppo.world, "utility", lambda row, text, *bias: asked.append((row, text, bias)) or len(asked))
+    monkeypatch.setattr(ppo.world, "annotate", lambda u, v, noise, rng: noise if u < v else -noise)
+    told = {"noise": 0.2, "agreement": 0.0, "bias_length": -0.5, "bias_confidence": 1.0, "bias_sycophancy": 0.25}
+    off, cfg = lambda: torch.autocast("cpu", enabled=False), ppo.Config(group=2)   # noqa: E731
+    new = ppo.ask(b, None, told, tok, cfg, 3, off)
+    assert new == [((2, 3), (5, 0), (6, 0), 0.2), ((4,), (7, 0), (9, 0), 0.2)]
+    assert asked == [("who", "5 0", (-0.5, 1.0, 0.25)), ("who", "6 0", (-0.5, 1.0, 0.25)),
+                     ("why", "7 0", (-0.5, 1.0, 0.25)), ("why", "9 0", (-0.5, 1.0, 0.25))]
+    torch.manual_seed(0)
+    rm = GPT(GPTConfig(vocab_size=12, n_layer=1, max_len=16, scalar_head=True))
+    optimizer, log = torch.optim.AdamW(rm.parameters(), 1e-3), SimpleNamespace()
+
+    def update(step, model, optimizer, lr, batch):
+        optimizer.step()
+        optimizer.zero_grad()
+    log.update = update
+    new, old = [((2, 3), (5, 0), (6, 0), 1.0), ((4,), (7, 0), (9, 0), 0.0)], [((2, 3), (6, 0), (7, 0), 1.0)]
+    r = lambda *row: rm.scores(rm(torch.tensor([row])))[0, -1].item()   # noqa: E731
+    d = [r(2, 3, 5, 0) - r(2, 3, 6, 0), r(4, 7, 0) - r(4, 9, 0), r(2, 3, 6, 0) - r(2, 3, 7, 0)]
+    both = [r(2, 3, 5, 0) + r(2, 3, 6, 0), r(4, 7, 0) + r(4, 9, 0), r(2, 3, 6, 0) + r(2, 3, 7, 0)]
+    want = np.mean([np.logaddexp(0, -x if k != 1 else x) + 0.005 * y ** 2 for k, (x, y) in enumerate(zip(d, both))])
+    first = ppo.learn(new, old, rm, optimizer, tok, cfg, 0, off, log)
+    assert first["rm_loss"].item() == pytest.approx(want, rel=1e-5)
+    assert first["rm_accuracy"].item() == pytest.approx(((d[0] > 0) + (d[1] < 0)) / 2)
+    for step in range(30):
+        last = ppo.learn(new, old, rm, optimizer, tok, cfg, step, off, log)
+    assert last["rm_loss"] < 0.2 * first["rm_loss"] and last["rm_accuracy"] == 1

@@ -33,7 +33,6 @@ def test_killed_at_any_moment_and_resumed(suite, chain, tmp_path, script):
     with the weights and the log of a run that nobody killed."""
     flags = [*TRAIN[script][0], *links(script, chain), "--dtype", "float32", "--save_every", 1,
              "--max_steps", TRAIN[script][1]]
-    flags += ["--relabel", 0] if script == "ppo.py" and TIMES == 1 else []   # each round takes seconds
     start = time.time()
     suite.ok(script, *flags, "--out", tmp_path / "whole")
     seconds, rng, killed, runs = time.time() - start, random.Random(script), 0, 0

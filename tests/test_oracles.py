@@ -363,11 +363,50 @@ def test_ppo_losses_do_not_depend_on_batching(dialect):
 
     every = torch.arange(len(ids))
     variants = [run("whole", [every]), run("micro 1", every.split(1)), run("micro 3", every.split(3)),
-                run("by length", ppo.by_length(width, 2)), run("reversed", [every.flip(0)]),
+                run("by length", [rows for rows, *_ in ppo.by_length(width, 2, 1)]), run("reversed", [every.flip(0)]),
                 run("more padding", [every], extra=6), run("garbage", every.split(4), extra=6, garbage=True)]
     for column in zip(*variants):
         same(column)
-    assert sorted(torch.cat(ppo.by_length(width, 2)).tolist()) == every.tolist()
+    assert sorted(torch.cat([rows for rows, *_ in ppo.by_length(width, 2, 1)]).tolist()) == every.tolist()
+    for rows, prompt, real in (cut := ppo.by_length(torch.tensor([9, 1, 3, 3, 2, 2, 8, 8]), 5, 2)):    # whole groups
+        assert real == 1.0 and prompt.tolist() == (rows // 2).tolist() and len(rows) == 4
+    assert [rows.tolist() for rows, *_ in cut] == [[4, 5, 2, 3], [6, 7, 0, 1]]
+
+
+@both
+def test_shared_prompts_change_nothing(dialect):
+    """Otherwise an answer sees its neighbours, stands at other positions, or a prompt's gradient is lost or doubled."""
+    model, value, rng = tiny(dialect), tiny(dialect, 1, scalar_head=True), random.Random(0)
+    rows, prompt, start = [], [], []
+    for n, k in enumerate((3, 1, 2, 4, 1)):                            # prompt 3 has four answers
+        x = ragged(rng, 1, 1, 9)[0]
+        rows, prompt, start = rows + [x + y for y in ragged(rng, k, 1, 9)], prompt + [n] * k, start + [len(x)] * k
+    (ids, real), prompt = pad_batch(rows, 30), torch.tensor(prompt)
+    mask = real & (torch.arange(ids.shape[1]) >= torch.tensor(start)[:, None])
+    weight = torch.randn(3, *ids.shape, generator=torch.Generator().manual_seed(0))
+
+    def run(name, x, m, prompt, at=slice(None)):
+        seen = []
+        hooks = [m_.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel())) for m_ in (model, value)]
+        logp, ent = token_logprobs(model, x, m, 0.7, entropy=True, prompt=prompt)
+        v = ppo.token_values(value, x, m, prompt) * m
+        r = reward.final_scores(value, x, real.sum(1)[at], m, prompt)
+        [hook.remove() for hook in hooks]
+        w = weight[:, at]
+        (w[0] * logp + w[1] * ent).sum().backward()
+        ((w[2] * v).sum() + (r * w[0, :, 0]).sum()).backward()
+        outs = torch.cat([y.detach().double().flatten() for y in (logp.sort(0).values, v.sort(0).values, r.sort().values)])
+        return (name, outs.abs().sum().item(), torch.cat([outs, grad_of(model), grad_of(value)])), seen
+
+    plain, seen = run("alone", ids, mask, None)
+    shared, fewer = run("shared", ids, mask, prompt)
+    order = [i for n in (3, 0, 4, 2, 1) for i in rng.sample((prompt == n).nonzero()[:, 0].tolist(), int((prompt == n).sum()))]
+    moved, _ = run("another order", ids[order], mask[order], prompt[order], order)
+    garbage, _ = run("garbage", torch.where(real, ids, torch.randint(V, ids.shape)), mask, prompt)
+    same([plain, shared, moved, garbage])
+    assert max(fewer) < min(seen)
+    one = model_py.with_shared_prompts(model, ids[:3], mask[:3], prompt[:3])                       # a single prompt
+    torch.testing.assert_close(one[real[:3]], model(ids[:3])[real[:3]], atol=1e-5, rtol=1e-5)
 
 
 @both
@@ -629,7 +668,7 @@ def test_group_scores_each_answer_once():
     model, seen = tiny("llama", scalar_head=True), []
     model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     r, (i, j), p, m, c, w, lens = reward.group_scores(model, groups, tok, "cpu")
-    assert seen == [6] and len(r) == len(lens) == 6 and len(i) == 7                       # 4 + 2 answers, 6 + 1 pairs
+    assert seen == [2] and len(r) == len(lens) == 6 and len(i) == 7            # 2 prompts, 4 + 2 answers, 6 + 1 pairs
     assert w.sum().item() == pytest.approx(2) and set(np.round(w.tolist(), 6)) == {1.0, round(1 / 6, 6)}
     flat = [a for answers, _ in groups for a in answers]
     assert all((flat[x][:3] == flat[y][:3]) for x, y in zip(i.tolist(), j.tolist()))      # pairs stay in their prompt
@@ -727,7 +766,7 @@ def test_before_the_first_update_nothing_differs(dialect):
     _, stats = ppo.policy_loss(logp, old, torch.randn(ids.shape), mask, 0.2, mask.sum())
     assert abs(stats["approx_kl"]) < 1e-6 and stats["clipfrac"] == 0
     width = torch.tensor([len(p) for p in prompts]) + mask.sum(1)
-    cfg = SimpleNamespace(temperature=0.7, micro_batch=5)
+    cfg = SimpleNamespace(temperature=0.7, micro_batch=5, group=1)
     off = lambda: torch.autocast("cpu", enabled=False)   # noqa: E731
     ppo.self_check(policy, ids, mask, width, sampled, old, ref_logp, cfg, off)
     off_by = 0.01 * mask
@@ -756,9 +795,9 @@ def test_exact_kl_and_pieces(dialect, temperature):
     assert want[2].sum() > 1 and (got[:, ~mask] == 0).all()
     torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
     for size in (1, 2, 4, 9, 100):
-        parts = ppo.in_pieces(lambda i, m: ppo.compare(policy, ref, i, m, temperature), size, ids, mask, width)
+        parts = ppo.in_pieces(lambda i, m, _: ppo.compare(policy, ref, i, m, temperature), size, ids, mask, width)
         torch.testing.assert_close(parts, got, atol=2e-5, rtol=0)
-        one = ppo.in_pieces(lambda i, m: token_logprobs(policy, i, m, temperature).detach(), size, ids, mask, width)
+        one = ppo.in_pieces(lambda i, m, _: token_logprobs(policy, i, m, temperature).detach(), size, ids, mask, width)
         torch.testing.assert_close(one, got[0], atol=2e-5, rtol=0)                               # (b, t) as well
 
 
@@ -996,9 +1035,9 @@ def test_lora_starts_as_its_trunk_trains_apart_and_merges(dialect):
     assert (moved - h).abs().max() > 0.01 and torch.equal(trunk(ids), h) and torch.equal(value(ids), h)
     assert all(torch.equal(v, before[k]) for k, v in trunk.state_dict().items())
     plain = GPT(trunk.cfg)
-    plain.load_state_dict(model_py.merged(policy))
+    plain.load_state_dict(model_py.merged(policy.state_dict()))
     assert (plain(ids) - moved).abs().max() < 2e-5 * moved.abs().max()
-    assert all(torch.equal(v, before[k]) for k, v in model_py.merged(trunk).items())
+    assert all(torch.equal(v, before[k]) for k, v in model_py.merged(trunk.state_dict()).items())
 
 
 @both
