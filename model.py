@@ -1001,7 +1001,7 @@ class Config:
     data: str = ""                # text file, documents separated by <|endoftext|> (default: the tiny world's corpus)
     out: str = "out/base"         # folder for the checkpoint, log, samples and plot
     size: typing.Literal["tiny", "gpt2"] = "tiny"   # shape of the model, a row of SIZES
-    steps: int = 1600             # optimizer steps
+    steps: int = 1400             # optimizer steps
     batch_size: int = 8           # sequences a step
     length: int = 128             # tokens a sequence
     lr: float = 4e-3              # peak learning rate of AdamW, after warmup, decaying to a tenth along a cosine

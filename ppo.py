@@ -60,11 +60,11 @@ class Config:
     reward_weights: str = ""      # of several rewards, 1,0.5 (default: equal), e.g. of a helpful and a harmless one
     data: str = ""                # prompts (default: the tiny world's)
     out: str = "out/ppo"          # folder for the checkpoint, log, samples and plot
-    iterations: int = 50          # rollout + update
-    relabel: int = 1              # every so many iterations have the answers to each prompt compared, and the reward
-                                  # model learn from that (0: never); needs the tiny world's annotator, one reward model
-                                  # of ours and --group 2 or more
-    reward_lr: float = 3e-4       # of the reward model then
+    iterations: int = 70          # rollout + update
+    relabel: int = 1              # every so many iterations have the answers to each prompt, and one of --init, compared
+                                  # and the reward model learn from that (0: never); needs the tiny world's annotator
+                                  # and one reward model of ours
+    reward_lr: float = 5e-4       # of the reward model then
     rollouts: int = 256           # responses an iteration
     epochs: int = 1               # passes over each batch of rollouts
     minibatches: int = 4          # optimizer steps per pass
@@ -73,7 +73,7 @@ class Config:
     max_new: int = 32             # longest response, in tokens
     temperature: float = 1.0      # of sampling and of every log-prob
     advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"   # gae uses the value model, the others --group answers
-    group: int = 2                # answers per prompt (rloo, grpo and --relabel need at least 2)
+    group: int = 2                # answers per prompt (rloo and grpo need at least 2)
     gamma: float = 1.0            # discount
     lam: float = 0.95             # GAE lambda
     lr: float = 2e-4              # of the policy, falling linearly to a third (1e-6 to 1e-5 for real models)
@@ -471,27 +471,31 @@ def ask(b, ref, told, tok, cfg, step, autocast):
 
 
 def learn(new, old, rm, optimizer, tok, cfg, step, autocast, log):
-    """7. A step of the reward model on new comparisons and on some old ones, lest it forget: it stays right about what
+    """7. Steps of the reward model on new comparisons and on some old ones, lest it forget: it stays right about what
     the policy says by now (arXiv:2203.02155, 3.1, and arXiv:2204.05862, 4.5, in rounds; here a little at a time). The
-    loss is that of reward.py. Returns it, and the accuracy on the new ones before the step."""
-    rows, device = [(*row, 1.0) for row in new] + [(*row, 0.0) for row in old], rm.wte.weight.device
-    total, right = torch.zeros(2, device=device)
-    for part, real in pieces(sorted(rows, key=lambda row: (len(row[0]), row)), cfg.micro_batch):
-        number = {key: n for n, key in enumerate(sorted({(x, y) for x, *ys in part for y in ys[:2]}))}
-        prompts = {x: n for n, (x, _) in enumerate(number)}
-        ids, there = pad_batch([x + y for x, y in number], tok.pad_id, device)       # each answer once
-        start, prompt = torch.tensor([(len(x), prompts[x]) for x, _ in number], device=device).T
-        mask = there & (torch.arange(ids.shape[1], device=device) >= start[:, None])
-        with autocast():
-            r = final_scores(rm, ids, there.sum(1), mask, prompt)
-        i, j = ([number[row[0], row[k]] for row in part] for k in (1, 2))
-        p, is_new = torch.tensor([row[3:] for row in part], device=device).T
-        d, both = r[i] - r[j], r[i] + r[j]
-        loss = -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + 0.01 * both ** 2 / 2
-        (real * loss.sum() / len(rows)).backward()
-        total += real * loss.detach().sum() / len(rows)
-        right += real * (is_new * torch.where(p == 0.5, 0.5, ((d > 0) == (p > 0.5)).float())).sum() / max(1, len(new))
-    log.update(step, rm, optimizer, cfg.reward_lr, {"comparisons": rows})
+    loss is that of reward.py. Returns it, and the accuracy on the new ones, each before the step that it is part of."""
+    device, lr = rm.wte.weight.device, cfg.reward_lr * (1 - 2 / 3 * step / cfg.iterations)
+    rows, total, right = [(*row, 1.0) for row in new] + [(*row, 0.0) for row in old], *torch.zeros(2, device=device)
+    prompts = {x: n for n, x in enumerate(dict.fromkeys(row[0] for row in rows))}
+    for k in range(cfg.minibatches):   # the comparisons of one prompt stay together, each answer is scored once
+        batch = sorted((row for row in rows if prompts[row[0]] % cfg.minibatches == k), key=lambda x: (len(x[0]), x))
+        for part, real in pieces(batch, cfg.micro_batch) if batch else ():
+            number = {key: n for n, key in enumerate(sorted({(x, y) for x, *ys in part for y in ys[:2]}))}
+            ids, there = pad_batch([x + y for x, y in number], tok.pad_id, device)
+            start, prompt = torch.tensor([(len(x), prompts[x]) for x, _ in number], device=device).T
+            mask = there & (torch.arange(ids.shape[1], device=device) >= start[:, None])
+            with autocast():
+                r = final_scores(rm, ids, there.sum(1), mask, prompt)
+            i, j = ([number[row[0], row[k]] for row in part] for k in (1, 2))
+            p, is_new = torch.tensor([row[3:] for row in part], device=device).T
+            d, both = r[i] - r[j], r[i] + r[j]
+            loss = -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + 0.01 * both ** 2 / 2
+            (real * loss.sum() / len(batch)).backward()
+            total += real * loss.detach().sum() / len(rows)
+            hit = torch.where(p == 0.5, 0.5, ((d > 0) == (p > 0.5)).float())
+            right += real * (is_new * hit).sum() / max(1, len(new))
+        if batch:
+            log.update(step, rm, optimizer, lr, {"comparisons": batch})
     return summed({"rm_loss": total, "rm_accuracy": right})
 
 
@@ -572,7 +576,7 @@ def main(cfg):
         raise InputError(f"{data}: no prompt of at most {room} tokens (--max_prompt, --max_new, the models' context)")
     rows, prompts = zip(*fit)
     graded = not cfg.data   # the tiny world knows the gold score; it goes into the log, never into the update
-    asks = cfg.relabel and graded and len(rms) == 1 and cfg.group > 1 and (path / "comparisons.jsonl").exists()
+    asks = cfg.relabel and graded and len(rms) == 1 and (path / "comparisons.jsonl").exists()
     for rm, _ in rms if not asks else ():
         frozen(rm, autocast)
     corpus = None

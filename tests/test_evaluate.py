@@ -573,7 +573,7 @@ def test_asking_again_asks_the_same_annotator(monkeypatch):
     monkeypatch.setattr(ppo.world, "utility", lambda row, text, *bias: asked.append((row, text, bias)) or len(asked))
     monkeypatch.setattr(ppo.world, "annotate", lambda u, v, noise, rng: noise if u < v else -noise)
     told = {"noise": 0.2, "agreement": 0.0, "bias_length": -0.5, "bias_confidence": 1.0, "bias_sycophancy": 0.25}
-    off, cfg = lambda: torch.autocast("cpu", enabled=False), ppo.Config(group=2)   # noqa: E731
+    off, cfg = lambda: torch.autocast("cpu", enabled=False), ppo.Config(group=2, minibatches=1)   # noqa: E731
     new = ppo.ask(b, None, told, tok, cfg, 3, off)
     assert new == [((2, 3), (5, 0), (6, 0), 0.2), ((4,), (7, 0), (9, 0), 0.2)]
     assert asked == [("who", "5 0", (-0.5, 1.0, 0.25)), ("who", "6 0", (-0.5, 1.0, 0.25)),
