@@ -480,6 +480,20 @@ def draw(logits, u, temperature, top_k, top_p):
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
+def prefill(model, prompts, P, room, pad_id):
+    """Reads n prompts of at most P tokens, one that comes several times only once. Returns the hidden state (n, C) of
+    the last token of each, and a cache (L, 2, n, Hkv, room, D) with all of them, room >= P."""
+    distinct = {x: u for u, x in enumerate(dict.fromkeys(map(tuple, prompts)))}       # U prompts
+    which = torch.tensor([distinct[tuple(x)] for x in prompts], device=model.wte.weight.device)      # (n,)
+    cache = read = model.new_cache(len(prompts), room)
+    if len(distinct) < len(prompts):
+        read = model.new_cache(len(distinct), P)
+    hidden = model(pad_batch(list(distinct), pad_id, which.device, P)[0], read)       # (U, P, C)
+    if read is not cache:
+        cache[..., :P, :] = read[:, :, which]
+    return hidden[which, torch.tensor([len(x) - 1 for x in prompts], device=which.device)], cache
+
+
 GRAPHS = False   # whether decode has been compiled to CUDA graphs (setup)
 
 
@@ -506,18 +520,9 @@ def generate(model, prompts, max_new, eos_id, pad_id=0, temperature=1.0, top_k=0
     wrote = torch.zeros_like(new)                                                     # 1 where a row wrote a token
     row = torch.tensor(share(range(B)), dtype=torch.long, device=device)   # the rows still being written
     if len(row):
-        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in row.tolist()))       # U prompts
-        number = {p: n for n, p in enumerate(distinct)}
-        which = torch.tensor([number[tuple(prompts[i])] for i in row.tolist()], device=device)    # (n,)
-        cache = start = model.new_cache(len(row), P + max_new if GRAPHS else P)       # (L, 2, n, Hkv, S, D)
-        if len(distinct) < len(row):
-            start = model.new_cache(len(distinct), P)
-        hidden = model(pad_batch(distinct, pad_id, device, P)[0], start)              # (U, P, C)
-        if start is not cache:
-            cache[..., :P, :] = start[:, :, which]
-        token, lp = draw(model.logits(hidden[which, lens[row] - 1]), u[row, 0], temperature, top_k, top_p)
+        hidden, cache = prefill(model, [prompts[i] for i in row.tolist()], P, P + max_new if GRAPHS else P, pad_id)
+        token, lp = draw(model.logits(hidden), u[row, 0], temperature, top_k, top_p)
         done = torch.zeros(len(row), dtype=torch.bool, device=device)
-        del start, hidden
     for i in range(max_new if len(row) else 0):
         new[row, i], logp[row, i], wrote[row, i] = token, lp, (~done).long()
         done = done | (token == eos_id)

@@ -22,14 +22,15 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from model import (GPT, SIZES, GPTConfig, frozen, generate, optimizer_for, run, setup,   # noqa: E402, before torch
+                   token_logprobs, with_lora)
+
 import torch   # noqa: E402
 
 import dpo   # noqa: E402
 import ppo   # noqa: E402
 import reward   # noqa: E402
 from data import InputError   # noqa: E402
-from model import (GPT, SIZES, GPTConfig, frozen, generate, optimizer_for, run, setup,   # noqa: E402
-                   token_logprobs, with_lora)
 
 GPT2 = dict(n_inner=None, max_len=1024, vocab_size=50304)
 SHAPES = {"tiny": SIZES["tiny"] | {"vocab_size": 1024}}
