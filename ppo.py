@@ -60,7 +60,7 @@ class Config:
     reward_weights: str = ""      # of several rewards, 1,0.5 (default: equal), e.g. of a helpful and a harmless one
     data: str = ""                # prompts (default: the tiny world's)
     out: str = "out/ppo"          # folder for the checkpoint, log, samples and plot
-    iterations: int = 80          # rollout + update
+    iterations: int = 70          # rollout + update
     relabel: int = 1              # every so many iterations have the answers to each prompt, and one of --init,
                                   # compared, and the reward model learn from that (0: never); needs the tiny world's
                                   # annotator and one reward model of ours

@@ -43,7 +43,7 @@ class Config:
     out: str = "out/reward"       # folder for the checkpoint, comparisons, log, samples and plot
     vote: bool = False            # do not train: compare answers yourself, then see what the reward model in --out says
     votes: str = ""               # file that the votes go to (default: votes.jsonl in --out)
-    prompts: int = 3000           # prompts to sample answers for
+    prompts: int = 4000           # prompts to sample answers for
     k: int = 4                    # answers per prompt; all pairs of different ones are compared
     temperature: float = 1.0      # of that sampling
     noise: float = 0.05           # annotator: 0 always picks the better answer, larger errs more (sigmoid(gap / noise))

@@ -379,7 +379,7 @@ def test_shared_prompts_change_nothing(dialect):
     model, value, rng = tiny(dialect), tiny(dialect, 1, scalar_head=True), random.Random(0)
     rows, prompt, start = [], [], []
     for n, k in enumerate((3, 1, 2, 4, 1)):                            # prompt 3 has four answers
-        x = ragged(rng, 1, 1, 9)[0]
+        x = ragged(rng, 1, 6, 20)[0]
         rows, prompt, start = rows + [x + y for y in ragged(rng, k, 1, 9)], prompt + [n] * k, start + [len(x)] * k
     (ids, real), prompt = pad_batch(rows, 30), torch.tensor(prompt)
     mask = real & (torch.arange(ids.shape[1]) >= torch.tensor(start)[:, None])
@@ -405,6 +405,8 @@ def test_shared_prompts_change_nothing(dialect):
     garbage, _ = run("garbage", torch.where(real, ids, torch.randint(V, ids.shape)), mask, prompt)
     same([plain, shared, moved, garbage])
     assert max(fewer) < min(seen)
+    single = [0, 3, 4]                                                  # where nothing would be saved, rows stay apart
+    assert torch.equal(model_py.with_shared_prompts(model, ids[single], mask[single], prompt[single]), model(ids[single]))
     one = model_py.with_shared_prompts(model, ids[:3], mask[:3], prompt[:3])                       # a single prompt
     torch.testing.assert_close(one[real[:3]], model(ids[:3])[real[:3]], atol=1e-5, rtol=1e-5)
 
@@ -522,8 +524,12 @@ def test_greedy_decoding_from_the_cache(greedy, monkeypatch):
 @both
 def test_sampling_is_the_naive_loop_with_the_same_noise(dialect):
     """Otherwise the cached sampler draws from another distribution than the one it reports and trains on."""
-    model, prompts, n = tiny(dialect), ragged(random.Random(1), 5, 1, 9), 12
+    model, prompts, n, seen = tiny(dialect), ragged(random.Random(1), 5, 1, 9), 12, []
+    prompts = [prompts[i] for i in (0, 1, 2, 1, 3, 4, 1)]              # one of them three times, read once
+    hook = model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     ids, mask, logp = generate(model, prompts, n, -1, 0, 0.8, generator=torch.Generator().manual_seed(7))
+    hook.remove()
+    assert seen == [5] + [7] * (n - 1)
     g, rows = torch.Generator().manual_seed(7), [list(p) for p in prompts]
     with torch.no_grad():
         u = torch.rand(len(rows), n, dtype=torch.float64, generator=g).numpy()
