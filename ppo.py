@@ -658,7 +658,7 @@ def main(cfg):
             new = ask(b, ref, told, tok, cfg, step, autocast)
             old = random.Random(f"{cfg.seed} {step}").sample(compared, min(len(compared), 64))
             sums |= learn(new, old, rm, rm_optimizer, tok, cfg, step, autocast, log) if new else {}
-            compared += new
+            compared[2000:] = (compared[2000:] + new)[-10000:]   # the reward model's first ones, and the latest
         clock.append(time.time())
         n = b.mask.sum()
         err = ((b.returns - b.old_values) * b.mask).sum() / n

@@ -9,7 +9,7 @@ Equations: P(a over b | x) = sigmoid(r(x, a) - r(x, b)) (Bradley & Terry 1952), 
 (1 or 0 for a plain choice, 1/2 for a tie, anything between for a soft label) and m a margin (arXiv:2307.09288, eq. 2)
     L = - p log sigmoid(r_a - r_b - m) - (1 - p) log sigmoid(r_b - r_a + m)  +  c (r_a + r_b)^2 / 2
 The last term (centering, arXiv:2312.09244) holds down the constant that the first two leave free. All comparisons of
-one prompt go through the model together, each answer once, their losses averaged over the K-choose-2 pairs
+one prompt go through the model together, prompt and answers once each, their losses averaged over the K-choose-2 pairs
 (arXiv:2203.02155, eq. 1). The reward is read at the last token, the EOS, from a scalar head on the SFT model. After
 training, reward_mean is set so that the answers in the comparisons average 0.
 
