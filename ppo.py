@@ -576,7 +576,8 @@ def main(cfg):
         raise InputError(f"{data}: no prompt of at most {room} tokens (--max_prompt, --max_new, the models' context)")
     rows, prompts = zip(*fit)
     graded = not cfg.data   # the tiny world knows the gold score; it goes into the log, never into the update
-    asks = cfg.relabel and graded and len(rms) == 1 and (path / "comparisons.jsonl").exists()
+    told = result_of(path).get("config")   # how its comparisons were made
+    asks = cfg.relabel and graded and len(rms) == 1 and told and (path / "comparisons.jsonl").exists()
     for rm, _ in rms if not asks else ():
         frozen(rm, autocast)
     corpus = None
@@ -584,11 +585,10 @@ def main(cfg):
         corpus = windows(cfg.ptx_data or world.TINY / "corpus.txt", tok, min(128, policy.cfg.max_len))
 
     if asks:
-        rm, told = rms[0][0], result_of(path)["config"]
-        first_rows = formats.load(path / "comparisons.jsonl", "preference")[0]
-        first_rows = random.Random(cfg.seed).sample(first_rows, min(2000, len(first_rows)))
+        rm, rows_ = rms[0][0], formats.load(path / "comparisons.jsonl", "preference")[0]
+        rows_ = random.Random(cfg.seed).sample(rows_, min(2000, len(rows_)))
         compared = [(tuple(x), tuple(y), tuple(tok.render_answer(r["prompt"], r["rejected"])[1]), r["label"])
-                    for r in first_rows for x, y in [tok.render_answer(r["prompt"], r["chosen"])]]
+                    for r in rows_ for x, y in [tok.render_answer(r["prompt"], r["chosen"])]]
         rm_optimizer = optimizer_for(rm, cfg.reward_lr, 0.01)
     state = load_state(cfg.out) if cfg.resume else {}
     if state:
