@@ -396,13 +396,17 @@ def for_training(model, cfg):
     return model
 
 
-def whole(x):
-    """A tensor, or a nested dict or list of them, with what is sharded gathered on every process."""
+def whole(x, to_first=False):
+    """A tensor, or a nested dict or list of them, with what is sharded gathered on every process, or one by one
+    in the main memory of the first process alone."""
     if isinstance(x, dict):
-        return {k: whole(v) for k, v in x.items()}
+        return {k: whole(v, to_first) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
-        return type(x)(whole(v) for v in x)
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+        return type(x)(whole(v, to_first) for v in x)
+    if hasattr(x, "full_tensor"):
+        x = x.full_tensor()
+        return x if not to_first else x.cpu() if RANK == 0 else None
+    return x
 
 
 def load_optimizer(optimizer, state):
@@ -696,7 +700,7 @@ def load(path, device="cpu", scalar_head=None):
 def save(folder, model, tok, state=None):
     """Save model, tokenizer and, for --resume, training state {name: tensors, numbers, strings}: all or nothing."""
     from data.checkpoint import save_folder
-    state, weights = whole(state), whole(model.state_dict())
+    state, weights = whole(state, to_first=True), whole(model.state_dict(), to_first=True)
     extra = {} if state is None else {"state.pt": lambda path: torch.save(state, path)}
     if RANK == 0:
         save_folder(folder, model.cfg, merged(weights), tok, extra)
