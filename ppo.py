@@ -64,7 +64,7 @@ class Config:
     relabel: int = 1              # every so many iterations have the answers to each prompt, and one of --init,
                                   # compared, and the reward model learn from that (0: never); needs the tiny world's
                                   # annotator and one reward model of ours
-    reward_lr: float = 5e-4       # of the reward model then
+    reward_lr: float = 1e-3       # of the reward model then
     rollouts: int = 256           # responses an iteration
     epochs: int = 1               # passes over each batch of rollouts
     minibatches: int = 4          # optimizer steps per pass
