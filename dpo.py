@@ -201,13 +201,16 @@ def both(examples):
 
 
 @torch.no_grad()
-def all_logps(model, examples, tok, device, autocast, batch):
-    """Summed log-probs (2, N) of both answers of all examples, similar lengths together."""
+def all_logps(model, examples, tok, device, autocast, batch, paired=True):
+    """Summed log-probs (2, N) of both answers of all examples, similar lengths together. A pair goes through the model
+    as it will in training, so that policy and reference start equal: its prompt once, or (kto) each answer alone."""
     out = torch.zeros(2, len(examples))
     order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i][:3])))
     for rows, real in pieces(order, batch) if order else ():
         with autocast():
-            part = logps(model, both([examples[i] for i in rows]), tok, device)[0].view(2, -1).cpu()
+            pairs = both([examples[i] for i in rows])
+            halves = [pairs] if paired else [pairs[: len(rows)], pairs[len(rows):]]
+            part = torch.cat([logps(model, half, tok, device)[0] for half in halves]).view(2, -1).cpu()
         if real:
             out[:, rows] = part
     return summed(out)
@@ -316,7 +319,7 @@ def main(cfg):
         ref_logp = torch.zeros(2, len(train) + len(held))
         if needs_ref:   # the policy is still the reference: its log-probs, once, and no second model
             start = time.time()
-            ref_logp = all_logps(policy, train + held, tok, device, autocast, cfg.micro_batch)
+            ref_logp = all_logps(policy, train + held, tok, device, autocast, cfg.micro_batch, cfg.loss != "kto")
             print(f"log-probs of the reference: {2 * len(train + held):,} answers once, {time.time() - start:.0f} s, "
                   f"{ref_logp.nbytes:,} bytes kept instead of a second model of "
                   f"{sum(p.nbytes for p in policy.parameters()):,}")

@@ -602,7 +602,7 @@ def with_shared_prompts(model, ids, mask, prompt):
     """What model(ids) gives, (B, T, C), when rows of equal prompt (B,), all neighbours, begin with the same tokens
     and go on with their own, mask (B, T): the prompt goes through the model once. The rows' answers follow it one
     after the other, each at the positions of its own row, seeing the prompt and itself alone (arXiv:2410.20305).
-    Without prompt, and where that would not save a fifth of the tokens, it is model(ids)."""
+    Without prompt it is model(ids). Not for answers much longer than prompts: all share one (B, 1, U, U) mask."""
     if prompt is None:
         return model(ids)
     row = (prompt != prompt.roll(1)).cumsum(0) - (prompt[0] != prompt[-1]).long()     # (B,) 0, 0, 1, 1, 1, ..
@@ -610,8 +610,6 @@ def with_shared_prompts(model, ids, mask, prompt):
     start = n.cumsum(0) - n                                                           # tokens of all answers before
     start = start - start[torch.searchsorted(row, row)]                               # .. in the same row
     rows, length = int(row[-1]) + 1, -(-int((P + start + n).max()) // 8) * 8          # (S, U): what goes in
-    if rows * length > 0.8 * ids.numel():
-        return model(ids)
     at = t + start[:, None] * (t >= P[:, None])                                       # (B, T) place in its row
     at = torch.where(t < (P + n)[:, None], at, length)                                # padding: one past the end
     part = torch.where(t < P[:, None], 0, torch.arange(1, len(ids) + 1, device=ids.device)[:, None])   # 0: the prompt

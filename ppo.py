@@ -252,21 +252,26 @@ def compare(policy, ref, ids, mask, temperature, prompt=None):
     return out
 
 
-def by_length(width, size, group):
+def by_length(width, size, group, share):
     """Responses of these widths (B,) in pieces of about `size` rows: [(rows, prompt, 1.0 or 0.0)]. Answers to one
     prompt, `group` neighbours, stay together, beside others of similar length, so that little is padded; prompt numbers
-    them, or is None for single answers; the last number is as in model.pieces."""
+    them if they shall share it, else it is None; the last number is as in model.pieces."""
     width, out = width.view(-1, group).amax(1), []
     for k, real in pieces(width.argsort(), max(1, size // group)):
         rows = (k[:, None] * group + torch.arange(group, device=k.device)).flatten()
-        out.append((rows, rows // group if group > 1 else None, real))
+        out.append((rows, rows // group if share else None, real))
     return out
 
 
-def in_pieces(f, size, ids, mask, width, group=1):
+def shares(cfg):
+    """Whether answers to one prompt go through the models in one row with it: not if they may be longer than it."""
+    return cfg.group > 1 and cfg.max_new <= cfg.max_prompt
+
+
+def in_pieces(f, size, ids, mask, width, group=1, share=False):
     """f(ids, mask, prompt) over pieces of rows, put together again; f gives (..., b, t) tensors."""
     out = None
-    for rows, prompt, real in by_length(width, size, group):
+    for rows, prompt, real in by_length(width, size, group, share):
         t = int(width[rows].max())
         part = f(ids[rows, :t], mask[rows, :t], prompt)
         if out is None:
@@ -302,7 +307,7 @@ def one_reward(name, cfg, device, autocast):
     @torch.no_grad()
     def score(b):
         out = torch.zeros(len(b.ids), device=device)
-        for r, prompt, real in by_length(b.width, cfg.micro_batch, cfg.group):
+        for r, prompt, real in by_length(b.width, cfg.micro_batch, cfg.group, shares(cfg)):
             t = int(b.width[r].max())
             with autocast():
                 part = final_scores(rm, b.ids[r, :t], b.width[r], b.mask[r, :t], prompt)
@@ -338,7 +343,7 @@ def self_check(policy, ids, mask, width, sampled_logp, old_logp, ref_logp, cfg, 
     i = int(width.argmin())                                   # the shortest row carries the most padding
     with torch.no_grad(), autocast():
         again = in_pieces(lambda x, m, prompt: token_logprobs(policy, x, m, cfg.temperature, prompt=prompt),
-                          cfg.micro_batch, ids, mask, width, cfg.group)
+                          cfg.micro_batch, ids, mask, width, cfg.group, shares(cfg))
         alone = token_logprobs(policy, ids[i: i + 1, : width[i]], mask[i: i + 1, : width[i]], cfg.temperature)
         bf16 = torch.is_autocast_enabled(ids.device.type)
     for name, value in (("ratio = 1", ((again - old_logp).exp() - 1) * mask),
@@ -379,9 +384,9 @@ def score(b, policy, ref, value, tok, reward, cfg, autocast):
     with torch.no_grad(), autocast():
         b.old_logp, b.ref_logp, b.exact_kl, b.entropy = in_pieces(
             lambda x, m, prompt: compare(policy, ref, x, m, cfg.temperature, prompt), cfg.micro_batch, b.ids, b.mask,
-            b.width, cfg.group)
+            b.width, cfg.group, shares(cfg))
         b.old_values = b.mask * in_pieces(lambda x, m, prompt: token_values(value, x, m, prompt), cfg.micro_batch,
-                                          b.ids, b.mask, b.width, cfg.group)
+                                          b.ids, b.mask, b.width, cfg.group, shares(cfg))
     for name, x in (("score", b.scores[:, None]), ("log-prob of the policy", b.old_logp), ("value", b.old_values),
                     ("log-prob of the reference", b.ref_logp)):
         if not x.isfinite().all():
@@ -412,7 +417,7 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
         for mb in torch.randperm(len(b.ids) // cfg.group, generator=rng).chunk(cfg.minibatches):
             mb = (mb[:, None] * cfg.group + torch.arange(cfg.group)).flatten().to(b.ids.device)   # whole groups
             n_tokens = b.mask[mb].sum()
-            for r, prompt, real in by_length(b.width[mb], cfg.micro_batch, cfg.group):
+            for r, prompt, real in by_length(b.width[mb], cfg.micro_batch, cfg.group, shares(cfg)):
                 r = mb[r]
                 t = int(b.width[r].max())
                 x, m = b.ids[r, :t], b.mask[r, :t]

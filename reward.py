@@ -140,17 +140,19 @@ def group_scores(model, groups, tok, device, forward=final_scores):
     w is 1 / (pairs of the prompt), the weight of a pair in the loss."""
     flat = [list(a) for answers, _ in groups for a in answers]
     ids, real = pad_batch(flat, tok.pad_id)                                           # (N, T)
-    pairs, prompt, common = [], [], []
+    pairs, prompt, common, saved = [], [], [], 0
     for n, (answers, ps) in enumerate(groups):
         start = len(prompt)
         pairs += [(start + i, start + j, p, m, c, 1 / len(ps)) for i, j, p, m, c in ps]
         prompt += [n] * len(answers)
         # what all begin with, the prompt at least, goes through the model once; a last token is nobody else's
         common += [min(len(os.path.commonprefix(answers)), min(map(len, answers)) - 1)] * len(answers)
+        saved += common[-1] * (len(answers) - 1)
     own = real & (torch.arange(ids.shape[1]) >= torch.tensor(common)[:, None])
     i, j, *rest = zip(*pairs)
     rest = [torch.tensor(x, device=device) for x in rest]
-    r = forward(model, *(x.to(device) for x in (ids, real.sum(1), own, torch.tensor(prompt))))
+    prompt = torch.tensor(prompt, device=device) if 5 * saved > sum(map(len, flat)) else None   # worth it: a fifth
+    r = forward(model, *(x.to(device) for x in (ids, real.sum(1), own)), prompt)
     return r, torch.tensor([i, j], device=device), *rest, [len(x) for x in flat]
 
 

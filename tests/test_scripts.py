@@ -236,7 +236,8 @@ TRAIN = {   # flags of a short run, its length in steps, and where it is cut
     "reward.py": (["--prompts", 40, "--batch_size", 4, "--micro_batch", 3, "--warmup", 2, "--held_out", 0.3,
                    "--max_new", 16, "--bias_length", 0.2], 5, 2),
     "dpo.py": (["--batch_size", 8, "--micro_batch", 3, "--warmup", 2, "--max_new", 8], 6, 2),
-    "ppo.py": (["--iterations", 5, "--rollouts", 24, "--minibatches", 2, "--value_warmup", 1, "--relabel", 2, "--kl", "adaptive", "--kl_horizon", 100, "--max_new", 12,
+    "ppo.py": (["--iterations", 5, "--rollouts", 24, "--minibatches", 2, "--value_warmup", 1, "--relabel", 2, "--kl",
+                "adaptive", "--kl_horizon", 100, "--max_new", 12,
                 "--epochs", 2], 5, 3)}
 
 
@@ -410,10 +411,10 @@ BAD_INPUT = [   # script, flags, what the message must hold
     ("ppo.py", PPO + "--reward gold,{bad}/nosuch", "{bad}/nosuch"),
     ("ppo.py", PPO + "--ptx_coef 1 --ptx_data {bad}/nosuch.txt", "{bad}/nosuch.txt"),
     ("ppo.py", PPO + "--ptx_coef 1 --ptx_data {bad}/empty.jsonl", "{bad}/empty.jsonl"),
-    ("ppo.py", PPO + "--advantage grpo", "--group"),
+    ("ppo.py", PPO + "--advantage grpo --group 1", "--group"),
     ("ppo.py", PPO + "--advantage rloo --group 1", "--group"),
     ("ppo.py", PPO + "--temperature 0", "--temperature"),
-    ("ppo.py", "--advantage grpo", "--group"),            # told before anything missing is made
+    ("ppo.py", "--advantage grpo --group 1", "--group"),  # told before anything missing is made
     ("reward.py", "--k 1", "--k 1"),
     ("dpo.py", DPO + "--label_smoothing 0.5", "--label_smoothing"),
     ("dpo.py", DPO + "--loss kto --online true", "--online"),
@@ -597,7 +598,7 @@ def test_ppo_on_ones_own_prompts(suite, chain, tmp_path, kind):
     rows.append(rows[0] | {"prompt": "much too long " * 99})
     r = suite.ok("ppo.py", "--init", chain / "sft", "--reward", "mine:letters",
                  "--data", write(tmp_path / "p.jsonl", rows), "--iterations", 2, "--rollouts", 16,
-                 "--max_new", 8, "--value_warmup", 0, "--out", tmp_path / "ppo",
+                 "--group", 1, "--max_new", 8, "--value_warmup", 0, "--out", tmp_path / "ppo",
                  env={"PYTHONPATH": str(tmp_path), "SEEN": str(tmp_path / "seen")})
     assert "p.jsonl: 11 rows kept" in r.out and "1 prompts longer than 128 tokens left out" in r.out
     prompts = [json.loads(line)[0] for line in (tmp_path / "seen").read_text().splitlines()]
