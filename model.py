@@ -565,7 +565,7 @@ class HeadLogProbs(torch.autograd.Function):
     which stay in the CPU's cache: with 50,304 tokens 1.4 times faster than F.cross_entropy (LOG.md)."""
 
     @staticmethod
-    def pieces(temperature, z, *tensors):
+    def few_rows(temperature, z, *tensors):
         """Logits z (N, V) in fp32, over the temperature, and other tensors (N,), a few rows at a time."""
         rows = max(1, 2 ** (19 if z.device.type == "cpu" else 31) // z.shape[1])
         for z_, *rest in zip(z.split(rows), *(x.split(rows) for x in tensors)):
@@ -576,7 +576,7 @@ class HeadLogProbs(torch.autograd.Function):
     def forward(ctx, h, w, y, temperature, entropy):
         z = h @ w.T                                                                   # (N, V)
         logp, ent = (torch.zeros(len(y), device=h.device) for _ in range(2))
-        for z_, y_, logp_, ent_ in HeadLogProbs.pieces(temperature, z, y, logp, ent):
+        for z_, y_, logp_, ent_ in HeadLogProbs.few_rows(temperature, z, y, logp, ent):
             lp = z_.log_softmax(1)                                                    # (n, V)
             logp_.copy_(lp.gather(1, y_[:, None])[:, 0])
             if entropy:
@@ -590,7 +590,7 @@ class HeadLogProbs(torch.autograd.Function):
         """With p the softmax: d logp / dz = onehot(y) - p, d entropy / dz = -p (log p + entropy)."""
         h, w, y, z, ent = ctx.saved_tensors
         dz = torch.empty_like(z)
-        for z_, y_, ent_, g_, g_ent_, dz_ in HeadLogProbs.pieces(ctx.temperature, z, y, ent, g, g_ent, dz):
+        for z_, y_, ent_, g_, g_ent_, dz_ in HeadLogProbs.few_rows(ctx.temperature, z, y, ent, g, g_ent, dz):
             p, g_ = z_.softmax(1), g_[:, None]                                        # (n, V), (n, 1)
             scale = g_ + g_ent_[:, None] * (z_.log_softmax(1) + ent_[:, None]) if ctx.entropy else g_
             d = p.mul_(-scale).scatter_add_(1, y_[:, None], g_)
@@ -605,6 +605,7 @@ def with_shared_prompts(model, ids, mask, prompt):
     Without prompt it is model(ids). Not for answers much longer than prompts: all share one (B, 1, U, U) mask."""
     if prompt is None:
         return model(ids)
+    mask = mask.to(ids.device)
     row = (prompt != prompt.roll(1)).cumsum(0) - (prompt[0] != prompt[-1]).long()     # (B,) 0, 0, 1, 1, 1, ..
     P, n, t = mask.long().argmax(1), mask.sum(1), torch.arange(ids.shape[1], device=ids.device)    # (B,), (B,), (T,)
     start = n.cumsum(0) - n                                                           # tokens of all answers before
@@ -631,8 +632,8 @@ def token_logprobs(model, ids, mask, temperature=1.0, entropy=False, prompt=None
     their prompt (see with_shared_prompts)."""
     B, T = ids.shape
     at = mask[:, 1:].bool().flatten().nonzero()[:, 0].to(ids.device)                  # (N,): b (T - 1) + t - 1
-    h, y = with_shared_prompts(model, ids, mask.to(ids.device), prompt), ids[:, 1:]                          # (B, T, C)
-    h, y = h[:, :-1].flatten(0, 1)[at], y.flatten()[at]                               # (N, C), (N,)
+    h = with_shared_prompts(model, ids, mask, prompt)                                 # (B, T, C)
+    h, y = h[:, :-1].flatten(0, 1)[at], ids[:, 1:].flatten()[at]                      # (N, C), (N,)
     device, w = ids.device.type, model.head()
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
     recompute = torch.is_grad_enabled() and len(y) > chunk

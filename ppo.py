@@ -252,26 +252,23 @@ def compare(policy, ref, ids, mask, temperature, prompt=None):
     return out
 
 
-def by_length(width, size, group, share):
-    """Responses of these widths (B,) in pieces of about `size` rows: [(rows, prompt, 1.0 or 0.0)]. Answers to one
-    prompt, `group` neighbours, stay together, beside others of similar length, so that little is padded; prompt numbers
-    them if they shall share it, else it is None; the last number is as in model.pieces."""
-    width, out = width.view(-1, group).amax(1), []
-    for k, real in pieces(width.argsort(), max(1, size // group)):
-        rows = (k[:, None] * group + torch.arange(group, device=k.device)).flatten()
-        out.append((rows, rows // group if share else None, real))
+def by_length(width, cfg):
+    """Responses of these widths (B,) in pieces of about micro_batch rows: [(rows, prompt, 1.0 or 0.0)]. Answers to one
+    prompt, `group` neighbours, stay together, beside others of similar length, so that little is padded. prompt numbers
+    them for model.with_shared_prompts, or is None: single answers, and such as may be longer than their prompt, go
+    through the models by themselves. The last number is as in model.pieces."""
+    width, out = width.view(-1, cfg.group).amax(1), []
+    shared = cfg.group > 1 and cfg.max_new <= cfg.max_prompt
+    for k, real in pieces(width.argsort(), max(1, cfg.micro_batch // cfg.group)):
+        rows = (k[:, None] * cfg.group + torch.arange(cfg.group, device=k.device)).flatten()
+        out.append((rows, rows // cfg.group if shared else None, real))
     return out
 
 
-def shares(cfg):
-    """Whether answers to one prompt go through the models in one row with it: not if they may be longer than it."""
-    return cfg.group > 1 and cfg.max_new <= cfg.max_prompt
-
-
-def in_pieces(f, size, ids, mask, width, group=1, share=False):
+def in_pieces(f, ids, mask, width, cfg):
     """f(ids, mask, prompt) over pieces of rows, put together again; f gives (..., b, t) tensors."""
     out = None
-    for rows, prompt, real in by_length(width, size, group, share):
+    for rows, prompt, real in by_length(width, cfg):
         t = int(width[rows].max())
         part = f(ids[rows, :t], mask[rows, :t], prompt)
         if out is None:
@@ -307,7 +304,7 @@ def one_reward(name, cfg, device, autocast):
     @torch.no_grad()
     def score(b):
         out = torch.zeros(len(b.ids), device=device)
-        for r, prompt, real in by_length(b.width, cfg.micro_batch, cfg.group, shares(cfg)):
+        for r, prompt, real in by_length(b.width, cfg):
             t = int(b.width[r].max())
             with autocast():
                 part = final_scores(rm, b.ids[r, :t], b.width[r], b.mask[r, :t], prompt)
@@ -343,7 +340,7 @@ def self_check(policy, ids, mask, width, sampled_logp, old_logp, ref_logp, cfg, 
     i = int(width.argmin())                                   # the shortest row carries the most padding
     with torch.no_grad(), autocast():
         again = in_pieces(lambda x, m, prompt: token_logprobs(policy, x, m, cfg.temperature, prompt=prompt),
-                          cfg.micro_batch, ids, mask, width, cfg.group, shares(cfg))
+                          ids, mask, width, cfg)
         alone = token_logprobs(policy, ids[i: i + 1, : width[i]], mask[i: i + 1, : width[i]], cfg.temperature)
         bf16 = torch.is_autocast_enabled(ids.device.type)
     for name, value in (("ratio = 1", ((again - old_logp).exp() - 1) * mask),
@@ -383,10 +380,9 @@ def score(b, policy, ref, value, tok, reward, cfg, autocast):
     b.scores = torch.where(b.ended, reward(b), -cfg.eos_penalty)
     with torch.no_grad(), autocast():
         b.old_logp, b.ref_logp, b.exact_kl, b.entropy = in_pieces(
-            lambda x, m, prompt: compare(policy, ref, x, m, cfg.temperature, prompt), cfg.micro_batch, b.ids, b.mask,
-            b.width, cfg.group, shares(cfg))
-        b.old_values = b.mask * in_pieces(lambda x, m, prompt: token_values(value, x, m, prompt), cfg.micro_batch,
-                                          b.ids, b.mask, b.width, cfg.group, shares(cfg))
+            lambda x, m, prompt: compare(policy, ref, x, m, cfg.temperature, prompt), b.ids, b.mask, b.width, cfg)
+        b.old_values = b.mask * in_pieces(lambda x, m, prompt: token_values(value, x, m, prompt), b.ids, b.mask,
+                                          b.width, cfg)
     for name, x in (("score", b.scores[:, None]), ("log-prob of the policy", b.old_logp), ("value", b.old_values),
                     ("log-prob of the reference", b.ref_logp)):
         if not x.isfinite().all():
@@ -417,7 +413,7 @@ def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpu
         for mb in torch.randperm(len(b.ids) // cfg.group, generator=rng).chunk(cfg.minibatches):
             mb = (mb[:, None] * cfg.group + torch.arange(cfg.group)).flatten().to(b.ids.device)   # whole groups
             n_tokens = b.mask[mb].sum()
-            for r, prompt, real in by_length(b.width[mb], cfg.micro_batch, cfg.group, shares(cfg)):
+            for r, prompt, real in by_length(b.width[mb], cfg):
                 r = mb[r]
                 t = int(b.width[r].max())
                 x, m = b.ids[r, :t], b.mask[r, :t]
@@ -475,7 +471,7 @@ def ask(b, ref, told, tok, cfg, step, autocast):
     return [(x, y, z, world.annotate(u, v, noise, rng)) for x, y, z, u, v in pairs]
 
 
-def learn(new, old, rm, optimizer, tok, cfg, step, autocast, log):
+def learn(new, old, rm, optimizer, center, tok, cfg, step, autocast, log):
     """7. Steps of the reward model on new comparisons and on some old ones, lest it forget: it stays right about what
     the policy says by now (arXiv:2203.02155, 3.1, and arXiv:2204.05862, 4.5, in rounds; here a little at a time). The
     loss is that of reward.py. Returns it, and the accuracy on the new ones, each before the step that it is part of."""
@@ -494,7 +490,7 @@ def learn(new, old, rm, optimizer, tok, cfg, step, autocast, log):
             i, j = ([number[row[0], row[k]] for row in part] for k in (1, 2))
             p, is_new = torch.tensor([row[3:] for row in part], device=device).T
             d, both = r[i] - r[j], r[i] + r[j]
-            loss = -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + 0.01 * both ** 2 / 2
+            loss = -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + center * both ** 2 / 2
             (real * loss.sum() / len(batch)).backward()
             total += real * loss.detach().sum() / len(rows)
             hit = torch.where(p == 0.5, 0.5, ((d > 0) == (p > 0.5)).float())
@@ -659,10 +655,11 @@ def main(cfg):
         if not spent:
             sums = update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, step, rng,
                           autocast, log)
-        if asks and (step + 1) % cfg.relabel == 0:
+        if asks and not spent and (step + 1) % cfg.relabel == 0:
             new = ask(b, ref, told, tok, cfg, step, autocast)
             old = random.Random(f"{cfg.seed} {step}").sample(compared, min(len(compared), 64))
-            sums |= learn(new, old, rm, rm_optimizer, tok, cfg, step, autocast, log) if new else {}
+            if new:
+                sums |= learn(new, old, rm, rm_optimizer, told["center"], tok, cfg, step, autocast, log)
             compared[2000:] = (compared[2000:] + new)[-10000:]   # the reward model's first ones, and the latest
         clock.append(time.time())
         n = b.mask.sum()

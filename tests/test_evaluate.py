@@ -591,9 +591,9 @@ def test_asking_again_asks_the_same_annotator(monkeypatch):
     d = [r(2, 3, 5, 0) - r(2, 3, 6, 0), r(4, 7, 0) - r(4, 9, 0), r(2, 3, 6, 0) - r(2, 3, 7, 0)]
     both = [r(2, 3, 5, 0) + r(2, 3, 6, 0), r(4, 7, 0) + r(4, 9, 0), r(2, 3, 6, 0) + r(2, 3, 7, 0)]
     want = np.mean([np.logaddexp(0, -x if k != 1 else x) + 0.005 * y ** 2 for k, (x, y) in enumerate(zip(d, both))])
-    first = ppo.learn(new, old, rm, optimizer, tok, cfg, 0, off, log)
+    first = ppo.learn(new, old, rm, optimizer, 0.01, tok, cfg, 0, off, log)
     assert first["rm_loss"].item() == pytest.approx(want, rel=1e-5)
     assert first["rm_accuracy"].item() == pytest.approx(((d[0] > 0) + (d[1] < 0)) / 2)
     for step in range(30):
-        last = ppo.learn(new, old, rm, optimizer, tok, cfg, step, off, log)
+        last = ppo.learn(new, old, rm, optimizer, 0.01, tok, cfg, step, off, log)
     assert last["rm_loss"] < 0.2 * first["rm_loss"] and last["rm_accuracy"] == 1

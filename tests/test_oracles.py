@@ -361,16 +361,18 @@ def test_ppo_losses_do_not_depend_on_batching(dialect):
             loss_p, loss_v = loss_p + part.item(), loss_v + v.item()
         return (name, loss_p, grad_of(policy)), (name, loss_v, grad_of(value))
 
-    every = torch.arange(len(ids))
+    every, cfg = torch.arange(len(ids)), lambda size, group=1: ppo.Config(micro_batch=size, group=group)   # noqa: E731
     variants = [run("whole", [every]), run("micro 1", every.split(1)), run("micro 3", every.split(3)),
-                run("by length", [rows for rows, *_ in ppo.by_length(width, 2, 1, False)]), run("reversed", [every.flip(0)]),
+                run("by length", [rows for rows, *_ in ppo.by_length(width, cfg(2))]), run("reversed", [every.flip(0)]),
                 run("more padding", [every], extra=6), run("garbage", every.split(4), extra=6, garbage=True)]
     for column in zip(*variants):
         same(column)
-    assert sorted(torch.cat([rows for rows, *_ in ppo.by_length(width, 2, 1, False)]).tolist()) == every.tolist()
-    for rows, prompt, real in (cut := ppo.by_length(torch.tensor([9, 1, 3, 3, 2, 2, 8, 8]), 5, 2, True)):
+    assert sorted(torch.cat([rows for rows, *_ in ppo.by_length(width, cfg(2))]).tolist()) == every.tolist()
+    for rows, prompt, real in (cut := ppo.by_length(torch.tensor([9, 1, 3, 3, 2, 2, 8, 8]), cfg(5, 2))):
         assert real == 1.0 and prompt.tolist() == (rows // 2).tolist() and len(rows) == 4
     assert [rows.tolist() for rows, *_ in cut] == [[4, 5, 2, 3], [6, 7, 0, 1]]
+    long = ppo.Config(micro_batch=5, group=2, max_prompt=8, max_new=9)                # longer than prompts: by themselves
+    assert [prompt for _, prompt, _ in ppo.by_length(torch.tensor([9, 1, 3, 3]), long)] == [None]
 
 
 @both
@@ -799,9 +801,10 @@ def test_exact_kl_and_pieces(dialect, temperature):
     assert want[2].sum() > 1 and (got[:, ~mask] == 0).all()
     torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
     for size in (1, 2, 4, 9, 100):
-        parts = ppo.in_pieces(lambda i, m, _: ppo.compare(policy, ref, i, m, temperature), size, ids, mask, width)
+        cfg = ppo.Config(micro_batch=size, group=1)
+        parts = ppo.in_pieces(lambda i, m, _: ppo.compare(policy, ref, i, m, temperature), ids, mask, width, cfg)
         torch.testing.assert_close(parts, got, atol=2e-5, rtol=0)
-        one = ppo.in_pieces(lambda i, m, _: token_logprobs(policy, i, m, temperature).detach(), size, ids, mask, width)
+        one = ppo.in_pieces(lambda i, m, _: token_logprobs(policy, i, m, temperature).detach(), ids, mask, width, cfg)
         torch.testing.assert_close(one, got[0], atol=2e-5, rtol=0)                               # (b, t) as well
 
 

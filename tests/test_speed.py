@@ -129,7 +129,7 @@ def test_pieces_are_as_many_on_every_process(monkeypatch):
 @needs_gpu
 @both
 def test_gpu_against_float64(dialect):
-    """fp32 to 1e-4, bf16 to what its eight bits allow: log-probs and gradients, with and without shared prompts."""
+    """fp32 to 1e-3, bf16 to what its eight bits allow: log-probs and gradients."""
     (ids, mask), exact = batch(), small(dialect, torch.float64)
     want = token_logprobs(exact, ids, mask)
     grad = gradients(exact, want.sum())
@@ -170,4 +170,5 @@ def test_gpu_graphs_are_eager_and_cached_is_uncached(dialect, monkeypatch):
             ids, mask, logp = go()
         with torch.no_grad():
             torch.testing.assert_close(token_logprobs(gpt, ids, mask), logp, atol=1e-3, rtol=0)
-        assert (ids == eager[0]).float().mean() > 0.9 if ids.shape == eager[0].shape else True   # rounding may tip a draw
+        T = min(ids.shape[1], eager[0].shape[1])
+        assert (ids[:, :T] == eager[0][:, :T]).float().mean() > 0.9    # rounding may tip a draw
