@@ -89,6 +89,7 @@ class Config:
     parallel: int = 8             # requests at a time to a server
     timeout: float = 60.0         # seconds to wait for a server's answer
     retries: int = 5              # further attempts at a request that failed, after 1, 2, 4, ... seconds
+    nproc_per_node: int = 1       # processes for every training script, as torchrun would start them, one on each GPU
     max_steps: int = 0            # stop every training run after this many steps (0: run all)
     resume: bool = False          # keep what an earlier run finished in --out
     seed: int = 0                 # every random draw comes from (seed, round, place)
@@ -387,8 +388,10 @@ def stage(cfg, script, out, *flags):
     out = str(out)
     if cfg.resume and (Path(out) / "result.json").exists():
         return out
-    command = [sys.executable, str(Path(__file__).parent / script), "--out", out, "--seed", str(cfg.seed), "--dtype",
-               cfg.dtype, *map(str, flags)] + (["--device", cfg.device] if cfg.device else [])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.nproc_per_node}"]
+    command = [sys.executable, *(torchrun if cfg.nproc_per_node > 1 else []), str(Path(__file__).parent / script),
+               "--out", out, "--seed", str(cfg.seed), "--dtype", cfg.dtype, *map(str, flags)]
+    command += ["--device", cfg.device] if cfg.device else []
     command += [f"--{name}" for name in ("resume", "compile") if getattr(cfg, name)]
     command += ["--max_steps", str(cfg.max_steps)] if cfg.max_steps else []
     print(f"running {' '.join(command[1:])}", flush=True)
@@ -420,7 +423,7 @@ def test_critic(cfg, critic, choose, shots):
 def main(cfg):
     """Stage 1 and stage 2, as often as --rounds says; or --critic_test."""
     if WORLD > 1:
-        raise InputError("cai.py runs the other scripts: start it as one process, not with torchrun")
+        raise InputError("cai.py runs the other scripts: start it as one process, with --nproc_per_node N for several")
     device, autocast = setup(cfg)
     if cfg.k < 2 or cfg.clamp > 0.5:
         raise InputError(f"--k {cfg.k} must be at least 2 and --clamp {cfg.clamp} at most 0.5")

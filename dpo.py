@@ -39,9 +39,9 @@ import torch.nn.functional as F
 
 from data import InputError, formats, function_of, world
 from data.evaluate import kl_and_entropy
-from model import (Run, batches, cosine, distinct_2, for_training, frozen, load, load_optimizer, load_state, need,
-                   optimizer_for, pad_batch, pieces, respond, result_of, run, save, seeded, setup, sibling, summed,
-                   token_logprobs, trained, with_lora)
+from model import (Run, batches, cosine, distinct_2, for_training, frozen, home, load, load_optimizer, load_state, need,
+                   optimizer_for, pad_batch, pieces, respond, result_of, run, save, seeded, setup, sharded, sibling,
+                   summed, token_logprobs, trained, with_lora)
 
 
 @dataclass
@@ -270,7 +270,7 @@ def main(cfg):
         need(init, {"base": "model.py", "sft": "sft.py"}[start_from], cfg)
     if not cfg.data and not cfg.online:
         need(sibling(cfg, "reward"), "reward.py", cfg)   # for the comparisons it makes
-    policy, tok = load(init, device, scalar_head=False)
+    policy, tok = load(init, home(cfg, device), scalar_head=False)
     max_len = min(cfg.max_len, policy.cfg.max_len)
     max_prompt = min(cfg.max_prompt, max_len - 1, policy.cfg.max_len - cfg.max_new)
     if max_prompt < 1:
@@ -309,7 +309,7 @@ def main(cfg):
     state = load_state(cfg.out) if cfg.resume else {}
     if state:
         policy.load_state_dict(state["model"], strict=not cfg.lora)   # the trunk is not in it
-    policy = for_training(policy, cfg)
+    policy = for_training(policy, cfg, device)
     optimizer = optimizer_for(policy, cfg.lr, cfg.weight_decay, (0.9, 0.95), 1e-6)
     first, ref_logp = state.get("step", 0), state.get("ref_logp")
     if state:
@@ -323,7 +323,12 @@ def main(cfg):
             print(f"log-probs of the reference: {2 * len(train + held):,} answers once, {time.time() - start:.0f} s, "
                   f"{ref_logp.nbytes:,} bytes kept instead of a second model of "
                   f"{sum(p.nbytes for p in policy.parameters()):,}")
-    ref = (trunk or frozen(load(init, device, scalar_head=False)[0], autocast)) if cfg.online and needs_ref else None
+
+    def reference():
+        """The frozen model that the policy started as, and with adapters still has as its trunk."""
+        return trunk or sharded(frozen(load(init, home(cfg, device), scalar_head=False)[0], autocast), cfg, device)
+
+    ref = reference() if cfg.online and needs_ref else None
     forward = torch.compile(token_logprobs) if cfg.compile else token_logprobs
     n_steps = min(len(plan), cfg.max_steps or len(plan))
     log = Run(cfg, "dpo", n_steps, first)
@@ -407,7 +412,7 @@ def main(cfg):
                                         "before_texts": before_texts})
             log.saved(step)
     after, texts, prompts, ids = measure()
-    ref = trunk or ref or load(init, device, scalar_head=False)[0]
+    ref = ref or reference()
     with autocast():
         after["kl"], _ = kl_and_entropy(policy, ref, prompts, ids, tok, device)
     if graded:   # head to head with where it started: share of test prompts on which gold is higher, ties one half

@@ -247,12 +247,16 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def head(self):
-        """The matrix (V, C) whose rows the logits are products with."""
-        return self.wte.weight if self.cfg.tie else self.lm_head.weight
+        """The matrix (V', C) whose rows the logits are products with, in the precision of products. In bf16 V' is V
+        rounded up to a multiple of 64 by rows of 0, which GPUs multiply with faster (50,257 tokens: 50,304 rows)."""
+        w = self.wte.weight if self.cfg.tie else self.lm_head.weight
+        if torch.is_autocast_enabled(w.device.type):
+            w = w.to(torch.get_autocast_dtype(w.device.type))
+        return F.pad(w, (0, 0, 0, -len(w) % 64)) if w.dtype == torch.bfloat16 and len(w) % 64 else w
 
     def logits(self, hidden):
         """Next-token logits (..., V) of hidden states (..., C)."""
-        return F.linear(hidden, self.head())
+        return F.linear(hidden, self.head())[..., : self.cfg.vocab_size]
 
     def scores(self, hidden):
         """Scalar per position (...,) of hidden states (..., C), fp32: a reward at the last token, a value anywhere."""
@@ -285,30 +289,34 @@ def for_decoding(model):
     where it is, so that CUDA graphs of it stay valid. A sharded model's twin is whole, and made for one call."""
     device = model.wte.weight.device.type
     bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    if not bf16 and not hasattr(model, "unshard"):
+        return model
+    weights = dict(model.named_parameters())
     if hasattr(model, "unshard"):
         with torch.device("meta"):
-            twin = GPT(model.cfg)
-        for name, x in model.state_dict().items():   # gathered, and cast, one by one
+            twin = GPT(copy.deepcopy(model.cfg))
+        for name, x in weights.items():   # gathered, and cast, one by one
             matrix = bf16 and isinstance(twin.get_submodule(name.rpartition(".")[0]), nn.Linear)
             twin.load_state_dict({name: whole(x).to(torch.bfloat16 if matrix else x.dtype)}, strict=False, assign=True)
         twin.rope = getattr(model, "rope", None)
-        return twin.requires_grad_(False)
-    if not bf16:
-        return model
-    if model not in TWINS:
+    elif model in TWINS:
+        twin = TWINS[model]
+        weights["lm_head.weight"] = weights.get("lm_head.weight", model.wte.weight)
+        for name, p in twin.named_parameters():
+            if p.dtype != weights[name].dtype:
+                p[: len(weights[name])] = weights[name]   # the head may have more rows (GPT.head)
+        return twin
+    else:
         twin = TWINS[model] = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-        if twin.cfg.tie:
-            twin.cfg.tie, twin.lm_head = False, nn.Linear(1, 1, bias=False)
-            twin.lm_head.weight = model.wte.weight
+    if bf16:
         for layer in twin.modules():
             if isinstance(layer, nn.Linear):
                 for name, p in list(layer.named_parameters()):
                     setattr(layer, name, nn.Parameter(p.bfloat16(), requires_grad=False))
-    weights = {"lm_head.weight": model.wte.weight, **dict(model.named_parameters())}
-    for name, p in TWINS[model].named_parameters():
-        if p.dtype != weights[name].dtype:
-            p.copy_(weights[name])
-    return TWINS[model]
+        head = twin.head()
+        twin.cfg.tie, twin.lm_head = False, nn.Linear(1, 1, bias=False)
+        twin.lm_head.weight = nn.Parameter(head, requires_grad=False)
+    return twin
 
 
 class LoRA(nn.Module):
@@ -380,15 +388,23 @@ def pieces(items, size):
     return mine + [(cut[0], 0.0)] * (-(-len(cut) // WORLD) - len(mine))
 
 
-def for_training(model, cfg):
-    """The model as --recompute and --fsdp want it trained: with --fsdp cut over all processes, layer by layer (FSDP2,
-    arXiv:2304.11277). Before its optimizer is made."""
+def home(cfg, device):
+    """Where a model is loaded to: the CPU if it is to be sharded, which moves it, else the device."""
+    return "cpu" if cfg.fsdp else device
+
+
+def for_training(model, cfg, device):
+    """The model as --recompute and --fsdp want it trained. Before its optimizer is made."""
     model.cfg.recompute = cfg.recompute
+    return sharded(model, cfg, device)
+
+
+def sharded(model, cfg, device):
+    """With --fsdp: the model cut over all processes, layer by layer (FSDP2, arXiv:2304.11277), each of which is moved
+    to the device just before, so that a model loaded on the CPU need never fit there whole. Else the model as it is."""
     if cfg.fsdp:
-        if WORLD == 1:
-            raise InputError("--fsdp cuts a model over several processes: start them with torchrun --nproc_per_node=N")
         from torch.distributed.fsdp import fully_shard
-        mesh = torch.distributed.device_mesh.init_device_mesh(model.wte.weight.device.type, (WORLD,))
+        mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (WORLD,))
         for part in (*model.h, model):
             fully_shard(part, mesh=mesh)
             part.set_gradient_divide_factor(1.0)             # gradients are summed, not averaged
@@ -561,41 +577,44 @@ def generate(model, prompts, max_new, eos_id, pad_id=0, temperature=1.0, top_k=0
 
 class HeadLogProbs(torch.autograd.Function):
     """log softmax(h w^T / temperature)[y] and the entropy of that distribution, (N,) each in fp32, for hidden states h
-    (N, C), head w (V, C), tokens y (N,). The logits are kept in h's precision; in fp32 only a few rows exist at a time,
-    which stay in the CPU's cache: with 50,304 tokens 1.4 times faster than F.cross_entropy (LOG.md)."""
+    (N, C), the first V rows of a head w (V', C), and tokens y (N,). The logits are kept in h's precision; in fp32 only
+    a few rows exist at a time, which stay in the CPU's cache: with 50,304 tokens 1.4 times faster than
+    F.cross_entropy (LOG.md)."""
 
     @staticmethod
     def few_rows(temperature, z, *tensors):
-        """Logits z (N, V) in fp32, over the temperature, and other tensors (N,), a few rows at a time."""
+        """Logits z (N, V) in fp32, over the temperature, and other tensors (N, ..), a few rows at a time."""
         rows = max(1, 2 ** (19 if z.device.type == "cpu" else 31) // z.shape[1])
         for z_, *rest in zip(z.split(rows), *(x.split(rows) for x in tensors)):
             z_ = z_.to(torch.float32, copy=True)                                      # (n, V)
             yield z_ if temperature == 1 else z_.div_(temperature), *rest
 
     @staticmethod
-    def forward(ctx, h, w, y, temperature, entropy):
-        z = h @ w.T                                                                   # (N, V)
+    def forward(ctx, h, w, y, V, temperature, entropy):
+        z = h @ w.T                                                                   # (N, V')
         logp, ent = (torch.zeros(len(y), device=h.device) for _ in range(2))
-        for z_, y_, logp_, ent_ in HeadLogProbs.few_rows(temperature, z, y, logp, ent):
+        for z_, y_, logp_, ent_ in HeadLogProbs.few_rows(temperature, z[:, :V], y, logp, ent):
             lp = z_.log_softmax(1)                                                    # (n, V)
             logp_.copy_(lp.gather(1, y_[:, None])[:, 0])
             if entropy:
                 ent_.copy_(-(lp.exp() * lp).sum(1))
         ctx.save_for_backward(h, w, y, z, ent)
-        ctx.temperature, ctx.entropy = temperature, entropy
+        ctx.V, ctx.temperature, ctx.entropy = V, temperature, entropy
         return logp, ent
 
     @staticmethod
     def backward(ctx, g, g_ent):
         """With p the softmax: d logp / dz = onehot(y) - p, d entropy / dz = -p (log p + entropy)."""
         h, w, y, z, ent = ctx.saved_tensors
-        dz = torch.empty_like(z)
-        for z_, y_, ent_, g_, g_ent_, dz_ in HeadLogProbs.few_rows(ctx.temperature, z, y, ent, g, g_ent, dz):
+        dz, V = torch.empty_like(z), ctx.V
+        dz[:, V:] = 0
+        for z_, y_, ent_, g_, g_ent_, dz_ in HeadLogProbs.few_rows(ctx.temperature, z[:, :V], y, ent, g, g_ent,
+                                                                   dz[:, :V]):
             p, g_ = z_.softmax(1), g_[:, None]                                        # (n, V), (n, 1)
             scale = g_ + g_ent_[:, None] * (z_.log_softmax(1) + ent_[:, None]) if ctx.entropy else g_
             d = p.mul_(-scale).scatter_add_(1, y_[:, None], g_)
             dz_.copy_(d if ctx.temperature == 1 else d.div_(ctx.temperature))
-        return dz @ w, dz.T @ h, None, None, None
+        return dz @ w, dz.T @ h, None, None, None, None
 
 
 def with_shared_prompts(model, ids, mask, prompt):
@@ -634,11 +653,10 @@ def token_logprobs(model, ids, mask, temperature=1.0, entropy=False, prompt=None
     at = mask[:, 1:].bool().flatten().nonzero()[:, 0].to(ids.device)                  # (N,): b (T - 1) + t - 1
     h = with_shared_prompts(model, ids, mask, prompt)                                 # (B, T, C)
     h, y = h[:, :-1].flatten(0, 1)[at], ids[:, 1:].flatten()[at]                      # (N, C), (N,)
-    device, w = ids.device.type, model.head()
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
     recompute = torch.is_grad_enabled() and len(y) > chunk
-    run = lambda *x: HeadLogProbs.apply(*x, temperature, entropy)   # noqa: E731
-    h, w = h.to(dtype), w.to(dtype)
+    run = lambda *x: HeadLogProbs.apply(*x, model.cfg.vocab_size, temperature, entropy)   # noqa: E731
+    w = model.head()                                                                  # (V', C)
+    h = h.to(w.dtype)
     parts = [checkpoint(run, a, w, b, use_reentrant=False) if recompute else run(a, w, b)
              for a, b in zip(h.split(chunk), y.split(chunk))]
     logp, ent = (F.pad(torch.zeros(B * (T - 1), device=ids.device).scatter(0, at, torch.cat(x)).view(B, T - 1), (1, 0))
@@ -811,6 +829,10 @@ def setup(cfg):
         bf16 = torch.cuda.is_bf16_supported() if device.startswith("cuda") else cpu_has_bf16()
     else:
         bf16 = cfg.dtype == "bfloat16"
+    if getattr(cfg, "fsdp", False) and WORLD == 1:
+        raise InputError("--fsdp cuts a model over several processes: start them with torchrun --nproc_per_node=N")
+    if getattr(cfg, "fsdp", False) and getattr(cfg, "lora", 0):
+        raise InputError("--fsdp cuts what is trained, and --lora trains next to nothing: leave one of them out")
     if WORLD > 1:
         for name in ("batch_size", "rollouts"):
             if getattr(cfg, name, WORLD) < WORLD:
@@ -1102,11 +1124,11 @@ def main(cfg):
     test = test.to(device)
     test_bytes = len(tok.decode(test.tolist()).encode())
 
-    model = GPT(GPTConfig(vocab_size=tok.vocab_size, **SIZES[cfg.size])).to(device)
+    model = GPT(GPTConfig(vocab_size=tok.vocab_size, **SIZES[cfg.size])).to(home(cfg, device))
     state = load_state(cfg.out) if cfg.resume else {}
     if state:
         model.load_state_dict(state["model"])
-    model = for_training(model, cfg)
+    model = for_training(model, cfg, device)
     optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), state.get("step", 0)
     if state:
         load_optimizer(optimizer, state["optimizer"])

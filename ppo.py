@@ -43,9 +43,9 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, formats, function_of, world
-from model import (RANK, Run, distinct_2, for_training, frozen, generate, load, load_optimizer, load_state, need,
-                   optimizer_for, pad_batch, pieces, read_corpus, respond, result_of, run, save, seeded, setup, share,
-                   sibling, summed, token_logprobs, trained, with_lora, with_shared_prompts, write_atomic)
+from model import (RANK, Run, distinct_2, for_training, frozen, generate, home, load, load_optimizer, load_state, need,
+                   optimizer_for, pad_batch, pieces, read_corpus, respond, result_of, run, save, seeded, setup, sharded,
+                   share, sibling, summed, token_logprobs, trained, with_lora, with_shared_prompts, write_atomic)
 
 
 @dataclass
@@ -297,7 +297,7 @@ def one_reward(name, cfg, device, autocast):
                 raise InputError(f"--reward {name}: expected {len(b.rows)} finite numbers for as many responses")
             return summed(out)
         return call, None, None
-    rm, tok = load(name, device)
+    rm, tok = load(name, home(cfg, device))
     if not rm.cfg.scalar_head:
         raise InputError(f"{name} is a language model; --reward needs a reward model")
 
@@ -553,7 +553,7 @@ def main(cfg):
     init = cfg.init or sibling(cfg, "sft")
     if not cfg.init:
         need(init, "sft.py", cfg)
-    policy, tok = load(init, device, scalar_head=False)
+    policy, tok = load(init, home(cfg, device), scalar_head=False)
     reward, rms = reward_function(cfg, device, autocast)
     if any((t.enc._mergeable_ranks, t.special) != (tok.enc._mergeable_ranks, tok.special) for _, t in rms):
         raise InputError(f"{cfg.reward or 'the reward model'} and {init} have different tokenizers")
@@ -562,7 +562,7 @@ def main(cfg):
         policy, value = with_lora(ref, cfg.lora), with_lora(ref, cfg.lora, scalar_head=True)
     else:
         ref = frozen(copy.deepcopy(policy), autocast)
-        value = copy.deepcopy(rms[0][0]) if rms else load(init, device, scalar_head=True)[0]
+        value = copy.deepcopy(rms[0][0]) if rms else load(init, home(cfg, device), scalar_head=True)[0]
     data = cfg.data or world.TINY / "rl.jsonl"
     rows, dropped = formats.load(data, "prompt")
     print(formats.describe(rows, dropped, data))
@@ -579,8 +579,6 @@ def main(cfg):
     graded = not cfg.data   # the tiny world knows the gold score; it goes into the log, never into the update
     told = result_of(path).get("config")   # how its comparisons were made
     asks = cfg.relabel and graded and len(rms) == 1 and told and (path / "comparisons.jsonl").exists()
-    for rm, _ in rms if not asks else ():
-        frozen(rm, autocast)
     corpus = None
     if cfg.ptx_coef:
         corpus = windows(cfg.ptx_data or world.TINY / "corpus.txt", tok, min(128, policy.cfg.max_len))
@@ -590,22 +588,29 @@ def main(cfg):
         rows_ = random.Random(cfg.seed).sample(rows_, min(2000, len(rows_)))
         compared = [(tuple(x), tuple(y), tuple(tok.render_answer(r["prompt"], r["rejected"])[1]), r["label"])
                     for r in rows_ for x, y in [tok.render_answer(r["prompt"], r["chosen"])]]
-        rm_optimizer = optimizer_for(rm, cfg.reward_lr, 0.01)
     state = load_state(cfg.out) if cfg.resume else {}
     if state:
         for name, model in (("policy", policy), ("value", value)):
             model.load_state_dict(state[name], strict=not cfg.lora)   # the trunk is not in it
-    policy, value = for_training(policy, cfg), for_training(value, cfg)
+        if asks:
+            rm.load_state_dict(state["reward"])
+            compared = state["compared"]
+    policy, value = for_training(policy, cfg, device), for_training(value, cfg, device)
+    ref = sharded(ref, cfg, device)
+    for model, _ in rms:
+        if asks:
+            for_training(model, cfg, device)
+        else:
+            sharded(frozen(model, autocast), cfg, device)
     optimizer = optimizer_for(policy, cfg.lr, 0.0, (0.9, 0.95), 1e-5)
     value_optimizer = optimizer_for(value, cfg.value_lr, 0.0, (0.9, 0.95), 1e-5)
+    rm_optimizer = optimizer_for(rm, cfg.reward_lr, 0.01) if asks else None
     beta, first = state.get("beta", cfg.kl_coef), state.get("step", 0)
     if state:
         load_optimizer(optimizer, state["optimizer"])
         load_optimizer(value_optimizer, state["value_optimizer"])
         if asks:
-            rm.load_state_dict(state["reward"])
-            rm_optimizer.load_state_dict(state["reward_optimizer"])
-            compared = state["compared"]
+            load_optimizer(rm_optimizer, state["reward_optimizer"])
     logprobs, values = (torch.compile(f) if cfg.compile else f for f in (token_logprobs, token_values))
     if cfg.inspect:
         rng, cfg.value_warmup = seeded(cfg.seed, first), 0

@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, formats, world
-from model import (Run, batches, cosine, for_training, load, load_optimizer, load_state, meet, need, optimizer_for,
-                   pad_batch, pieces, respond, run, save, seeded, setup, sibling, summed, with_shared_prompts,
-                   write_atomic)
+from model import (Run, batches, cosine, for_training, home, load, load_optimizer, load_state, meet, need,
+                   optimizer_for, pad_batch, pieces, respond, run, save, seeded, setup, sibling, summed,
+                   with_shared_prompts, write_atomic)
 
 
 @dataclass
@@ -287,7 +287,7 @@ def main(cfg):
         print(f"sampled {cfg.k} answers to each of {cfg.prompts} prompts, compared them: {len(rows)} pairs in {path} "
               f"({time.time() - start:.0f} s)")
     torch.manual_seed(cfg.seed)   # a new head is drawn alike whether comparisons were made just now or found there
-    model, tok = load(init, device, scalar_head=True)
+    model, tok = load(init, home(cfg, device), scalar_head=True)
     model.cfg.reward_mean = 0.0   # a reward model to go on from has one; it is measured anew at every save
     rows, dropped = formats.load(path, "preference")
     print(formats.describe(rows, dropped, path))
@@ -305,7 +305,7 @@ def main(cfg):
     state = load_state(cfg.out) if cfg.resume else {}
     if state:
         model.load_state_dict(state["model"])
-    model = for_training(model, cfg)
+    model = for_training(model, cfg, device)
     optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), state.get("step", 0)
     if state:
         load_optimizer(optimizer, state["optimizer"])

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from data import InputError, formats, world
-from model import (Run, batches, cosine, distinct_2, for_training, load, load_optimizer, load_state, need,
+from model import (Run, batches, cosine, distinct_2, for_training, home, load, load_optimizer, load_state, need,
                    optimizer_for, pad_batch, pieces, respond, run, save, seeded, setup, sibling, summed, token_logprobs)
 
 
@@ -73,7 +73,7 @@ def main(cfg):
     init = cfg.init or sibling(cfg, "base")
     if not cfg.init:
         need(init, "model.py", cfg)
-    model, tok = load(init, device, scalar_head=False)
+    model, tok = load(init, home(cfg, device), scalar_head=False)
     path = cfg.data or world.TINY / "demos.jsonl"
     rows, dropped = formats.load(path, "sft")
     print(formats.describe(rows, dropped, path))
@@ -86,7 +86,7 @@ def main(cfg):
     state = load_state(cfg.out) if cfg.resume else {}
     if state:
         model.load_state_dict(state["model"])
-    model = for_training(model, cfg)
+    model = for_training(model, cfg, device)
     optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), state.get("step", 0)
     if state:
         load_optimizer(optimizer, state["optimizer"])

@@ -468,6 +468,17 @@ def test_the_script(suite, chain, tmp_path):
     assert (again["before"], again["after"]) == (result["before"], result["after"])
 
 
+def test_stages_on_several_processes(chain, tmp_path):
+    """--nproc_per_node 2: two processes train each stage, to the same losses."""
+    logs = []
+    for n in (1, 2):
+        cfg = cai.Config(nproc_per_node=n, max_steps=2, dtype="float32", device="cpu")
+        cai.stage(cfg, "sft.py", tmp_path / str(n), "--init", chain / "base", "--max_new", 4)
+        logs.append([json.loads(line) for line in (tmp_path / str(n) / "log.jsonl").read_text().splitlines()])
+    for a, b in zip(*logs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-6) and len(logs[0]) == 2
+
+
 @needs_fork
 @pytest.mark.parametrize("flags, word", [
     ("--critiques 0", "--critiques"), ("--labels dog", "--labels"), ("--k 1", "--k 1"), ("--clamp 0.6", "--clamp"),

@@ -689,6 +689,7 @@ def together(suite, n, script, *args):
     ("sft.py", "--init {chain}/base --micro_batch 4 --batch_size 15 --fsdp"),
     ("reward.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 7 --lr 1e-4 --fsdp"),
     ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 9 --micro_batch 2 --fsdp"),
+    ("dpo.py", "--init {chain}/sft --online true --online_steps 3 --batch_size 9 --fsdp"),
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --micro_batch 3 "
                "--value_warmup 1 --ptx_coef 0.1 --recompute --fsdp")])
 def test_two_processes_are_one(suite, chain, tmp_path, script, flags):
@@ -728,7 +729,8 @@ def test_a_process_that_dies_ends_the_run(suite, chain, tmp_path):
 
 
 def test_what_several_processes_cannot_share(suite, tmp_path):
-    for script, flags, word in (("model.py", ["--batch_size", 1], "--batch_size"), ("cai.py", [], "one process")):
+    for script, flags, word in (("model.py", ["--batch_size", 1], "--batch_size"), ("cai.py", [], "one process"),
+                                ("ppo.py", ["--fsdp", "--lora", 4], "--lora")):
         for r in map(suite.finish, together(suite, 2, script, *flags, "--out", tmp_path / "x")):
             assert r.rc == 1 and word in r.err and "Traceback" not in r.err, r
 

@@ -7,6 +7,7 @@ Without a GPU its tests are skipped and the others run on the CPU.
 import copy
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,10 +104,35 @@ def test_decoding_is_one_graph_per_shape(dialect, monkeypatch):
     assert {n for _, _, n, *_ in shapes} <= {37, 32, 16, 8, 4, 2, 1} and {S % 8 for *_, S, _ in shapes[:-1]} == {0}
 
 
+@both
+def test_a_padded_vocabulary_changes_nothing(dialect, monkeypatch):
+    """In bf16 the head has rows of 0 up to a multiple of 64: none is drawn, none has a share in a probability, no
+    gradient leaves them, also after the weights have moved on under the twin that decodes."""
+    gpt, (ids, mask), prompts = small(dialect), batch(), [[1, 2, 3], [4, 5]]
+    alone = property(lambda self: lambda: (self.wte if self.cfg.tie else self.lm_head).weight.bfloat16())
+
+    def go():
+        out = generate(gpt, prompts, 60, -1, generator=torch.Generator().manual_seed(0))
+        logp, ent = token_logprobs(gpt, ids, mask, entropy=True)
+        return logp, ent, gradients(gpt, logp.sum() + ent.sum()), *out
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            assert len(gpt.head()) == 128 and gpt.logits(gpt(ids)).shape[-1] == V
+            padded = go()
+            with monkeypatch.context() as m:
+                m.setattr(GPT, "head", alone)
+                m.setattr(model_py, "TWINS", {})
+                plain = go()
+            for a, b in zip(padded, plain):
+                torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+            with torch.no_grad():
+                for p in gpt.parameters():
+                    p += 0.05 * torch.randn(p.shape)
+
+
 def test_fsdp_needs_several_processes():
-    gpt = small("llama")
     with pytest.raises(InputError, match="torchrun"):
-        model_py.for_training(gpt, type("", (), {"recompute": False, "fsdp": True}))
+        model_py.setup(SimpleNamespace(seed=0, device="cpu", dtype="auto", fsdp=True))
 
 
 def test_pieces_are_as_many_on_every_process(monkeypatch):
