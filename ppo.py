@@ -25,6 +25,9 @@ the token count of the whole minibatch, so a minibatch may be cut into micro-bat
 
 Four models: policy (trained), reference (frozen policy), reward model (frozen unless the annotator is asked again),
 value model (trained, starts as the reward model). A prompt with several answers goes through each of them once.
+Memory: a trained model takes 16 bytes a weight (it, its gradient and Adam's two moments in fp32), a frozen one 2 to 4
+(its layers are kept in bf16), the copy that samples 2; so four models of N weights take 37 to 39 N bytes (4.9 GB for
+GPT-2 124M), with --lora 16 5 to 6.5 N, and the activations of one micro-batch, of which --recompute keeps a part.
 --advantage rloo or grpo needs no value model: the other answers to the same prompt are the baseline.
 """
 import copy

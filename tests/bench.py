@@ -1,14 +1,16 @@
-"""How fast every stage is: against what this machine can multiply and copy, and against transformers and TRL on the same work.
+"""How fast every stage is: against what this machine can multiply and copy, and against transformers and TRL.
 
     python tests/bench.py                                     GPT-2 124M shapes, batch 8 x 256 tokens, random weights
     python tests/bench.py --sizes 124M,774M,1558M --batch 32 --length 1024 --peers false     on a GPU
     python tests/bench.py --sizes tiny --stages sft,sample
 
-With transformers (and TRL, for its trainers) installed, each runs right after ours, in this process, on the same shapes. Rates count
-every token that goes through the model once per pass over the data: for dpo both answers, for sample and ppo new tokens.
-    mfu   (6 N + 12 L C T) x tokens/s over the best rate seen here for large matrix products (arXiv:2204.02311, appendix B)
+With transformers (and TRL, for its trainers) installed, each runs right after ours, in this process, on the same
+shapes. Rates count every token that goes through the model once per pass over the data: for dpo both answers, for
+sample and ppo new tokens.
+    mfu   (6 N + 12 L C T) x tokens/s over the best rate seen here for large matrix products (arXiv:2204.02311, app. B)
     mbu   bytes of weights read per decoding step over the best rate seen here for copying
-Nothing is timed before two warm-up rounds; the figure is the median round. The last line is JSON. Run nothing beside it.
+Nothing is timed before two warm-up rounds; the figure is the median round. The last line is JSON. Run nothing beside
+it.
 """
 import json
 import statistics
@@ -34,10 +36,12 @@ from data import InputError   # noqa: E402
 
 GPT2 = dict(n_inner=None, max_len=1024, vocab_size=50304)
 SHAPES = {"tiny": SIZES["tiny"] | {"vocab_size": 1024}}
-for name, layers, heads, width in (("124M", 12, 12, 768), ("355M", 24, 16, 1024), ("774M", 36, 20, 1280), ("1558M", 48, 25, 1600)):
-    SHAPES[name] = GPT2 | dict(n_layer=layers, n_head=heads, n_kv_head=heads, n_embd=width, n_inner=4 * width, head_dim=64)
-SHAPES["8B"] = dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336, head_dim=128, vocab_size=128256, max_len=1024,
-                    norm="rmsnorm", pos="rope", mlp="swiglu", bias=False, tie=False)
+for name, layers, heads, width in (("124M", 12, 12, 768), ("355M", 24, 16, 1024), ("774M", 36, 20, 1280),
+                                   ("1558M", 48, 25, 1600)):
+    SHAPES[name] = GPT2 | dict(n_layer=layers, n_head=heads, n_kv_head=heads, n_embd=width, n_inner=4 * width,
+                               head_dim=64)
+SHAPES["8B"] = dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336, head_dim=128, vocab_size=128256,
+                    max_len=1024, norm="rmsnorm", pos="rope", mlp="swiglu", bias=False, tie=False)
 STAGES = ("sft", "reward", "dpo", "sample", "ppo")
 
 
@@ -148,8 +152,8 @@ def ours(shape, cfg, device, autocast):
         else:
             ref, value = frozen(new(), autocast), new(scalar_head=True)
         frozen(rm, autocast)
-        options = ppo.Config(rollouts=B, group=1, epochs=4, minibatches=1, micro_batch=B, max_new=cfg.new, value_warmup=0, lr=1e-6,
-                             value_lr=1e-6, iterations=10 ** 6)
+        options = ppo.Config(rollouts=B, group=1, epochs=4, minibatches=1, micro_batch=B, max_new=cfg.new,
+                             value_warmup=0, lr=1e-6, value_lr=1e-6, iterations=10 ** 6)
         optimizers = [optimizer_for(m, 1e-6, 0.0) for m in (policy, value)]
         tok.eos_id = -1
         rng, split = torch.Generator().manual_seed(0), {"generate": [], "score": [], "train": []}
@@ -181,7 +185,7 @@ def ours(shape, cfg, device, autocast):
 
 
 def theirs(shape, cfg, device, autocast):
-    """{(stage, name of the peer): the same, on the same shapes}; GPT-2 shapes only, what is not installed is left out."""
+    """{(stage, peer): the same, on the same shapes}; GPT-2 shapes only, what is not installed is left out."""
     try:
         import transformers
     except ImportError:
@@ -192,8 +196,9 @@ def theirs(shape, cfg, device, autocast):
     B, T, V = cfg.batch, cfg.length, s["vocab_size"]
     torch.manual_seed(cfg.seed)
     rows = torch.randint(V - 1, (B, T))
-    config = transformers.GPT2Config(vocab_size=V, n_positions=s["max_len"], n_embd=s["n_embd"], n_layer=s["n_layer"], n_head=s["n_head"],
-                                     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=V - 1, eos_token_id=V - 1)
+    config = transformers.GPT2Config(vocab_size=V, n_positions=s["max_len"], n_embd=s["n_embd"], n_layer=s["n_layer"],
+                                     n_head=s["n_head"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                                     bos_token_id=V - 1, eos_token_id=V - 1)
 
     def sft():
         model = transformers.GPT2LMHeadModel(config).to(device).train()
@@ -210,8 +215,8 @@ def theirs(shape, cfg, device, autocast):
 
         def go():
             with torch.no_grad(), autocast():
-                model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=cfg.new, min_new_tokens=cfg.new,
-                               do_sample=True, top_k=0, pad_token_id=0)
+                model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=cfg.new,
+                               min_new_tokens=cfg.new, do_sample=True, top_k=0, pad_token_id=0)
         return go, B * cfg.new
 
     out = {("sft", "transformers"): sft, ("sample", "transformers"): sample}
@@ -222,8 +227,9 @@ def theirs(shape, cfg, device, autocast):
         return out
     tok = transformers.PreTrainedTokenizerFast(tokenizer_object=letters(V), eos_token="e", pad_token="p", unk_token="u")
     bf16 = cfg.dtype != "float32"
-    shared = dict(per_device_train_batch_size=B, max_steps=cfg.rounds + 2, report_to=[], output_dir=tempfile.mkdtemp(), save_strategy="no",
-                  bf16=bf16, use_cpu=device.type == "cpu", logging_steps=10 ** 6, disable_tqdm=True, gradient_checkpointing=False)
+    shared = dict(per_device_train_batch_size=B, max_steps=cfg.rounds + 2, report_to=[], output_dir=tempfile.mkdtemp(),
+                  save_strategy="no", bf16=bf16, use_cpu=device.type == "cpu", logging_steps=10 ** 6,
+                  disable_tqdm=True, gradient_checkpointing=False)
     scored = transformers.GPT2Config.from_dict(config.to_dict())
     scored.num_labels, scored.pad_token_id = 1, 0
     words = lambda ids: " ".join(f"w{i}" for i in ids)   # noqa: E731
@@ -242,21 +248,24 @@ def theirs(shape, cfg, device, autocast):
 
     def trl_sft():
         data = Dataset.from_dict({"input_ids": rows.repeat(cfg.rounds + 2, 1).tolist()})
-        return timed(trl.SFTTrainer(transformers.GPT2LMHeadModel(config), args=trl.SFTConfig(max_length=T, **shared), train_dataset=data,
+        args = trl.SFTConfig(max_length=T, **shared)
+        return timed(trl.SFTTrainer(transformers.GPT2LMHeadModel(config), args=args, train_dataset=data,
                                     processing_class=tok), B * T)
 
     def pairs(whole=False):
-        """Answers of T/2 tokens to prompts of T/2; `whole`: of T tokens to none, because RewardTrainer reads no prompt."""
+        """Answers of T/2 tokens to prompts of T/2; `whole`: of T tokens to none, RewardTrainer reads no prompt."""
         n = (cfg.rounds + 2) * B // 2
         sizes = (0, T - 1, T - 1) if whole else (T // 2, T // 2 - 1, T // 2 - 1)
         names = ("prompt", "chosen", "rejected")
-        return Dataset.from_list([{k: words(torch.randint(10, V - 10, (m,)).tolist()) for k, m in zip(names, sizes) if m}
-                                  for _ in range(n)])
+        pair = lambda: {k: words(torch.randint(10, V - 10, (m,)).tolist()) for k, m in zip(names, sizes) if m}   # noqa
+        return Dataset.from_list([pair() for _ in range(n)])
 
     def trl_dpo():
-        args = trl.DPOConfig(**(shared | {"per_device_train_batch_size": B // 2}), max_length=T, max_prompt_length=T // 2)
-        return timed(trl.DPOTrainer(transformers.GPT2LMHeadModel(config), ref_model=transformers.GPT2LMHeadModel(config), args=args,
-                                    train_dataset=pairs(), processing_class=tok), B * T)
+        args = trl.DPOConfig(**(shared | {"per_device_train_batch_size": B // 2}), max_length=T,
+                             max_prompt_length=T // 2)
+        policy, ref = (transformers.GPT2LMHeadModel(config) for _ in range(2))
+        return timed(trl.DPOTrainer(policy, ref_model=ref, args=args, train_dataset=pairs(), processing_class=tok),
+                     B * T)
 
     def trl_reward():
         model = transformers.GPT2ForSequenceClassification(scored)
@@ -266,11 +275,12 @@ def theirs(shape, cfg, device, autocast):
     def trl_ppo():
         lm, scorer = transformers.GPT2LMHeadModel, transformers.GPT2ForSequenceClassification
         data = Dataset.from_dict({"input_ids": rows[:, : cfg.prompt].repeat(cfg.rounds + 2, 1).tolist()})
-        args = trl.PPOConfig(**{k: v for k, v in shared.items() if k != "max_steps"}, total_episodes=B * (cfg.rounds + 2),
-                             num_ppo_epochs=4, num_mini_batches=1, local_rollout_forward_batch_size=B, response_length=cfg.new,
-                             temperature=1.0, num_sample_generations=0, gradient_accumulation_steps=1)
-        return timed(trl.PPOTrainer(args, tok, lm(config), lm(config), scorer(scored), data, scorer(scored), eval_dataset=data),
-                     B * cfg.new)
+        args = trl.PPOConfig(**{k: v for k, v in shared.items() if k != "max_steps"}, num_ppo_epochs=4,
+                             total_episodes=B * (cfg.rounds + 2), num_mini_batches=1, response_length=cfg.new,
+                             local_rollout_forward_batch_size=B, temperature=1.0, num_sample_generations=0,
+                             gradient_accumulation_steps=1)
+        return timed(trl.PPOTrainer(args, tok, lm(config), lm(config), scorer(scored), data, scorer(scored),
+                                    eval_dataset=data), B * cfg.new)
     if hasattr(trl, "PPOTrainer"):   # until 0.21 or so
         out[("ppo", "TRL")] = trl_ppo
     return out | {("sft", "TRL"): trl_sft, ("dpo", "TRL"): trl_dpo, ("reward", "TRL"): trl_reward}
@@ -297,7 +307,7 @@ def main(cfg):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}: {flops / 1e12:.2f} TFLOP/s in large matrix products, {copy / 1e9:.1f} GB/s in large copies\n")
     table = []
-    print(f"{'size':8}{'stage':8}{'who':14}{'tokens/s':>12}{'s/round':>10}{'mfu':>8}{'mbu':>8}{'ratio':>8}   peak memory")
+    print(f"{'size':8}{'stage':8}{'who':14}{'tokens/s':>12}{'s/round':>10}{'mfu':>8}{'mbu':>8}{'ratio':>8}   peak GB")
     for size in sizes:
         s = SHAPES[size]
         with torch.device("meta"):

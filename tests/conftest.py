@@ -15,7 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # the tests' tensors are small, and the other cores have scripts to run
+
+import pytest   # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -87,7 +89,7 @@ class Suite:
     """The copy at `root`; `run` and `start` run its scripts."""
 
     def __init__(self, folder):
-        self.root, self.jobs, self.n = copy_suite(folder / "suite"), folder / "jobs", 0
+        self.root, self.jobs, self.n, self.early = copy_suite(folder / "suite"), folder / "jobs", 0, {}
         self.env = ENV | {"NANORLHF_CACHE": str(folder / "cache")}
         with open(folder / "server_errors", "wb") as errors:
             self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, text=True,
@@ -153,11 +155,24 @@ def suite(tmp_path_factory):
     suite.server.wait(10)
 
 
+CAI_FLAGS = ["--prompts", 24, "--helpful_prompts", 40, "--max_steps", 8, "--k", 3, "--critiques", 1, "--max_new", 24,
+             "--max_critique", 16, "--sft_flags", "--max_new 16 --warmup 2", "--reward_flags", "--held_out 0.3",
+             "--rl_flags", "--iterations 1 --rollouts 16 --max_new 16"]
+
+
+def pytest_collection_modifyitems(items):
+    """Last comes what has been running since the chain was made."""
+    items.sort(key=lambda item: item.name == "test_the_script")
+
+
 @pytest.fixture(scope="session")
 def chain(suite, fresh_clone, tmp_path_factory):
     """A folder with base, sft, reward, ppo and dpo of a short run through all stages."""
     folder = tmp_path_factory.mktemp("chain")
     suite.ok("model.py", "--out", folder / "base", "--steps", 30)
+    early = tmp_path_factory.mktemp("early")   # cai.py takes long: it runs beside all that follows
+    (early / "base").symlink_to(folder / "base")
+    suite.early["cai"] = suite.start("cai.py", "--out", early / "cai", *CAI_FLAGS), early / "cai"
     suite.ok("sft.py", "--out", folder / "sft", "--max_steps", 20, "--warmup", 2, "--max_new", 24)
     suite.ok("reward.py", "--out", folder / "reward", "--prompts", 80, "--max_steps", 4, "--held_out", 0.3,
              "--max_new", 24, "--bias_length", 0.2)   # so weak a model scores 0: without a bias all pairs would be ties

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import cai
+from conftest import CAI_FLAGS
 from data import InputError, endpoint, formats, world
 from data.endpoint import Kept, connect, cut
 from data.principles import constitution, examples
@@ -437,16 +438,13 @@ def test_critic_test_at_an_address(suite, server, tmp_path):
 
 
 @needs_fork
-def test_the_script(suite, chain, tmp_path):
+def test_the_script(suite, chain):
     """Both stages on a slice of the tiny world with models of a few steps; then --resume, which has nothing to do."""
-    (tmp_path / "base").symlink_to(chain / "base")
-    flags = ["--out", tmp_path / "cai", "--prompts", 24, "--helpful_prompts", 40, "--max_steps", 8, "--k", 3,
-             "--critiques", 1, "--max_new", 24, "--max_critique", 16, "--sft_flags", "--max_new 16 --warmup 2",
-             "--reward_flags", "--held_out 0.3", "--rl_flags", "--iterations 1 --rollouts 16 --max_new 16"]
-    r = suite.ok("cai.py", *flags)
+    job, folder = suite.early["cai"]
+    r = suite.finish(job)
+    assert r.rc == 0 and r.err == "", r
     assert [re.search(r"(\w+)\.py", line)[1] for line in r.out.splitlines() if line.startswith("running")] == [
         "sft", "sft", "reward", "ppo"]
-    folder = tmp_path / "cai"
     result = json.loads((folder / "result.json").read_text())
     told = set(result["before"]) & set(result["after"])
     assert result["stage"] == "cai" and {"gold", "harmless", "harmless_rate", "eos_rate"} <= told
@@ -462,21 +460,24 @@ def test_the_script(suite, chain, tmp_path):
     final, _ = load(folder / "round1" / "rl")
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), final.parameters()))
     asked = (folder / "answers.jsonl").read_text()
-    r = suite.ok("cai.py", *flags, "--resume")
+    r = suite.ok("cai.py", "--out", folder, *CAI_FLAGS, "--resume")
     assert "running" not in r.out and (folder / "answers.jsonl").read_text() == asked
     again = json.loads((folder / "result.json").read_text())
     assert (again["before"], again["after"]) == (result["before"], result["after"])
 
 
-def test_stages_on_several_processes(chain, tmp_path):
-    """--nproc_per_node 2: two processes train each stage, to the same losses."""
-    logs = []
-    for n in (1, 2):
-        cfg = cai.Config(nproc_per_node=n, max_steps=2, dtype="float32", device="cpu")
-        cai.stage(cfg, "sft.py", tmp_path / str(n), "--init", chain / "base", "--max_new", 4)
-        logs.append([json.loads(line) for line in (tmp_path / str(n) / "log.jsonl").read_text().splitlines()])
-    for a, b in zip(*logs, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-6) and len(logs[0]) == 2
+@needs_fork
+def test_stages_on_several_processes(suite, chain, tmp_path):
+    """--nproc_per_node 2: two processes train each stage, to the losses of one."""
+    demos = tmp_path / "demos.jsonl"
+    demos.write_text("".join(json.dumps({"prompt": f"What is {i}?", "completion": f"It is {i}."}) + "\n"
+                             for i in range(80)))
+    flags = ["--init", chain / "base", "--data", demos, "--max_new", 4, "--max_steps", 2, "--dtype", "float32"]
+    suite.ok("sft.py", "--out", tmp_path / "one", *flags)
+    cai.stage(cai.Config(nproc_per_node=2, device="cpu"), "sft.py", tmp_path / "two", *flags)
+    one, two = ([json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+                for n in ("one", "two"))
+    assert len(one) == 2 and [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=2e-6)
 
 
 @needs_fork

@@ -567,8 +567,9 @@ def test_asking_again_asks_the_same_annotator(monkeypatch):
     mask = real & (torch.arange(4) >= torch.tensor([len(p) for p in prompts])[:, None])
     b = SimpleNamespace(ids=ids, mask=mask, prompts=prompts, rows=["who", "who", "why", "why"])
     other, _ = pad_batch([[2, 3, 6, 0], [4, 9, 0]], 1)
+    said = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]]) > 0
     monkeypatch.setattr(ppo, "generate", lambda model, prompts, *a, **kw: (
-        (other, other * 0 + torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]]) > 0, None) if prompts == [[2, 3], [4]] else None))
+        (other, said, None) if prompts == [[2, 3], [4]] else None))
     asked = []
     monkeypatch.setattr(ppo.world, "utility", lambda row, text, *bias: asked.append((row, text, bias)) or len(asked))
     monkeypatch.setattr(ppo.world, "annotate", lambda u, v, noise, rng: noise if u < v else -noise)

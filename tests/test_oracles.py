@@ -371,7 +371,7 @@ def test_ppo_losses_do_not_depend_on_batching(dialect):
     for rows, prompt, real in (cut := ppo.by_length(torch.tensor([9, 1, 3, 3, 2, 2, 8, 8]), cfg(5, 2))):
         assert real == 1.0 and prompt.tolist() == (rows // 2).tolist() and len(rows) == 4
     assert [rows.tolist() for rows, *_ in cut] == [[4, 5, 2, 3], [6, 7, 0, 1]]
-    long = ppo.Config(micro_batch=5, group=2, max_prompt=8, max_new=9)                # longer than prompts: by themselves
+    long = ppo.Config(micro_batch=5, group=2, max_prompt=8, max_new=9)       # longer than prompts: by themselves
     assert [prompt for _, prompt, _ in ppo.by_length(torch.tensor([9, 1, 3, 3]), long)] == [None]
 
 
@@ -389,7 +389,8 @@ def test_shared_prompts_change_nothing(dialect):
 
     def run(name, x, m, prompt, at=slice(None)):
         seen = []
-        hooks = [m_.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel())) for m_ in (model, value)]
+        hooks = [m_.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+                 for m_ in (model, value)]
         logp, ent = token_logprobs(model, x, m, 0.7, entropy=True, prompt=prompt)
         v = ppo.token_values(value, x, m, prompt) * m
         r = reward.final_scores(value, x, real.sum(1)[at], m, prompt)
@@ -397,12 +398,14 @@ def test_shared_prompts_change_nothing(dialect):
         w = weight[:, at]
         (w[0] * logp + w[1] * ent).sum().backward()
         ((w[2] * v).sum() + (r * w[0, :, 0]).sum()).backward()
-        outs = torch.cat([y.detach().double().flatten() for y in (logp.sort(0).values, v.sort(0).values, r.sort().values)])
+        outs = torch.cat([y.detach().double().flatten()
+                          for y in (logp.sort(0).values, v.sort(0).values, r.sort().values)])
         return (name, outs.abs().sum().item(), torch.cat([outs, grad_of(model), grad_of(value)])), seen
 
     plain, seen = run("alone", ids, mask, None)
     shared, fewer = run("shared", ids, mask, prompt)
-    order = [i for n in (3, 0, 4, 2, 1) for i in rng.sample((prompt == n).nonzero()[:, 0].tolist(), int((prompt == n).sum()))]
+    rows_of = [(prompt == n).nonzero()[:, 0].tolist() for n in range(5)]
+    order = [i for n in (3, 0, 4, 2, 1) for i in rng.sample(rows_of[n], len(rows_of[n]))]
     moved, _ = run("another order", ids[order], mask[order], prompt[order], order)
     garbage, _ = run("garbage", torch.where(real, ids, torch.randint(V, ids.shape)), mask, prompt)
     same([plain, shared, moved, garbage])

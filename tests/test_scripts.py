@@ -110,7 +110,7 @@ def test_training_trains(chain):
     for name, metric in (("base", "bits_per_byte"), ("sft", "loss")):
         assert result_of(chain / name)["after"][metric] < result_of(chain / name)["before"][metric]
     before, after = (read_safetensors(chain / name / "model.safetensors") for name in ("reward", "ppo/reward"))
-    assert before.keys() == after.keys() and not torch.equal(before[key], after[key])   # it learned from new comparisons
+    assert before.keys() == after.keys() and not torch.equal(before[key], after[key])   # it learned from new ones
     assert all("rm_accuracy" in row for row in log_of(chain / "ppo"))
 
 
@@ -280,7 +280,7 @@ def test_resume_equals_a_run_without_a_break(suite, whole, script, dtype):
     assert f" {k}/{n} " not in r.out and f" {n}/{n} " in r.out       # the first steps were not done again
     same(folder, cut)
     if script == "ppo.py":
-        assert [i for i, row in enumerate(log_of(folder)) if "rm_loss" in row] == [1, 3]   # asked before and after the cut
+        assert [i for i, row in enumerate(log_of(folder)) if "rm_loss" in row] == [1, 3]   # before and after the cut
         a, b = (read_safetensors(x / "reward" / "model.safetensors") for x in (folder, cut))
         assert all(torch.equal(a[k], b[k]) for k in a)
         assert len({row["beta"] for row in log_of(folder)}) > 2      # the adaptive coefficient moved, and was restored

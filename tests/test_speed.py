@@ -68,13 +68,12 @@ def test_compiled_log_probs_and_gradients_are_the_eager_ones(dialect):
     are, and never again."""
     gpt, f = small(dialect), torch.compile(token_logprobs, backend="aot_eager")
     assert torch._dynamo.explain(token_logprobs)(gpt, *batch()).graph_break_count == 1
-    for T in (40, 24):
+    for T, entropy in ((40, False), (24, False), (24, True)):
         ids, mask = batch(T=T)
-        for entropy in (False, True):
-            a, b = (torch.stack(g(gpt, ids, mask, 0.7, True) if entropy else (g(gpt, ids, mask, 0.7),))
-                    for g in (token_logprobs, f))
-            torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
-            close(gradients(gpt, b.sum()), gradients(gpt, a.sum()), 1e-5)
+        a, b = (torch.stack(g(gpt, ids, mask, 0.7, True) if entropy else (g(gpt, ids, mask, 0.7),))
+                for g in (token_logprobs, f))
+        torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
+        close(gradients(gpt, b.sum()), gradients(gpt, a.sum()), 1e-5)
 
 
 @both
@@ -94,7 +93,8 @@ def test_decoding_is_one_graph_per_shape(dialect, monkeypatch):
     free = go(0)[0].flatten().tolist()
     eos = max(range(1, V), key=free.count)                             # comes often
     eager = go(1), go(2)
-    monkeypatch.setattr(model_py, "decode", torch.compile(model_py.decode, backend=backend, fullgraph=True, dynamic=False))
+    compiled = torch.compile(model_py.decode, backend=backend, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(model_py, "decode", compiled)
     monkeypatch.setattr(model_py, "GRAPHS", True)
     with torch._dynamo.config.patch(recompile_limit=64):
         compiled = go(1), go(2)
