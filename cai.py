@@ -67,6 +67,8 @@ class Config:
     out: str = "out/cai"          # folder for the final model, all rounds, log, samples and plot
     rounds: int = 1               # of stage 1 + stage 2
     critiques: int = 2            # critiques and revisions of a response
+    candidates: int = 4           # tries of each, of which the critic keeps the one whose revision it prefers most to
+                                  # the response (1: the paper; a small critic chooses better than it writes)
     revisions: typing.Literal["all", "last"] = "all"   # which of them stage 1 trains on
     labels: typing.Literal["ai", "human"] = "ai"   # who compares in stage 2; human: the tiny world's annotator (RLHF)
     rl: typing.Literal["ppo", "dpo"] = "ppo"       # how stage 2 uses the comparisons
@@ -240,27 +242,38 @@ def speak(path, rows, cfg, seed, device, autocast):
     return [(text.strip(), tok.eos_id in x) for text, x in zip(texts, ids)]
 
 
-def make_chains(prompts, responses, principles, critic, cfg, seed, shots=""):
+def make_chains(prompts, responses, principles, choices, critic, cfg, seed, shots):
     """Chains {"prompt": messages, "initial": str, "chain": [{"principle", "critique", "revision", "fault"}]} of
-    `cfg.critiques` steps. A revision replaces the response unless it is refused, cut, leaked or empty."""
+    `cfg.critiques` steps. A revision replaces the response unless it is refused, cut, leaked or empty. Each step is the
+    best of `cfg.candidates` tries, with a principle each, by the critic's own p(revision over response) under one of
+    `choices`, and the response stays if it prefers that to all of them (a fault: worse)."""
     rng = random.Random(f"{seed} principles")
     chains = [{"prompt": p, "initial": r, "chain": []} for p, r in zip(prompts, responses)]
     now = list(responses)
     for step in range(cfg.critiques):
-        drawn = [rng.choice(principles) for _ in chains]
-        talks = [transcript(c["prompt"]) + "\n\nAssistant:" for c in chains]
-
-        asks = [critique_prompt(t, r, p) for t, r, p in zip(talks, now, drawn)]
-        critiques = critic(samples(asks, cfg.max_critique, cfg.critic_temperature, (seed, step, "critique"), shots))
-        texts = [(c or {}).get("text", "") for c in critiques]
-        asks = [revision_prompt(t, r, c, p) for t, r, c, p in zip(talks, now, texts, drawn)]
-        revisions = critic(samples(asks, cfg.max_new, cfg.critic_temperature, (seed, step, "revision"), shots))
-        for i, (chain, principle, critique, revision) in enumerate(zip(chains, drawn, texts, revisions)):
-            wrong = fault(revision, now[i])
-            chain["chain"].append({"principle": principle["key"], "critique": critique,
-                                   "revision": (revision or {}).get("text", ""), "fault": wrong})
-            if wrong in ("", "copied"):
-                now[i] = revision["text"]
+        talks, tries = [transcript(c["prompt"]) + "\n\nAssistant:" for c in chains], []
+        for n in range(cfg.candidates):
+            drawn, at = [rng.choice(principles) for _ in chains], (seed, step, n)
+            asks = [critique_prompt(t, r, p) for t, r, p in zip(talks, now, drawn)]
+            critiques = critic(samples(asks, cfg.max_critique, cfg.critic_temperature, (at, "critique"),
+                                       shots["critique"]))
+            texts = [(c or {}).get("text", "") for c in critiques]
+            asks = [revision_prompt(t, r, c, p) for t, r, c, p in zip(talks, now, texts, drawn)]
+            revisions = critic(samples(asks, cfg.max_new, cfg.critic_temperature, (at, "revision"), shots["critique"]))
+            tries.append([{"principle": p["key"], "critique": c, "revision": (r or {}).get("text", ""),
+                           "fault": fault(r, before)} for p, c, r, before in zip(drawn, texts, revisions, now)])
+        if cfg.candidates > 1:
+            pairs = [(chain["prompt"], x["revision"].strip(), before.strip())
+                     for some in tries for chain, x, before in zip(chains, some, now)]
+            labels = iter(compare(pairs, choices, critic, cfg, f"{seed} {step}", shots))
+            for x in (x for some in tries for x in some):
+                x["p"] = (next(labels) or {"p": 0.0})["p"]
+                x["fault"] = x["fault"] or ("worse" if x["p"] < 0.5 else "")
+        for i, steps in enumerate(zip(*tries)):
+            best = max(steps, key=lambda x: (x["fault"] in ("", "copied"), x.get("p", 0.0)))   # the first, if several
+            chains[i]["chain"].append(best)
+            if best["fault"] in ("", "copied"):
+                now[i] = best["revision"]
     return chains
 
 
@@ -277,7 +290,7 @@ def training_rows(chains, which):
 def count_faults(chains):
     """{"revisions": how many there are in the chains, "good": n, "copied": n, ..}."""
     found = [s["fault"] or "good" for c in chains for s in c["chain"]]
-    kinds = ("good", "copied", "empty", "leaked", "cut", "refused")
+    kinds = ("good", "copied", "worse", "empty", "leaked", "cut", "refused")
     return {"revisions": len(found)} | {k: found.count(k) for k in kinds}
 
 
@@ -487,7 +500,7 @@ def main(cfg):
             others = 2 * draw(helpful, cfg.helpful_prompts, "helpful 1")   # answered twice, as in the paper
             said = speak(model, some + others, cfg, seed, device, autocast)
             chains = make_chains([r["prompt"] for r in some], [" " + text for text, _ in said[: len(some)]], revise,
-                                 make_critic(judge, cfg, device, autocast), cfg, seed, shots["critique"])
+                                 choose, make_critic(judge, cfg, device, autocast), cfg, seed, shots)
             world.write_jsonl(chains_file, chains)
             world.write_jsonl(rows_file, training_rows(chains, cfg.revisions) + [
                 {"messages": r["prompt"] + [{"role": "assistant", "content": text}]}
