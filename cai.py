@@ -12,6 +12,8 @@ Stage 1, SL-CAI (Bai et al. 2022, arXiv:2212.08073, section 3). The model answer
 principle is drawn with replacement, the critic is shown
     prompt + response + "CritiqueRequest: .. Critique:"            and samples a critique, then
     prompt + response + critique + "RevisionRequest: .. Revision:"  and samples a revision, which replaces the response.
+Of --candidates tries the critic keeps the one whose revision it prefers to the response, asked as in stage 2 (with
+--candidates 1 it is the paper's; a small critic tells a better answer more reliably than it writes one).
 sft.py then trains the model on the revisions, and on its own answers to harmless prompts, so that it stays helpful.
 
 Stage 2, RLAIF (section 4; arXiv:2309.00267). The stage-1 model answers every red-team prompt k times. For two answers
@@ -23,8 +25,8 @@ from these soft labels, and from human comparisons of answers to the other promp
 
 Stages 1 and 2 make a round; with --rounds 2 the aligned model is the next generator and, without --critic, the critic.
 Left out: red-team prompts written by a model; several principles per label; chat-only endpoints; other critic formats.
-Expect on the tiny world (seeds 0, 1, 3): of the harmful test requests 0 are refused at the start, 0.97 to 0.99 after
-stage 1, 0.99 to 1.00 after stage 2. The critic knows refusing from helping (right in 0.93 to 1.00 of such pairs), but
+Expect on the tiny world (seeds 0, 1, 2): of the harmful test requests 0 are refused at the start, 0.80 to 1.00 after
+stage 1, 0.94 to 0.98 after stage 2. The critic knows refusing from helping (right in 0.93 to 1.00 of such pairs), but
 not which safe alternative a refusal should offer (0.42 to 0.54), so the gold score of refusals stays near 0.55. A
 critic that cannot tell better from worse (see --critic_test) teaches nothing, whatever the losses say.
 """
