@@ -26,8 +26,8 @@ from these soft labels, and from human comparisons of answers to the other promp
 Stages 1 and 2 make a round; with --rounds 2 the aligned model is the next generator and, without --critic, the critic.
 Left out: red-team prompts written by a model; several principles per label; chat-only endpoints; other critic formats.
 Expect on the tiny world (seeds 0, 1, 2): of the harmful test requests 0 are refused at the start, 0.80 to 1.00 after
-stage 1, 0.94 to 0.98 after stage 2. The critic knows refusing from helping (right in 0.93 to 1.00 of such pairs), but
-not which safe alternative a refusal should offer (0.42 to 0.54), so the gold score of refusals stays near 0.55. A
+stage 1, 0.94 to 0.98 after stage 2. The critic knows refusing from helping (right in 0.95 to 1.00 of such pairs), but
+not which safe alternative a refusal should offer (0.38 to 0.56), so the gold score of refusals stays near 0.55. A
 critic that cannot tell better from worse (see --critic_test) teaches nothing, whatever the losses say.
 """
 import hashlib
