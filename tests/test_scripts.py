@@ -709,6 +709,17 @@ def test_two_processes_are_one(suite, chain, tmp_path, script, flags):
     assert result_of(tmp_path / "one")["after"].keys() == result_of(tmp_path / "two")["after"].keys()
 
 
+def test_a_sharded_model_in_bf16(suite, chain, tmp_path):
+    """Sampling from its whole twin, before and after, leaves it fit to train: as one process does, to rounding."""
+    flags = ["sft.py", "--init", chain / "base", "--max_steps", 3, "--dtype", "bfloat16", "--max_new", 12, "--out"]
+    jobs = [suite.start(*flags, tmp_path / "one"), *together(suite, 2, *flags, tmp_path / "two", "--fsdp")]
+    for r in map(suite.finish, jobs):
+        assert r.rc == 0 and r.err == "", r
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
+    assert result_of(tmp_path / "two")["after"]["loss"] < result_of(tmp_path / "two")["before"]["loss"]
+
+
 def test_a_process_that_dies_ends_the_run(suite, chain, tmp_path):
     """With an error, not in a wait without end; what the first process saved is whole."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", suite.root / "model.py", "--steps",
