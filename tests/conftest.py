@@ -53,6 +53,8 @@ for line in sys.stdin:
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
+    if "PLOT" not in job["env"]:
+        sys.modules["matplotlib"] = None                 # as if it were not installed: half a second a run
     sys.argv = job["argv"]
     sys.path[0:0] = [os.path.dirname(job["argv"][0]), *filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep))]
     code = 0
@@ -169,16 +171,17 @@ def pytest_collection_modifyitems(items):
 def chain(suite, fresh_clone, tmp_path_factory):
     """A folder with base, sft, reward, ppo and dpo of a short run through all stages."""
     folder = tmp_path_factory.mktemp("chain")
-    suite.ok("model.py", "--out", folder / "base", "--steps", 30)
+    plot = {"PLOT": "1"}
+    suite.ok("model.py", "--out", folder / "base", "--steps", 30, env=plot)
     early = tmp_path_factory.mktemp("early")   # cai.py takes long: it runs beside all that follows
     (early / "base").symlink_to(folder / "base")
     suite.early["cai"] = suite.start("cai.py", "--out", early / "cai", *CAI_FLAGS), early / "cai"
-    suite.ok("sft.py", "--out", folder / "sft", "--max_steps", 20, "--warmup", 2, "--max_new", 24)
+    suite.ok("sft.py", "--out", folder / "sft", "--max_steps", 20, "--warmup", 2, "--max_new", 24, env=plot)
     suite.ok("reward.py", "--out", folder / "reward", "--prompts", 80, "--max_steps", 4, "--held_out", 0.3,
-             "--max_new", 24, "--bias_length", 0.2)   # so weak a model scores 0: without a bias all pairs would be ties
+             "--max_new", 24, "--bias_length", 0.2, env=plot)   # so weak a model scores 0: else all pairs would be ties
     suite.ok("ppo.py", "--out", folder / "ppo", "--iterations", 3, "--rollouts", 16, "--value_warmup", 1,
-             "--max_new", 16)
-    suite.ok("dpo.py", "--out", folder / "dpo", "--max_steps", 3, "--max_new", 16)
+             "--max_new", 16, env=plot)
+    suite.ok("dpo.py", "--out", folder / "dpo", "--max_steps", 3, "--max_new", 16, env=plot)
     return folder
 
 

@@ -812,7 +812,7 @@ def hub(tmp_path, monkeypatch):
     files = {p.name: p.read_bytes() for p in (tmp_path / "src").iterdir() if p.name != "tokenizer_config.json"}
     handler = type("H", (Hub,), {"files": files, "log": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NANORLHF_CACHE", str(tmp_path / "cache"))
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
