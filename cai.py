@@ -265,11 +265,10 @@ def make_chains(prompts, responses, principles, choices, critic, cfg, seed, shot
             tries.append([{"principle": p["key"], "critique": c, "revision": (r or {}).get("text", ""),
                            "fault": fault(r, before)} for p, c, r, before in zip(drawn, texts, revisions, now)])
         if cfg.candidates > 1:
-            pairs = [(chain["prompt"], x["revision"].strip(), before.strip())
-                     for some in tries for chain, x, before in zip(chains, some, now)]
-            labels = iter(compare(pairs, choices, critic, cfg, f"{seed} {step}", shots))
-            for x in (x for some in tries for x in some):
-                x["p"] = (next(labels) or {"p": 0.0})["p"]
+            flat = [(chain["prompt"], x, before) for some in tries for chain, x, before in zip(chains, some, now)]
+            pairs = [(prompt, x["revision"].strip(), before.strip()) for prompt, x, before in flat]
+            for (_, x, _), told in zip(flat, compare(pairs, choices, critic, cfg, f"{seed} {step}", shots)):
+                x["p"] = told["p"] if told else 0.0
                 x["fault"] = x["fault"] or ("worse" if x["p"] < 0.5 else "")
         for i, steps in enumerate(zip(*tries)):
             best = max(steps, key=lambda x: (x["fault"] in ("", "copied"), x.get("p", 0.0)))   # the first, if several

@@ -829,10 +829,11 @@ def setup(cfg):
         bf16 = torch.cuda.is_bf16_supported() if device.startswith("cuda") else cpu_has_bf16()
     else:
         bf16 = cfg.dtype == "bfloat16"
-    if getattr(cfg, "fsdp", False) and WORLD == 1:
-        raise InputError("--fsdp cuts a model over several processes: start them with torchrun --nproc_per_node=N")
-    if getattr(cfg, "fsdp", False) and getattr(cfg, "lora", 0):
-        raise InputError("--fsdp cuts what is trained, and --lora trains next to nothing: leave one of them out")
+    if getattr(cfg, "fsdp", False):
+        if WORLD == 1:
+            raise InputError("--fsdp cuts a model over several processes: start them with torchrun --nproc_per_node=N")
+        if getattr(cfg, "lora", 0):
+            raise InputError("--fsdp cuts what is trained, and --lora trains next to nothing: leave one of them out")
     if WORLD > 1:
         for name in ("batch_size", "rollouts"):
             if getattr(cfg, name, WORLD) < WORLD:

@@ -257,8 +257,8 @@ def theirs(shape, cfg, device, autocast):
         n = (cfg.rounds + 2) * B // 2
         sizes = (0, T - 1, T - 1) if whole else (T // 2, T // 2 - 1, T // 2 - 1)
         names = ("prompt", "chosen", "rejected")
-        pair = lambda: {k: words(torch.randint(10, V - 10, (m,)).tolist()) for k, m in zip(names, sizes) if m}   # noqa
-        return Dataset.from_list([pair() for _ in range(n)])
+        return Dataset.from_list([
+            {k: words(torch.randint(10, V - 10, (m,)).tolist()) for k, m in zip(names, sizes) if m} for _ in range(n)])
 
     def trl_dpo():
         args = trl.DPOConfig(**(shared | {"per_device_train_batch_size": B // 2}), max_length=T,

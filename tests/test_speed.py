@@ -68,7 +68,7 @@ def test_compiled_log_probs_and_gradients_are_the_eager_ones(dialect):
     are, and never again."""
     gpt, f = small(dialect), torch.compile(token_logprobs, backend="aot_eager")
     assert torch._dynamo.explain(token_logprobs)(gpt, *batch()).graph_break_count == 1
-    for T, entropy in ((40, False), (24, False), (24, True)):
+    for T, entropy in itertools.product((40, 24), (False, True)):
         ids, mask = batch(T=T)
         a, b = (torch.stack(g(gpt, ids, mask, 0.7, True) if entropy else (g(gpt, ids, mask, 0.7),))
                 for g in (token_logprobs, f))
