@@ -2,7 +2,7 @@
 
     python dpo.py                                            the tiny world; makes base, sft and reward if missing
     python dpo.py --loss ipo --out out/ipo                   dpo | ipo | simpo | orpo | kto, also cDPO, rDPO, + SFT term
-    python dpo.py --online true --out out/online             compare new answers of the policy itself, step by step
+    python dpo.py --online --out out/online                  compare new answers of the policy itself, step by step
     python dpo.py --init SFT --data pairs.jsonl --lr 1e-6    your policy, your comparisons (formats: data/formats.py)
 
 The best policy under  E[r(x, y)] - beta KL(pi || pi_ref)  is  pi*(y|x) ~ pi_ref(y|x) exp(r(x, y) / beta). So a policy
@@ -15,106 +15,162 @@ is itself a reward model,  r(x, y) = beta log pi(y|x) / pi_ref(y|x) + const(x), 
     IPO    (h - 1 / (2 beta))^2          log-ratios averaged over tokens, as its authors do   arXiv:2310.12036, eq. 17
     SimPO  - log sigmoid(beta (log pi(w|x) / |w| - log pi(l|x) / |l|) - gamma)            arXiv:2405.14734, eq. 6
     ORPO   - log pi(w|x) / |w|  -  lambda log sigmoid(log odds(w|x) - log odds(l|x)),     arXiv:2403.07691, eq. 6-7
-           odds = p / (1 - p), p the geometric mean of the token probabilities; starts from the base model
+           odds = p / (1 - p), p the geometric mean of the token probabilities
     KTO    1 - sigmoid(beta (r - z)) for a good answer, 1 - sigmoid(beta (z - r)) for a bad one, r = log pi / pi_ref,
            z = max(0, mean of r over answers to OTHER prompts), no gradient               arXiv:2402.01306, eq. 8
 
-SimPO and ORPO need no reference. If a share p prefers w, a pairwise loss is p L(h) + (1 - p) L(-h). cDPO
-(--label_smoothing e) says that a label is wrong with probability e: p (1 - e) + (1 - p) e. rDPO (--flip_rate e,
-arXiv:2403.00409) knows it and undoes it, so that the loss is unbiased: (p - e) / (1 - 2e), maybe outside [0, 1].
---sft_coef adds - log pi(w|x) / |w| (arXiv:2404.19733, eq. 1).
+If a share p prefers w, a pairwise loss is p L(h) + (1 - p) L(-h). cDPO (--label_smoothing e) says that a label is wrong
+with probability e: p (1 - e) + (1 - p) e. rDPO (--flip_rate e, arXiv:2403.00409) knows it and undoes it, so that the
+loss is unbiased: (p - e) / (1 - 2e), maybe outside [0, 1]. --sft_coef adds - log pi(w|x) / |w| (arXiv:2404.19733, eq. 1).
 
-The log-probs of the reference never change: they are computed once, kept as two numbers a pair, and the reference is
-dropped, so that one model is in memory. Left out: packing; the dozens of further variants, each a line of `pair_loss`.
+One step:
+  1. comparisons   the next ones of the data, or of two new answers of the policy to each of some prompts (--online)
+  2. reference     log pi_ref(y|x) of both answers: computed once for all data and kept, so one model is in memory
+  3. loss          one of the above, the mean over the step
+  4. update        AdamW
+
+To add a loss, write its function and its row of LOSSES.
 """
 import math
 import random
 import time
 import typing
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, formats, function_of, world
-from data.evaluate import kl_and_entropy
-from model import (Run, batches, cosine, distinct_2, for_training, frozen, home, load, load_optimizer, load_state, need,
-                   optimizer_for, pad_batch, pieces, respond, result_of, run, save, seeded, setup, sharded, sibling,
-                   summed, token_logprobs, trained, with_lora)
+from data import InputError, formats, report, sample, world
+from data.checkpoint import load
+from data.parallel import RANK, WORLD, all_sum, micro_batches, prepare
+from data.run import (MEASURE, Run, RunFlags, adamw, batches, chain_columns, cosine, function_of, need, program, seeded,
+                      set_lr, setup, sibling)
+from model import frozen, logprobs_from, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
 
+# ------------------------------------------------------------------------------------------------------------
+# The losses as pure functions. logp, ref (2, B): log-probs of the chosen (row 0) and the rejected answers, summed over
+# their tokens, under the policy and the reference; n (2, B): the lengths of the answers in tokens.
 
-@dataclass
-class Config:
-    """The flags of `python dpo.py`."""
-    init: str = ""                # policy to start from, and the reference (default: sft beside --out; orpo: base)
-    data: str = ""                # comparisons; for kto also single answers, good or bad (default: reward.py's)
-    out: str = "out/dpo"          # folder for the checkpoint, log, samples and plot
-    loss: typing.Literal["dpo", "ipo", "simpo", "orpo", "kto"] = "dpo"   # see the equations above
-    beta: float = 0.0             # strength of the pull to the reference; 0: what suits the loss (see BETAS)
-    label_smoothing: float = 0.0  # cDPO: chance that a label is wrong, below 0.5
-    flip_rate: float = 0.0        # rDPO: the same, but undone
-    sft_coef: float = 0.2         # weight of the chosen answer's own - log pi / length; keeps sentences whole
-    gamma: float = 1.0            # SimPO: margin that the chosen answer must win by
-    odds_coef: float = 1.0        # ORPO: lambda
-    good_weight: float = 1.0      # KTO: weight of good answers
-    bad_weight: float = 1.0       # KTO: weight of bad answers
-    online: bool = False          # sample two answers per prompt from the policy at each step and compare those
-    judge: str = "annotator"      # of --online: annotator (of the tiny world), a reward model, or module:function
-    noise: float = 0.05           # of the annotator: 0 always picks the better answer (see reward.py)
-    online_steps: int = 150       # of --online
-    epochs: int = 2               # passes over the comparisons
-    batch_size: int = 64          # pairs (kto: answers) a step
-    micro_batch: int = 64         # pairs per forward pass; smaller needs less memory and changes nothing else
-    max_prompt: int = 128         # tokens of a prompt; longer ones lose their beginning, for both answers alike
-    max_len: int = 256            # tokens of prompt and answer; longer answers are cut and then carry no EOS
-    lr: float = 3e-4              # peak learning rate of AdamW (5e-7 to 5e-6 for real models)
-    warmup: int = 10              # steps of linear warmup, then a cosine to a tenth
-    weight_decay: float = 0.0     # on matrices only
-    grad_clip: float = 1.0        # largest gradient norm
-    held_out: float = 0.1         # share of the prompts kept for the report
-    max_new: int = 32             # longest sampled answer, in tokens
-    save_every: int = 100         # steps between checkpoints
-    lora: int = 0                 # rank of adapters on a frozen, shared trunk (0: train all weights)
-    max_steps: int = 0            # stop after this many steps (0: run all)
-    resume: bool = False          # go on from the last checkpoint in --out
-    seed: int = 0                 # every random draw comes from (seed, step)
-    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
-    compile: bool = False         # torch.compile the training forward, and on a GPU the decoding step
-    recompute: bool = False       # activation checkpointing: layers run again in the backward pass, for less memory
-    fsdp: bool = False            # with torchrun: cut weights, gradients and optimizer state over the processes
+# What a loss compares: the implicit reward of each answer, without its factor beta.
 
 
-BETAS = {"dpo": 0.3, "ipo": 0.5, "simpo": 2.0, "orpo": 1.0, "kto": 0.3}   # orpo has none; 1 keeps its rewards readable
+def log_ratio(logp, ref, n):
+    """log pi / pi_ref (2, B): DPO's reward (arXiv:2305.18290, eq. 5)."""
+    return logp - ref
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The losses as pure functions, elementwise over (N,) tensors. Only `pair_loss` and `kto_loss` are called by the loop.
+def mean_log_ratio(logp, ref, n):
+    """log pi / pi_ref per token (2, B): IPO's reward."""
+    return (logp - ref) / n
 
 
-def dpo(h, beta):
-    """arXiv:2305.18290, eq. 7; h is the difference of the log-ratios, summed over response tokens."""
-    return -F.logsigmoid(beta * h)
+def mean_logp(logp, ref, n):
+    """log pi per token (2, B): SimPO's reward (arXiv:2405.14734, eq. 3)."""
+    return logp / n
 
 
-def ipo(h, beta):
-    """arXiv:2310.12036, eq. 17; h as in DPO, but of log-ratios averaged over tokens."""
-    return (h - 1 / (2 * beta)) ** 2
-
-
-def simpo(d, beta, gamma):
-    """arXiv:2405.14734, eq. 6; d is the difference of the mean log-probs. (The paper's tables give gamma / beta.)"""
-    return -F.logsigmoid(beta * d - gamma)
+def mean_log_odds(logp, ref, n):
+    """log odds (2, B) of the mean log-prob of a token: ORPO's reward (arXiv:2403.07691, eq. 4)."""
+    return log_odds(logp / n)
 
 
 def log_odds(p):
     """log(e^p / (1 - e^p)) of mean log-probs p < 0 without overflow or 0 * inf in the gradient of the other branch."""
     p = p.clamp(max=-1e-7)
     near_0 = p > -math.log(2)
-    log1mexp = torch.where(near_0, torch.log(-torch.expm1(torch.where(near_0, p, -1.0))),
-                           torch.log1p(-torch.exp(torch.where(near_0, -1.0, p))))
-    return p - log1mexp
+    of_near = torch.log(-torch.expm1(torch.where(near_0, p, -1.0)))
+    of_far = torch.log1p(-torch.exp(torch.where(near_0, -1.0, p)))
+    return p - torch.where(near_0, of_near, of_far)
+
+
+# The losses (B,) of h (B,), the reward of the chosen answer minus that of the rejected one.
+
+
+def dpo(h, beta, cfg=None):
+    """arXiv:2305.18290, eq. 7."""
+    return -F.logsigmoid(beta * h)
+
+
+def ipo(h, beta, cfg=None):
+    """arXiv:2310.12036, eq. 17."""
+    return (h - 1 / (2 * beta)) ** 2
+
+
+def simpo(h, beta, cfg):
+    """arXiv:2405.14734, eq. 6. (The paper's tables give gamma / beta.)"""
+    return -F.logsigmoid(beta * h - cfg.gamma)
+
+
+def orpo(h, beta, cfg):
+    """The second term of arXiv:2403.07691, eq. 6; the first one is `nll` of its row."""
+    return -cfg.odds_coef * F.logsigmoid(h)
+
+
+def kto_loss(r, good, z, beta, good_weight=1.0, bad_weight=1.0):
+    """arXiv:2402.01306, eq. 8. r (B,): log-ratios; good (B,): 1 or 0; z: the reference point, a number."""
+    gain = torch.where(good > 0.5, r - z, z - r)
+    return torch.where(good > 0.5, good_weight, bad_weight) * (1 - (beta * gain).sigmoid())
+
+
+@dataclass
+class Loss:
+    """A row of LOSSES."""
+    reward: typing.Callable       # (logp, ref, n) -> (2, B), what it compares
+    of: typing.Callable           # (h, beta, cfg) -> (B,)
+    beta: float                   # default of --beta
+    needs_reference: bool
+    start: str                    # the link of the chain that it starts from
+    nll: float = 0.0              # weight of the chosen answer's - log pi / length, beside --sft_coef
+
+
+LOSSES = {
+    #             compares         loss      beta  reference  starts from
+    "dpo":   Loss(log_ratio,       dpo,      0.3,  True,      "sft"),
+    "ipo":   Loss(mean_log_ratio,  ipo,      0.5,  True,      "sft"),
+    "simpo": Loss(mean_logp,       simpo,    2.0,  False,     "sft"),
+    "orpo":  Loss(mean_log_odds,   orpo,     1.0,  False,     "base", nll=1.0),   # beta only scales its rewards
+    "kto":   Loss(None,            kto_loss, 0.3,  True,      "sft"),             # no pairs: kto_losses
+}
+
+
+@dataclass
+class Config(RunFlags):
+    """The flags of `python dpo.py`."""
+    # Model and data
+    init: str = ""                # policy to start from, and the reference (default: sft; orpo: base)
+    data: str = ""                # comparisons; for kto also single answers, good or bad (default: reward.py's);
+                                  # with --online prompts (default: the tiny world's)
+    max_prompt: int = 128         # tokens; longer prompts are left out and counted
+    max_len: int = 256            # tokens of prompt and answer; longer answers are cut and then carry no EOS
+    held_out: float = 0.1         # share of the prompts kept for the report
+    max_new: int = 32             # longest sampled answer, in tokens
+    lora: int = 0                 # rank of adapters on a frozen trunk, which is the reference (0: train all weights)
+    # Loss
+    loss: typing.Literal[tuple(LOSSES)] = "dpo"   # see the equations above
+    beta: float = 0.0             # strength of the pull to the reference; 0: what suits the loss (see LOSSES)
+    label_smoothing: float = 0.0  # cDPO: chance that a label is wrong, below 0.5
+    flip_rate: float = 0.0        # rDPO: the same, but undone
+    sft_coef: float = 0.2         # weight of the chosen answer's own - log pi / length; keeps sentences whole (not kto)
+    gamma: float = 1.0            # SimPO: margin that the chosen answer must win by
+    odds_coef: float = 1.0        # ORPO: lambda
+    good_weight: float = 1.0      # KTO: weight of good answers
+    bad_weight: float = 1.0       # KTO: weight of bad answers
+    # Online
+    online: bool = False          # sample two answers per prompt from the policy at each step and compare those
+    judge: str = "annotator"      # annotator (of the tiny world), a reward model, or module:function
+    noise: float = 0.05           # of the annotator: 0 always picks the better answer (see reward.py)
+    online_steps: int = 150       # steps, each of --batch_size prompts
+    # Training
+    epochs: int = 2               # passes over the comparisons
+    batch_size: int = 64          # pairs (kto: answers) a step
+    micro_batch: int = 64         # pairs per forward pass; smaller needs less memory and changes nothing else
+    lr: float = 3e-4              # peak learning rate of AdamW (5e-7 to 5e-6 for real models)
+    warmup: int = 10              # steps of linear warmup, then a cosine to a tenth
+    weight_decay: float = 0.0     # on matrices only
+    grad_clip: float = 1.0        # largest gradient norm
 
 
 def share_preferring(p, label_smoothing=0.0, flip_rate=0.0):
@@ -124,47 +180,145 @@ def share_preferring(p, label_smoothing=0.0, flip_rate=0.0):
 
 
 def pair_loss(cfg, beta, logp, ref, n, p):
-    """Losses (B,) and implicit rewards (2, B) of pairs. logp, ref: summed log-probs (2, B) of the chosen (row 0) and
-    the rejected answers under policy and reference; n (2, B): their lengths in tokens; p (B,): share for the chosen."""
-    p, mean = share_preferring(p, cfg.label_smoothing, cfg.flip_rate), logp / n
-    if cfg.loss == "dpo":
-        rewards, each = logp - ref, lambda h: dpo(h, beta)
-    elif cfg.loss == "ipo":
-        rewards, each = (logp - ref) / n, lambda h: ipo(h, beta)
-    elif cfg.loss == "simpo":
-        rewards, each = mean, lambda d: simpo(d, beta, cfg.gamma)
-    else:
-        rewards, each = log_odds(mean), lambda d: -cfg.odds_coef * F.logsigmoid(d)
+    """Losses (B,) and implicit rewards (2, B) of pairs with logp, ref and n (2, B) as above; p (B,): the share of judges
+    who prefer the chosen answer."""
+    loss = LOSSES[cfg.loss]
+    p = share_preferring(p, cfg.label_smoothing, cfg.flip_rate)
+    rewards = loss.reward(logp, ref, n)                                               # (2, B)
     h = rewards[0] - rewards[1]
-    loss = p * each(h) + (1 - p) * each(-h)
-    nll_coef = cfg.sft_coef + (cfg.loss == "orpo")
-    return loss - nll_coef * mean[0] if nll_coef else loss, beta * rewards
+    out = p * loss.of(h, beta, cfg) + (1 - p) * loss.of(-h, beta, cfg)
+    nll_coef = loss.nll + cfg.sft_coef
+    if nll_coef:
+        out = out - nll_coef * logp[0] / n[0]
+    return out, beta * rewards
 
 
-def kto_loss(r, good, z, beta, good_weight=1.0, bad_weight=1.0):
-    """arXiv:2402.01306, eq. 8. r (B,): log-ratios; good (B,): 1 or 0; z: the reference point, a number."""
-    gain = torch.where(good > 0.5, r - z, z - r)
-    return torch.where(good > 0.5, good_weight, bad_weight) * (1 - (beta * gain).sigmoid())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Examples: (prompt ids, first answer ids, second answer ids, label). Of a pair, the second answer is the rejected one
+# and the label the share that prefers the first. KTO labels the first answer good or bad; `mismatch` finds the second.
 
 
 def encode(rows, tok, max_prompt, max_len):
-    """Preference or KTO rows -> [(prompt ids, first answer, second answer, label)]. The second answer of a pair is the
-    rejected one; KTO has one answer only (mismatch adds the other). Left out and counted: pairs whose answers do not
-    differ within max_len, which would teach nothing. Returns the list and that count."""
-    out, same = [], 0
+    """Preference or KTO rows as examples, and a Counter of what is not there as it was. Prompts of more than max_prompt
+    tokens are left out ("long"), never cut: their BOS and headers tell the model what it reads. Answers are cut where
+    prompt and answer reach max_len ("cut") and then carry no EOS: a cut is not an end. Pairs whose answers do not
+    differ within that would teach nothing and are left out ("equal")."""
+    out, counts = [], Counter()
     for row in rows:
         keys = ("completion",) if "completion" in row else ("chosen", "rejected")
         sides = [tok.render_answer(row["prompt"], row[key]) for key in keys]
         prompt = sides[0][0]
-        answers = [ids[: max_len - min(len(prompt), max_prompt)] for _, ids in sides]
-        if len(answers) == 2 and answers[0] == answers[1]:
-            same += 1
+        if len(prompt) > max_prompt:
+            counts["long"] += 1
             continue
-        out.append((prompt[-max_prompt:], answers[0], answers[-1], float(row["label"])))
-    return out, same
+        room = max_len - len(prompt)
+        first, second = sides[0][1], sides[-1][1]
+        if len(keys) == 2 and first[:room] == second[:room]:
+            counts["equal"] += 1
+            continue
+        counts["cut"] += max(len(first), len(second)) > room
+        out.append((prompt, first[:room], second[:room], float(row["label"])))
+    return out, counts
+
+
+def read_comparisons(path, kind, tok, cfg, max_len):
+    """Examples of a file to train on, held-out ones, all its rows, and a sentence that says what was left out and why.
+    kind: preference or kto. InputError: nothing is left to train on or to hold out."""
+    rows, dropped = formats.load(path, kind)
+    decided = [row for row in rows if row["label"] != 0.5]    # a tie teaches nothing, but for DPO
+    train_rows, held_rows = formats.split(decided, cfg.held_out, seed=0)
+    max_prompt = min(cfg.max_prompt, max_len - 1)
+    train, counts = encode(train_rows, tok, max_prompt, max_len)
+    held, held_counts = encode(held_rows, tok, max_prompt, max_len)
+    counts += held_counts
+    told = (f"{len(train):,} to train on, {len(held):,} held out; left out: {len(rows) - len(decided):,} ties, "
+            f"{counts['long']:,} with prompts of more than {max_prompt} tokens (--max_prompt), {counts['equal']:,} with "
+            f"answers that are equal within {max_len} (--max_len), where {counts['cut']:,} were cut")
+    if not train or not held:
+        raise InputError(f"{path}: {told}; both need at least one (--held_out)")
+    return train, held, rows, f"{formats.describe(rows, dropped, path)}\n{told}"
+
+
+def read_prompts(path, tok, max_prompt):
+    """The prompt rows of a file that take at most max_prompt tokens, and a sentence. InputError: none does."""
+    rows, dropped = formats.load(path, "prompt")
+    fitting = sample.short_enough(tok, rows, max_prompt)
+    if not fitting:
+        raise InputError(f"{path}: no prompt of at most {max_prompt} tokens (--max_prompt, --max_new)")
+    return fitting, (f"{formats.describe(rows, dropped, path)}\n{len(fitting):,} prompts to answer, "
+                     f"{len(rows) - len(fitting):,} left out, of more than {max_prompt} tokens (--max_prompt)")
+
+
+def length_of(example):
+    """Tokens of an example's prompt and its longer answer: what batches are sorted by."""
+    prompt, first, second, _ = example
+    return len(prompt) + max(len(first), len(second))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pairs: two answers to one prompt, which goes through the model once.
+
+
+def hidden_with_shared_prompt(model, examples, tok):
+    """Hidden states (B, U, C) of pairs, one a row: the prompt, the first answer, the prompt's last token once more, the
+    second answer. Each answer stands where it would alone and sees the prompt and itself (arXiv:2410.20305); the copy
+    of the last token is what predicts the second answer's first. Also returns ids (B, U), which of them are answers
+    (B, U), on the CPU, and which come after the first answer (B, U)."""
+    device = model.wte.weight.device
+    rows, n_prompt, n_first = [], [], []
+    for prompt, first, second, _ in examples:
+        rows.append(prompt + first + prompt[-1:] + second)
+        n_prompt.append(len(prompt))
+        n_first.append(len(first))
+    length = -(-max(map(len, rows)) // 8) * 8     # a multiple of 8: kernels want their masks aligned
+    ids, real = pad_batch(rows, tok.pad_id, length=length)                            # (B, U)
+    n_prompt, n_first = torch.tensor(n_prompt)[:, None], torch.tensor(n_first)[:, None]   # (B, 1)
+
+    # Where each token stands in its own conversation, and whose part it is. The last prompt token is each answer's own.
+    at = torch.arange(ids.shape[1])
+    in_second = at >= n_prompt + n_first                                              # (B, U)
+    in_both = at < n_prompt - 1                                                       # (B, U)
+    pos = (at - in_second * (n_first + 1)) * real                                     # (B, U)
+    is_answer = real & (at >= n_prompt) & (at != n_prompt + n_first)                  # (B, U)
+
+    ids, pos, in_second, in_both = (x.to(device) for x in (ids, pos, in_second, in_both))
+    sees = in_both[:, None] | (in_second[:, None] == in_second[:, :, None])           # (B, U, U): row sees column
+    hidden = model(ids, pos=pos, mask=sees.tril()[:, None])                           # (B, U, C)
+    return hidden, ids, is_answer, in_second
+
+
+def pair_logps(model, examples, tok):
+    """Summed log-probs (2, B) of the first and the second answers of examples."""
+    hidden, ids, is_answer, in_second = hidden_with_shared_prompt(model, examples, tok)
+    logp = logprobs_from(model, hidden, ids, is_answer)                               # (B, U), 0 outside of answers
+    return torch.stack(((logp * ~in_second).sum(1), (logp * in_second).sum(1)))
+
+
+def pair_losses(model, examples, known, tok, cfg):
+    """Losses (B,) of pairs, with gradient, and what is logged of them, {name: (B,)}, without. known (2, B): log-probs of
+    both answers under the reference."""
+    device = model.wte.weight.device
+    p = torch.tensor([label for *_, label in examples], device=device)                # (B,)
+    n = torch.tensor([[len(first) for _, first, _, _ in examples],
+                      [len(second) for _, _, second, _ in examples]], device=device)  # (2, B)
+    logp = pair_logps(model, examples, tok)                                           # (2, B)
+    loss, rewards = pair_loss(cfg, cfg.beta or LOSSES[cfg.loss].beta, logp, known, n, p)
+    better, worse = torch.where(p > 0.5, rewards, rewards.flip(0)).detach()           # (B,) each
+    right = (better > worse).float() + 0.5 * (better == worse)
+    return loss, {"loss": loss.detach(), "accuracy": right, "margin": better - worse, "chosen_reward": better,
+                  "rejected_reward": worse}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# KTO: single answers, good or bad, and answers to other prompts for its reference point.
+
+
+def kto_examples(train, held, path, seed):
+    """Examples to train on and held-out ones with second answers. InputError: there is nothing to tell apart."""
+    labels = {label for *_, label in train}
+    if len(labels) < 2:
+        raise InputError(f"{path}: {len(train)} answers to train on, all of one label; kto needs good and bad answers")
+    return mismatch(train, seed), mismatch(held, seed)
 
 
 def mismatch(examples, seed):
@@ -174,261 +328,349 @@ def mismatch(examples, seed):
     order = random.Random(seed).sample(range(n), n)
     for k, i in enumerate(order):
         prompt, answer, _, label = examples[i]
-        others = (order[(k + shift) % n] for shift in range(1, n))   # the next one in random order, as a rule
-        other = next((j for j in others if examples[j][0] != prompt), None)
+        other = None
+        for shift in range(1, n):   # the next one in random order, as a rule
+            candidate = examples[order[(k + shift) % n]]
+            if candidate[0] != prompt:
+                other = candidate[1]
+                break
         if other is None:
             raise InputError("kto: all rows have the same prompt; its reference point needs answers to other prompts")
-        out[i] = (prompt, answer, examples[other][1], label)
+        out[i] = (prompt, answer, other, label)
     return out
 
 
-def logps(model, pairs, tok, device, forward=token_logprobs):
-    """Summed log-probs (N,) of answers given prompts, [(prompt ids, answer ids)], and the answers' lengths (N,). A
-    prompt with several answers goes through the model once."""
-    order = sorted(range(len(pairs)), key=lambda i: pairs[i][0])                      # equal prompts side by side
-    rows, back = [pairs[i] for i in order], torch.tensor(order).argsort().to(device)
-    number = {x: n for n, x in enumerate(dict.fromkeys(tuple(x) for x, _ in rows))}
-    prompt = torch.tensor([number[tuple(x)] for x, _ in rows], device=device) if len(number) < len(rows) else None
-    ids, real = pad_batch([x + y for x, y in rows], tok.pad_id)                       # (N, T)
-    mask = real & (torch.arange(ids.shape[1]) >= torch.tensor([len(x) for x, _ in rows])[:, None])
-    logp = forward(model, ids.to(device), mask, prompt=prompt).sum(1)                 # (N,)
-    return logp[back], mask.sum(1).to(device)[back]
+def logps(model, pairs, tok):
+    """Summed log-probs (N,) of answers given prompts, [(prompt ids, answer ids)]."""
+    rows = [prompt + answer for prompt, answer in pairs]
+    answers = [[0] * len(prompt) + [1] * len(answer) for prompt, answer in pairs]
+    ids, _ = pad_batch(rows, tok.pad_id, model.wte.weight.device)                     # (N, T)
+    mask, _ = pad_batch(answers, 0)                                                   # (N, T), on the CPU
+    return token_logprobs(model, ids, mask.bool()).sum(1)
 
 
-def both(examples):
-    """All first answers, then all second ones: chosen and rejected go through the model in one batch."""
-    return [(x, a) for x, a, _, _ in examples] + [(x, b) for x, _, b, _ in examples]
+def own_logps(model, examples, tok):
+    """Summed log-probs (B,) of the answers that are labelled."""
+    return logps(model, [(prompt, first) for prompt, first, _, _ in examples], tok)
+
+
+def other_logps(model, examples, tok):
+    """Summed log-probs (B,) of the answers to other prompts."""
+    return logps(model, [(prompt, second) for prompt, _, second, _ in examples], tok)
+
+
+def with_reference_point(model, examples, ref, tok, cfg):
+    """What `kto_losses` has to know (2, B): the reference's log-probs of the labelled answers, and the reference point z,
+    the same in each column. ref (2, B): log-probs of both answers under the reference."""
+    other = all_logps(other_logps, model, examples, tok, cfg.micro_batch)             # (B,)
+    z = (other - ref[1]).mean().clamp(min=0.0)
+    return torch.stack((ref[0], z.expand(len(examples))))
+
+
+def kto_losses(model, examples, known, tok, cfg):
+    """Losses (B,) of labelled answers, with gradient, and what is logged of them, {name: (B,)}, without. known: see
+    `with_reference_point`."""
+    beta = cfg.beta or LOSSES["kto"].beta
+    good = torch.tensor([label for *_, label in examples], device=known.device)       # (B,)
+    ref, z = known
+    r = own_logps(model, examples, tok) - ref                                         # (B,)
+    loss = kto_loss(r, good, z, beta, cfg.good_weight, cfg.bad_weight)
+    gain = torch.where(good > 0.5, r - z, z - r).detach()
+    right = (gain > 0).float() + 0.5 * (gain == 0)
+    return loss, {"loss": loss.detach(), "accuracy": right, "margin": 2 * beta * gain, "z": z}
+
+
+def kto_steps(steps, policy, run):
+    """Steps as `offline_steps` yields them, with the reference point in the place of the second log-prob."""
+    for step, examples, ref_logp in steps:
+        yield step, examples, with_reference_point(policy, examples, ref_logp, run.tok, run.cfg)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The reference, and steps over given comparisons.
 
 
 @torch.no_grad()
-def all_logps(model, examples, tok, device, autocast, batch, paired=True):
-    """Summed log-probs (2, N) of both answers of all examples, similar lengths together. A pair goes through the model
-    as it will in training, so that policy and reference start equal: its prompt once, or (kto) each answer alone."""
-    out = torch.zeros(2, len(examples))
-    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i][:3])))
-    for rows, real in pieces(order, batch) if order else ():
-        with autocast():
-            pairs = both([examples[i] for i in rows])
-            halves = [pairs] if paired else [pairs[: len(rows)], pairs[len(rows):]]
-            part = torch.cat([logps(model, half, tok, device)[0] for half in halves]).view(2, -1).cpu()
-        if real:
-            out[:, rows] = part
-    return summed(out)
+def all_logps(logps_of, model, examples, tok, size, say=None):
+    """logps_of(model, examples, tok), (.., N), of many examples: `size` of similar length at a time, each rank its share.
+    Policy and reference must go the same way, so that they start equal. say: where progress is told."""
+    order = sorted(range(len(examples)), key=lambda i: length_of(examples[i]))
+    order += (order * WORLD)[: -len(order) % WORLD]     # all ranks get as many: some are computed twice, and averaged
+    mine = order[RANK::WORLD]
+    total, times, told = None, None, time.time()
+    for start in range(0, len(mine), size):
+        rows = mine[start: start + size]
+        part = logps_of(model, [examples[i] for i in rows], tok)                      # (.., b)
+        if total is None:
+            total = part.new_zeros(part.shape[:-1] + (len(examples),))                # (.., N)
+            times = part.new_zeros(len(examples))
+        total[..., rows] = part
+        times[rows] = 1.0
+        if say and time.time() - told > 4:
+            told = time.time()
+            say(f"log-probs of the reference: {start * WORLD:,} of {len(examples):,} done")
+    return all_sum(total) / all_sum(times)
 
 
-def judge_function(cfg, device, autocast):
-    """score(rows, texts) -> list of utilities, by which --online compares."""
-    if cfg.judge == "annotator":
-        return lambda rows, texts: [world.utility(r, t) for r, t in zip(rows, texts)]
-    if ":" in cfg.judge:
-        return function_of(cfg.judge, "--judge")
-    rm, tok = load(cfg.judge, device)
-    if not rm.cfg.scalar_head:
-        raise InputError(f"{cfg.judge} is a language model; --judge needs a reward model")
-
-    @torch.no_grad()
-    def score(rows, texts):
-        pairs = [tok.render_answer(r["prompt"], t) for r, t in zip(rows, texts)]
-        ids, real = pad_batch([x + y for x, y in pairs], tok.pad_id, device)
-        with autocast():
-            return rm.scores(rm(ids)[torch.arange(len(ids), device=device), real.sum(1) - 1]).tolist()
-    return score
-
-
-def online_pairs(policy, tok, rows, score, cfg, step, device, autocast):
-    """Two new answers of the policy to each row's prompt, compared by the judge: examples as `encode` makes them. What
-    cannot be compared (equal answers, neither finished, a tie) is left out; an unfinished answer loses."""
-    rows = [r for r in rows for _ in range(2)]
-    with autocast():
-        texts, prompts, ids = respond(policy, tok, [r["prompt"] for r in rows], cfg.max_new,
-                                      generator=seeded(cfg.seed, step, device))
-    utility, rng, out = score(rows, texts), random.Random(f"{cfg.seed} {step}"), []
-    for i in range(0, len(rows), 2):
-        ended = [tok.eos_id in ids[j] for j in (i, i + 1)]
-        if ids[i] == ids[i + 1] or not any(ended):
-            continue
-        p = float(ended[0]) if not all(ended) else world.annotate(
-            utility[i], utility[i + 1], cfg.noise if cfg.judge == "annotator" else 0.0, rng)
-        if p != 0.5:
-            w, l = (i, i + 1) if p else (i + 1, i)
-            out.append((prompts[i], ids[w], ids[l], 1.0))
+def reference_logps(policy, examples, run):
+    """Log-probs (2, N) of both answers of examples under the reference, which the policy still is: once for the run."""
+    cfg, device = run.cfg, policy.wte.weight.device
+    if not LOSSES[cfg.loss].needs_reference:
+        return torch.zeros(2, len(examples), device=device)
+    start = time.time()
+    if cfg.loss == "kto":
+        own = all_logps(own_logps, policy, examples, run.tok, cfg.micro_batch, run.say)
+        other = all_logps(other_logps, policy, examples, run.tok, cfg.micro_batch, run.say)
+        out = torch.stack((own, other))
+    else:
+        out = all_logps(pair_logps, policy, examples, run.tok, cfg.micro_batch, run.say)
+    n_bytes = sum(p.nbytes for p in policy.parameters())
+    run.say(f"log-probs of the reference: {2 * len(examples):,} answers once, {time.time() - start:.0f} s, "
+            f"{out.nbytes:,} bytes kept instead of a second model of {n_bytes:,}")
     return out
 
 
-def main(cfg):
-    """Train a policy on comparisons, given or (--online) of its own answers."""
-    device, autocast = setup(cfg)
+def offline_steps(run, plan, train, ref_logp):
+    """Yield (step, its examples, the reference's log-probs of them (2, B)) of given comparisons."""
+    for step in run.steps():
+        yield step, [train[i] for i in plan[step]], ref_logp[:, plan[step]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Online: the policy's own answers, compared by a judge (arXiv:2402.04792).
+
+
+def judge_of(name, device):
+    """judge(rows, texts) -> utilities, one number an answer: of the tiny world's annotator, of a reward model (a folder
+    or a hub name), or a function, module:function."""
+    if name == "annotator":
+        annotator = world.Annotator()
+        return lambda rows, texts: [annotator.utility(row, text) for row, text in zip(rows, texts)]
+    if ":" in name and not Path(name).is_dir():
+        return function_of(name, "--judge")
+    model, tok = load(name, head="score")
+    model = frozen(model).to(device)
+    return lambda rows, texts: sample.rewards(model, tok, [row["prompt"] for row in rows], texts)
+
+
+def ask_judge(judge, rows, texts, name):
+    """The judge's utilities (list of floats) of answers (texts) to prompt rows. The first rank asks."""
+    utilities = torch.zeros(len(texts), dtype=torch.float64)
+    if RANK == 0:
+        try:
+            utilities = torch.as_tensor(judge(rows, texts), dtype=torch.float64).cpu()
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise InputError(f"--judge {name}: expected a list of numbers ({type(e).__name__}: {e})") from None
+        if utilities.shape != (len(texts),) or not utilities.isfinite().all():
+            raise InputError(f"--judge {name}: expected {len(texts)} finite numbers for as many answers")
+    return all_sum(utilities).tolist()
+
+
+def online_pairs(policy, tok, rows, judge, cfg, step):
+    """Two new answers of the policy to each row's prompt, compared by the judge: examples as `encode` makes them. What
+    cannot be compared (equal answers, neither finished, a tie) is left out; an unfinished answer loses."""
+    twice = []
+    for row in rows:
+        twice += [row, row]
+    prompts = [row["prompt"] for row in twice]
+    texts, prompt_ids, answers = sample.respond(policy, tok, prompts, cfg.max_new, seeded(cfg.seed, step))
+    utilities = ask_judge(judge, twice, texts, cfg.judge)
+
+    noise = cfg.noise if cfg.judge == "annotator" else 0.0
+    rng, out = random.Random(f"{cfg.seed} {step}"), []
+    for i in range(0, len(twice), 2):
+        first, second = answers[i], answers[i + 1]
+        first_ended, second_ended = sample.ended(tok, first), sample.ended(tok, second)
+        if first == second or not (first_ended or second_ended):
+            continue
+        p = float(first_ended)           # P(the first one is better)
+        if first_ended and second_ended:
+            p = world.annotate(utilities[i], utilities[i + 1], noise, rng)
+        if p == 1.0:
+            out.append((prompt_ids[i], first, second, 1.0))
+        elif p == 0.0:
+            out.append((prompt_ids[i], second, first, 1.0))
+    return out
+
+
+def online_steps(run, plan, rows, policy, sampler, reference, judge):
+    """Yield (step, examples, the reference's log-probs of them (2, B)) of new answers of the policy as it is in that step.
+    With several processes, the last pairs that do not divide evenly over them are left out."""
+    cfg = run.cfg
+    for step in run.steps():
+        refresh(sampler, policy)
+        examples = online_pairs(sampler, run.tok, [rows[i] for i in plan[step]], judge, cfg, step)
+        examples = examples[: len(examples) // WORLD * WORLD]
+        ref_logp = torch.zeros(2, len(examples), device=policy.wte.weight.device)
+        if reference is not None and examples:
+            ref_logp = all_logps(pair_logps, reference, examples, run.tok, cfg.micro_batch)
+        yield step, examples, ref_logp
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def check(cfg):
+    """InputError: flags that do not go together. Told before anything is made or loaded."""
     if cfg.label_smoothing >= 0.5 or cfg.flip_rate >= 0.5:
         raise InputError("--label_smoothing and --flip_rate must be below 0.5: at one half a label says nothing")
     if cfg.online and (cfg.loss in ("kto", "orpo") or (cfg.data and cfg.judge == "annotator")):
         raise InputError("--online compares pairs of a policy's answers: it needs --loss dpo, ipo or simpo, and for "
                          "prompts of your own (--data) a --judge that knows them")
-    beta = cfg.beta or BETAS[cfg.loss]
-    start_from = "base" if cfg.loss == "orpo" else "sft"
-    init = cfg.init or sibling(cfg, start_from)
-    if not cfg.init:
-        need(init, {"base": "model.py", "sft": "sft.py"}[start_from], cfg)
+
+
+def find_start(cfg):
+    """(the policy to start from, the data): what the flags say, or links of the chain, made if they are missing."""
+    links = [] if cfg.init else [LOSSES[cfg.loss].start]
     if not cfg.data and not cfg.online:
-        need(sibling(cfg, "reward"), "reward.py", cfg)   # for the comparisons it makes
-    policy, tok = load(init, home(cfg, device), scalar_head=False)
-    max_len = min(cfg.max_len, policy.cfg.max_len)
-    max_prompt = min(cfg.max_prompt, max_len - 1, policy.cfg.max_len - cfg.max_new)
-    if max_prompt < 1:
-        raise InputError(f"--max_len {cfg.max_len}, --max_prompt {cfg.max_prompt} and --max_new {cfg.max_new} leave no "
-                         f"room for a prompt in the model's context of {policy.cfg.max_len}")
-    held = []
+        links.append("reward")           # for the comparisons it makes
+    if links:
+        need(cfg, *links)
+    data = Path(sibling(cfg, "reward")) / "comparisons.jsonl"
     if cfg.online:
-        score = judge_function(cfg, device, autocast)
-        path = cfg.data or world.TINY / "rl.jsonl"
-        rows, dropped = formats.load(path, "prompt")
-        print(formats.describe(rows, dropped, path))
-        rows = [r for r in rows if len(tok.render(r["prompt"], True)[0]) <= max_prompt]
-        if not rows:
-            raise InputError(f"{path}: no prompt of at most {max_prompt} tokens (--max_prompt, --max_new)")
-        plan = [random.Random(f"{cfg.seed} {step}").choices(range(len(rows)), k=cfg.batch_size)
-                for step in range(cfg.online_steps)]
+        data = world.TINY / "rl.jsonl"
+    return cfg.init or sibling(cfg, LOSSES[cfg.loss].start), cfg.data or data
+
+
+def add_up(sums, figures, n):
+    """Add to sums {name: float tensor} the figures {name: (b,)} of some of n examples, divided by n."""
+    for name, x in figures.items():
+        sums[name] = sums.get(name, 0.0) + x.sum() / n
+
+
+@torch.no_grad()
+def held_out_figures(losses, policy, held, known, tok, cfg):
+    """Means of what `losses` logs over held-out examples. known (2, N): what it has to know of them."""
+    sums = {}
+    for i in range(0, len(held), cfg.micro_batch):
+        part = slice(i, i + cfg.micro_batch)
+        _, figures = losses(policy, held[part], known[:, part], tok, cfg)
+        add_up(sums, figures, len(held))
+    return {name: x.item() for name, x in sums.items() if name != "z"}
+
+
+def win_rate(first, last):
+    """Share of the test prompts on which gold is higher in the last answers than in the first ones, ties one half."""
+    wins = 0.0
+    for one, two in zip(first, last):
+        wins += (two["gold"] > one["gold"]) + 0.5 * (two["gold"] == one["gold"])
+    return wins / len(first)
+
+
+def main(cfg):
+    """Train a policy on comparisons, given or (--online) of its own answers."""
+    check(cfg)
+    device = setup(cfg)
+    init, data = find_start(cfg)
+    run = Run(cfg, "dpo", [init, data])
+    policy, tok = load(init)
+    row, is_kto = LOSSES[cfg.loss], cfg.loss == "kto"
+    losses = kto_losses if is_kto else pair_losses
+
+    # What there is to learn from, and which of it each step reads.
+    context, plan, held = policy.cfg.max_len, [], []
+    if cfg.online:
+        rows, told = read_prompts(data, tok, min(cfg.max_prompt, context - cfg.max_new))
+        for step in range(cfg.online_steps):
+            plan.append(random.Random(f"{cfg.seed} {step}").choices(range(len(rows)), k=cfg.batch_size))
     else:
-        path = cfg.data or Path(sibling(cfg, "reward")) / "comparisons.jsonl"
-        rows, dropped = formats.load(path, "kto" if cfg.loss == "kto" else "preference")
-        ties = sum(r["label"] == 0.5 for r in rows)   # nothing to learn from for any of the losses but DPO
-        print(formats.describe(rows, dropped, path) + (f"; {ties:,} ties left out" if ties else ""))
-        parts = formats.split([r for r in rows if r["label"] != 0.5], cfg.held_out, seed=0)
-        (train, cut), (held, held_cut) = (encode(part, tok, max_prompt, max_len) for part in parts)
-        print(f"{len(train)} to train on, {len(held)} held out; {cut + held_cut} left out: equal within --max_len")
-        labels = [{e[3] > 0.5 for e in part} for part in (train, held)]
-        if not train or not held or cfg.loss == "kto" and {True, False} not in labels[:1]:
-            raise InputError(f"{path}: {len(train)} comparisons to train on and {len(held)} held out (--held_out); "
-                             "both need at least one" + (", kto good and bad answers" if cfg.loss == "kto" else ""))
-        if cfg.loss == "kto":
-            train, held = mismatch(train, cfg.seed), mismatch(held, cfg.seed)
-        lengths = [len(x) + max(len(a), len(b)) for x, a, b, _ in train]
-        plan = [b for epoch in range(cfg.epochs) for b in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
+        kind = "kto" if is_kto else "preference"
+        train, held, rows, told = read_comparisons(data, kind, tok, cfg, min(cfg.max_len, context))
+        if is_kto:
+            train, held = kto_examples(train, held, data, cfg.seed)
+        lengths = [length_of(example) for example in train]
+        for epoch in range(cfg.epochs):
+            plan += batches(lengths, cfg.batch_size, cfg.seed, epoch)
+    run.say(told)
+    tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, data)
 
-    trunk = frozen(policy, autocast) if cfg.lora else None   # without its adapters the policy is the reference
-    policy = with_lora(trunk, cfg.lora) if cfg.lora else policy
-    state = load_state(cfg.out) if cfg.resume else {}
-    if state:
-        policy.load_state_dict(state["model"], strict=not cfg.lora)   # the trunk is not in it
-    policy = for_training(policy, cfg, device)
-    optimizer = optimizer_for(policy, cfg.lr, cfg.weight_decay, (0.9, 0.95), 1e-6)
-    first, ref_logp = state.get("step", 0), state.get("ref_logp")
-    if state:
-        load_optimizer(optimizer, state["optimizer"])
-    needs_ref = cfg.loss in ("dpo", "ipo", "kto")
-    if not cfg.online and ref_logp is None:
-        ref_logp = torch.zeros(2, len(train) + len(held))
-        if needs_ref:   # the policy is still the reference: its log-probs, once, and no second model
-            start = time.time()
-            ref_logp = all_logps(policy, train + held, tok, device, autocast, cfg.micro_batch, cfg.loss != "kto")
-            print(f"log-probs of the reference: {2 * len(train + held):,} answers once, {time.time() - start:.0f} s, "
-                  f"{ref_logp.nbytes:,} bytes kept instead of a second model of "
-                  f"{sum(p.nbytes for p in policy.parameters()):,}")
+    # The policy on its device, and its optimizer. Without its adapters, if it has any, it is the reference; else the
+    # reference is loaded where a model is needed: for new answers, and for the KL at the end.
+    reference = None
+    if cfg.lora:
+        reference = frozen(policy).to(device)
+        policy = with_lora(reference, cfg.lora)
+    elif cfg.online and row.needs_reference:
+        reference = frozen(load(init)[0]).to(device)
+    sampler = sampling_copy(policy).to(device)
+    policy = prepare(policy, cfg, device)
+    optimizer = adamw(policy, cfg.weight_decay, eps=1e-6)
+    run.begin(len(plan), tok, policy=(policy, optimizer))
 
-    def reference():
-        """The frozen model that the policy started as, and with adapters still has as its trunk."""
-        return trunk or sharded(frozen(load(init, home(cfg, device), scalar_head=False)[0], autocast), cfg, device)
-
-    ref = reference() if cfg.online and needs_ref else None
-    forward = torch.compile(token_logprobs) if cfg.compile else token_logprobs
-    n_steps = min(len(plan), cfg.max_steps or len(plan))
-    log = Run(cfg, "dpo", n_steps, first)
-    graded = not cfg.data
-    tests = world.rows("test") if graded else [{"prompt": p} for p in formats.prompts_of(rows, 32)]
-    tests = [r for r in tests if len(tok.render(r["prompt"], True)[0]) + cfg.max_new <= policy.cfg.max_len]
-
-    def losses(examples, ref_logp, forward=forward, z=0.0):
-        """Losses (B,), implicit rewards (2, B) and labels (B,) of examples; kto: its second answer plays no part."""
-        p = torch.tensor([e[3] for e in examples], device=device)
-        with autocast():
-            if cfg.loss == "kto":
-                logp, _ = logps(policy, [(x, a) for x, a, _, _ in examples], tok, device, forward)
-                r = logp - ref_logp[0]
-                return kto_loss(r, p, z, beta, cfg.good_weight, cfg.bad_weight), beta * torch.stack((r - z, z - r)), p
-            logp, n = (t.view(2, -1) for t in logps(policy, both(examples), tok, device, forward))
-        return *pair_loss(cfg, beta, logp, ref_logp, n, p), p
-
-    @torch.no_grad()
-    def reference_point(examples, ref_logp):
-        """KTO's z: mean log-ratio of answers to other prompts, at least 0."""
-        with autocast():
-            pieces = [logps(policy, [(x, b) for x, _, b, _ in examples[k: k + cfg.micro_batch]], tok, device)[0]
-                      for k in range(0, len(examples), cfg.micro_batch)]
-        return (torch.cat(pieces) - ref_logp[1]).mean().clamp(min=0.0)
-
-    def figures(loss, rewards, p):
-        """Sums over examples of what is logged. dpo, ipo, kto: rewards are relative to the reference."""
-        w, l = torch.where(p > 0.5, rewards, rewards.flip(0))
-        right = (w > l).float() + 0.5 * (w == l)
-        sums = {"loss": loss.sum(), "accuracy": right.sum(), "margin": (w - l).sum()}
-        if cfg.loss == "kto":
-            return sums
-        return sums | {"chosen_reward": w.sum(), "rejected_reward": l.sum()}
+    # Where the steps come from, and what the reference says of all given comparisons, ref_logp (2, N).
+    ref_logp = run.state.get("ref_logp")
+    if cfg.online:
+        judge = judge_of(cfg.judge, device)
+        steps = online_steps(run, plan, rows, policy, sampler, reference if row.needs_reference else None, judge)
+    else:
+        if ref_logp is None:
+            ref_logp = reference_logps(policy, train + held, run)
+        ref_logp = ref_logp.to(device)
+        steps = offline_steps(run, plan, train, ref_logp)
+        if is_kto:
+            steps = kto_steps(steps, policy, run)
 
     def measure():
-        """Held-out figures, and what the policy says to prompts it was not trained on."""
-        out = {}
-        for k in range(0, len(held), cfg.micro_batch):
-            part, at = held[k: k + cfg.micro_batch], slice(len(train) + k, len(train) + k + cfg.micro_batch)
-            known = ref_logp[:, at].to(device)
-            with torch.no_grad():
-                z = reference_point(part, known) if cfg.loss == "kto" else 0.0
-                for name, value in figures(*losses(part, known, token_logprobs, z)).items():
-                    out[name] = out.get(name, 0.0) + value.item() / len(held)
-        with autocast():
-            texts, prompts, ids = respond(policy, tok, [r["prompt"] for r in tests], cfg.max_new,
-                                          generator=seeded(cfg.seed, -1 % 2**31, device))
-        return (world.report(tests, texts) if graded else {}) | out | {
-            "length": sum(map(len, ids)) / len(ids), "eos_rate": sum(tok.eos_id in x for x in ids) / len(ids),
-            "distinct_2": distinct_2(ids)}, texts, prompts, ids
+        """Held-out figures, and what the policy answers to prompts it has not been trained on."""
+        refresh(sampler, policy)
+        figures, answers = report.measure(sampler, tok, tests, seeded(cfg.seed, MEASURE))
+        if held:
+            known = ref_logp[:, len(train):]
+            if is_kto:
+                known = with_reference_point(policy, held, known, tok, cfg)
+            figures |= held_out_figures(losses, policy, held, known, tok, cfg)
+        return figures, answers
 
-    before, before_texts = (state["before"], state["before_texts"]) if first else measure()[:2]
-    if not first:
-        log.samples("before", [r["prompt"] for r in tests[:12]], before_texts[:12])
-    for step in range(first, n_steps):
-        start = time.time()
+    if run.first:
+        before, first_answers = run.state["before"], run.state["answers"]
+    else:
+        before, answers = measure()
+        first_answers = answers.scored
+        run.samples("before", tests.prompts[: report.PROBES], answers.texts)
+
+    # 1. and 2. The next comparisons, and known (2, B), what the reference says of them (kto: and its reference point).
+    for step, examples, known in steps:
+        # 3. The loss: a mean over the whole step, micro-batch by micro-batch.
+        lengths, sums = [length_of(example) for example in examples], {}
+        for part in micro_batches(range(len(examples)), lengths, cfg.micro_batch):
+            loss, figures = losses(policy, [examples[i] for i in part], known[:, part], tok, cfg)
+            (loss.sum() / len(examples)).backward()
+            add_up(sums, figures, len(examples))
+
+        # 4. One step of AdamW; a gradient that is not finite never reaches the weights.
+        set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
+        norm = clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+        if run.finite(norm, policy, plan[step]):
+            optimizer.step()
+        optimizer.zero_grad()
+
+        # Write the log, save.
+        figures = all_sum({name: x.item() for name, x in sums.items()})
         if cfg.online:
-            examples = online_pairs(policy, tok, [rows[i] for i in plan[step]], score, cfg, step, device, autocast)
-            known = all_logps(ref, examples, tok, device, autocast, cfg.micro_batch) if ref else torch.zeros(
-                2, len(examples))
-        else:
-            examples, known = [train[i] for i in plan[step]], ref_logp[:, plan[step]]
-        known = known.to(device)
-        order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i][:3])))
-        z = reference_point(examples, known) if cfg.loss == "kto" else 0.0
-        sums = {}
-        for rows_, real in pieces(order, cfg.micro_batch) if order else ():
-            loss, rewards, p = losses([examples[i] for i in rows_], known[:, rows_], z=z)
-            (real * loss.sum() / len(examples)).backward()   # mean over the whole step, however it is cut
-            for name, value in figures(loss.detach(), rewards.detach(), p).items():
-                sums[name] = sums.get(name, 0.0) + real * value / len(examples)
-        lr = cfg.lr * cosine(step, len(plan), cfg.warmup)
-        norm = log.update(step, policy, optimizer, lr, {"rows": plan[step], "examples": examples})
-        n_tokens = sum(len(x) + len(y) for x, y in both(examples))
-        extra = {"z": float(z)} if cfg.loss == "kto" else {"pairs": len(examples)} if cfg.online else {}
-        log.step(step, **summed(sums), **extra, grad_norm=norm, tok_s=n_tokens / (time.time() - start))
-        if log.save_now(step):
-            save(cfg.out, policy, tok, {"model": trained(policy), "optimizer": optimizer.state_dict(),
-                                        "step": step + 1, "ref_logp": ref_logp, "before": before,
-                                        "before_texts": before_texts})
-            log.saved(step)
-    after, texts, prompts, ids = measure()
-    ref = ref or reference()
-    with autocast():
-        after["kl"], _ = kl_and_entropy(policy, ref, prompts, ids, tok, device)
-    if graded:   # head to head with where it started: share of test prompts on which gold is higher, ties one half
-        a, b = (torch.tensor(world.gold(tests, t)) for t in (texts, before_texts))
-        after["win_rate"] = ((a > b).float() + 0.5 * (a == b)).mean().item()
-    print(log.samples("after", [r["prompt"] for r in tests[:12]], texts[:12]))
-    if after.get("chosen_reward", 0.0) < 0 and needs_ref:
-        print(f"The chosen answers lost log-probability too (reward {after['chosen_reward']:.2f}): the loss only asks "
-              "that the rejected ones lose more, and both share tokens. --sft_coef holds the chosen ones up.")
-    columns = {start_from.replace("sft", "SFT"): before, cfg.loss.upper(): after}
-    told = result_of(sibling(cfg, "sft"))
-    if told and not cfg.init and start_from == "sft":   # sft.py measured the base model on the same prompts
-        columns = {"base": told["before"]} | columns
-    log.finish(device, before, after, [("loss",), ("accuracy",), ("chosen_reward", "rejected_reward")
-                                       if cfg.loss != "kto" else ("margin",)], columns)
+            figures["pairs"] = len(examples)
+        n_tokens = sum(len(x) + len(a) + len(b) for x, a, b, _ in examples)
+        run.log(step, tokens=n_tokens, **figures, grad_norm=norm.item())
+        if run.due(step):
+            run.save(step, before=before, answers=first_answers, ref_logp=ref_logp)
+
+    # How far the policy has come, and how far from the reference.
+    after, answers = measure()
+    run.samples("after", tests.prompts[: report.PROBES], answers.texts)
+    if reference is None:
+        reference = frozen(load(init)[0]).to(device)
+    after["kl"], _ = report.mean_kl(sampler, reference, tok, answers.prompt_ids, answers.ids)
+    if tests.graded:
+        after["win_rate"] = win_rate(first_answers, answers.scored)
+    if after.get("chosen_reward", 0.0) < 0 and row.needs_reference and not cfg.sft_coef:
+        run.say(f"The chosen answers lost log-probability too (reward {after['chosen_reward']:.2f}): the loss only asks "
+                "that the rejected ones lose more, and both share tokens. --sft_coef holds the chosen ones up.")
+    columns = None
+    if not cfg.data and not cfg.init:
+        columns = {"base": before, cfg.loss.upper(): after}
+        if row.start == "sft":
+            columns = chain_columns(cfg, cfg.loss.upper(), before, after)
+    run.finish(before, after, columns, report.answer_rows(tests, first_answers, answers.scored))
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    program(main, Config, __doc__)

@@ -5,112 +5,99 @@
     python ppo.py --reward mymodule:score                    any Python function(rows, responses) -> list of floats
     python ppo.py --inspect                                  every number of one response, before and after an update
 
-Objective (arXiv:2203.02155, eq. 2 with gamma = 0):  max_pi  E[ r(x, y) ] - beta KL(pi || pi_ref)
+Objective (arXiv:2203.02155, eq. 2):   max_pi  E[ r(x, y) ] - beta KL(pi || pi_ref) + ptx_coef E[ log pi(text) ]
+
 One iteration:
-  1. rollout    y ~ pi(. | x) at --temperature, from the KV cache; no top-k or top-p: pi_old is what is sampled from
+  1. rollout    y ~ pi(. | x) at --temperature; no top-k or top-p: pi_old is what is sampled from
   2. score      r(x, y) by the reward model, read at EOS; a response without EOS gets -eos_penalty instead
   3. reward     R_t = -beta (log pi(y_t) - log pi_ref(y_t))  +  [t is the last token] r       (k1 estimate, no gradient)
   4. advantage  delta_t = R_t + gamma V_t+1 - V_t,   A_t = delta_t + gamma lam A_t+1,   V after the end = 0
-                (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; then A is whitened over the batch's response tokens
+                (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; then A is whitened over the response tokens
   5. update     epochs x minibatches:  ratio = pi / pi_old,
                 L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)                            (arXiv:1707.06347, eq. 7)
                 L_V = max((V - ret)^2, (clip(V, V_old - eps_v, V_old + eps_v) - ret)^2) / 2
-  6. ask        the annotator compares the answers to each prompt, and the reward model takes a step on that (--relabel)
-Against reward hacking (data/evaluate.py shows it): several reward models at once (--reward A,B,C --ensemble uwo),
---kl_budget, --kl adaptive, --length_penalty, --entropy_coef, --relabel. Against forgetting: pretraining text mixed in,
-    L - ptx_coef E[ log pi(x) ]  over the corpus (arXiv:2203.02155, eq. 2). A run that goes wrong says so (health).
+  6. relabel    the annotator compares the answers to each prompt, and the reward model learns from that
 
-All temperatures divide logits in pi, pi_old and pi_ref alike. All means are over response tokens, EOS included, and use
-the token count of the whole minibatch, so a minibatch may be cut into micro-batches freely.
+Step 6 in every iteration, the default, is iterated RLHF (arXiv:2204.05862, 4.5). --relabel 0 is the paper's loop, whose
+reward model stays as it is. All means are over response tokens, EOS included, of the whole minibatch.
 
-Four models: policy (trained), reference (frozen policy), reward model (frozen unless the annotator is asked again),
-value model (trained, starts as the reward model). A prompt with several answers goes through each of them once.
-Memory: a trained model takes 16 bytes a weight (it, its gradient and Adam's two moments in fp32), a frozen one 2 to 4
-(its layers are kept in bf16), the copy that samples 2; so four models of N weights take 37 to 39 N bytes (4.9 GB for
-GPT-2 124M), with --lora 16 5 to 6.5 N, and the activations of one micro-batch, of which --recompute keeps a part.
+Four models: policy (trained), reference (frozen policy), reward model, value model (trained, starts as the reward model).
 --advantage rloo or grpo needs no value model: the other answers to the same prompt are the baseline.
 """
 import copy
-import json
 import random
-import shutil
-import tempfile
-import time
 import typing
-from dataclasses import dataclass, replace
-from itertools import combinations
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, formats, function_of, world
-from model import (RANK, Run, distinct_2, for_training, frozen, generate, home, load, load_optimizer, load_state, need,
-                   optimizer_for, pad_batch, pieces, read_corpus, respond, result_of, run, save, seeded, setup, sharded,
-                   share, sibling, summed, token_logprobs, trained, with_lora, with_shared_prompts, write_atomic)
+from data import InputError, formats, report, world
+from data.checkpoint import load, save
+from data.parallel import RANK, WORLD, all_sum, in_chunks, micro_batches, prepare, sample
+from data.pretrain import read_corpus
+from data.run import (MEASURE, RELABEL, Run, RunFlags, adamw, chain_columns, function_of, need, program, result_of,
+                      seeded, set_lr, setup, sibling)
+from data.sample import all_pairs, annotated, rewards as sample_rewards, short_enough
+from model import (answer_rewards, compare_policies, frozen, last_token, pad_batch, refresh, sampling_copy,
+                   token_logprobs, token_values, with_lora)
 
 
 @dataclass
-class Config:
+class Config(RunFlags):
     """The flags of `python ppo.py`."""
-    init: str = ""                # policy to start from and to stay close to (default: sft beside --out)
-    reward: str = ""              # reward model, or "gold", or module:function, or several: A,B,C (default: reward
-                                  # beside --out)
-    ensemble: typing.Literal["mean", "min", "uwo"] = "mean"   # what several rewards become: their mean, the smallest,
-                                  # or uwo: mean - uwo_coef x variance (arXiv:2310.02743)
-    uwo_coef: float = 0.5         # of the variance
-    reward_weights: str = ""      # of several rewards, 1,0.5 (default: equal), e.g. of a helpful and a harmless one
+    # Models and data
+    init: str = ""                # policy to start from and to stay close to (default: sft)
+    reward: str = ""              # a reward model, or "gold", or module:function; or several of them, A,B,C
+                                  # (default: reward)
+    ensemble: typing.Literal["mean", "min"] = "mean"   # what several rewards become: their mean or the smallest
+    reward_weights: str = ""      # weights of several rewards, such as 1,0.5 (default: equal)
     data: str = ""                # prompts (default: the tiny world's)
-    out: str = "out/ppo"          # folder for the checkpoint, log, samples and plot
+    max_prompt: int = 128         # tokens; longer prompts are left out and counted
+    lora: int = 0                 # rank of adapters of policy and value model on one frozen trunk (0: train all)
+    inspect: bool = False         # do not train: print one response of the next iteration, token by token
+    # Rollout
     iterations: int = 70          # rollout + update
-    relabel: int = 1              # every so many iterations have the answers to each prompt, and one of --init,
-                                  # compared, and the reward model learn from that (0: never); needs the tiny world's
-                                  # annotator and one reward model of ours
-    reward_lr: float = 1e-3       # of the reward model then
     rollouts: int = 256           # responses an iteration
+    group: int = 2                # answers per prompt (rloo and grpo need at least 2)
+    max_new: int = 32             # longest response, in tokens
+    temperature: float = 1.0      # of sampling and of every log-prob
+    # Reward and advantage
+    kl_coef: float = 0.1          # beta (the initial one if adaptive)
+    kl: typing.Literal["fixed", "adaptive"] = "fixed"   # adaptive: steer beta to --kl_target (arXiv:1909.08593)
+    kl_target: float = 4.0        # nats per response, for --kl adaptive
+    kl_horizon: float = 10000.0   # responses over which beta may change e-fold, roughly, for --kl adaptive
+    kl_budget: float = 0.0        # stop where the exact KL reaches so many nats per response (0: no limit)
+    eos_penalty: float = 4.0      # a response that does not end gets minus this instead of its score
+    advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"   # gae uses the value model, the others --group answers
+    gamma: float = 1.0            # discount
+    lam: float = 0.95             # lambda of GAE
+    # Update
     epochs: int = 1               # passes over each batch of rollouts
     minibatches: int = 4          # optimizer steps per pass
     micro_batch: int = 32         # sequences per forward pass; smaller needs less memory and changes nothing else
-    max_prompt: int = 128         # longer prompts are left out and counted, in tokens
-    max_new: int = 32             # longest response, in tokens
-    temperature: float = 1.0      # of sampling and of every log-prob
-    advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"   # gae uses the value model, the others --group answers
-    group: int = 2                # answers per prompt (rloo and grpo need at least 2)
-    gamma: float = 1.0            # discount
-    lam: float = 0.95             # GAE lambda
     lr: float = 2e-4              # of the policy, falling linearly to a third (1e-6 to 1e-5 for real models)
-    value_lr: float = 5e-4        # of the value model
+    value_lr: float = 5e-4        # of the value model, likewise
     value_warmup: int = 4         # first iterations that train only the value model
     clip: float = 0.2             # eps of the ratio
     value_clip: float = 0.5       # eps_v of the values, in units of reward
     entropy_coef: float = 0.0     # weight of an entropy bonus
-    length_penalty: float = 0.0   # taken off the score for every token of the response
-    ptx_coef: float = 0.0         # weight of the pretraining loss mixed into every step (arXiv:2203.02155, eq. 2)
+    ptx_coef: float = 0.0         # weight of the pretraining loss mixed into every step (against forgetting)
     ptx_data: str = ""            # its text, documents separated by <|endoftext|> (default: the tiny world's corpus)
-    kl_coef: float = 0.1          # beta (the initial one if adaptive)
-    kl: typing.Literal["fixed", "adaptive"] = "fixed"   # adaptive: steer beta to --kl_target (arXiv:1909.08593)
-    kl_target: float = 4.0        # nats per response
-    kl_horizon: float = 10000.0   # responses over which beta may change e-fold, roughly
-    kl_budget: float = 0.0        # stop where the exact KL reaches so many nats per response (0: no limit)
-    eos_penalty: float = 4.0      # a response that does not end gets minus this instead of its score
     grad_clip: float = 1.0        # largest gradient norm, for each model by itself
+    # Relabelling
+    relabel: int = 1              # every N iterations the annotator compares new answers and the reward model learns
+                                  # from that (0: never); needs the tiny world and one reward model made by reward.py
+    reward_lr: float = 1e-3       # learning rate of the reward model then
+    # The run itself (the same in every script)
     save_every: int = 25          # iterations between checkpoints
-    inspect: bool = False         # do not train: print one response token by token, before and after one iteration's
-                                  # update (with --resume: of the policy in --out)
-    lora: int = 0                 # rank of the adapters of policy and value model on a frozen trunk (0: train all)
-    max_steps: int = 0            # stop after this many iterations (0: run all)
-    resume: bool = False          # go on from the last checkpoint in --out
-    seed: int = 0                 # every random draw comes from (seed, iteration)
-    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
-    compile: bool = False         # torch.compile the training forward, and on a GPU the decoding step
-    recompute: bool = False       # activation checkpointing: layers run again in the backward pass, for less memory
-    fsdp: bool = False            # with torchrun: cut weights, gradients and optimizer state over the processes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The algorithm as pure functions. All tensors (B, T), index t is token t, mask is 1 on response tokens (contiguous).
+# ------------------------------------------------------------------------------------------------------------
+# The algorithm as pure functions. All tensors (B, T), index t is token t, mask is True on response tokens.
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -118,11 +105,12 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     mask is ignored and comes out 0; the value after the last response token is 0 (arXiv:1506.02438, eq. 16)."""
     rewards, values = rewards * mask, values * mask
     advantages, last = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(last)
     for t in reversed(range(values.shape[1])):
-        next_value = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(last)
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         last = (delta + gamma * lam * last) * mask[:, t]
         advantages[:, t] = last
+        next_value = values[:, t]
     return advantages, advantages + values
 
 
@@ -162,6 +150,14 @@ def value_loss(values, old_values, returns, mask, clip, n_tokens):
     return 0.5 * (worse * mask).sum() / n_tokens
 
 
+def explained_variance(values, returns, mask):
+    """1 - Var(returns - values) / Var(returns) over response tokens: 1 is perfect, 0 no better than a constant."""
+    n = mask.sum()
+    error, mean = returns - values, (returns * mask).sum() / n
+    error_var = ((error - (error * mask).sum() / n) ** 2 * mask).sum()
+    return 1 - error_var / ((returns - mean) ** 2 * mask).sum().clamp(min=1e-8)
+
+
 def kl_estimators(logp, ref_logp):
     """Three estimates of KL(pi || pi_ref) from samples of pi (joschu.net/blog/kl-approx.html), elementwise:
     k1 = log pi - log ref, unbiased but noisy; k2 = k1^2 / 2, biased; k3 = ref / pi - 1 + k1, unbiased and never < 0."""
@@ -174,545 +170,436 @@ def adapt_kl_coef(beta, kl, target, n, horizon):
     return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
 
 
-def ensemble(rewards, kind, coef):
-    """One reward (B,) of those of K models (K, B) that err differently (arXiv:2310.02743, eq. 4-6): their mean, the
-    smallest (min), or uncertainty-weighted (uwo), mean - coef x variance between the models."""
-    if kind == "min":
-        return rewards.min(0).values
-    return rewards.mean(0) - (coef * rewards.var(0, correction=0) if kind == "uwo" else 0)
+# ------------------------------------------------------------------------------------------------------------
+# Rewards: one or several of a reward model, a function, or the gold judge.
 
 
-def health(history):
-    """What is wrong with a run, in words: {name: sentence}, from its log rows so far (list of dicts). Compares the last
-    five with the first five, and says nothing while there are fewer than ten."""
-    if len(history) < 10:
-        return {}
-
-    def means(rows):
-        return {k: sum(r[k] for r in rows if k in r) / sum(k in r for r in rows) for k in rows[-1]}
-    old, now, said = means(history[:5]), means(history[-5:]), {}
-    if now["kl"] < -0.1:
-        said["negative KL"] = f"""the KL is estimated at {now['kl']:.2f}, and no KL is negative: the log-probs are not
-            those of what was sampled from; see the checks before the first update, try --dtype float32"""
-    if now["eos_rate"] < min(0.9, old["eos_rate"] - 0.1):
-        said["EOS rate"] = f"""only {now['eos_rate']:.2f} of the responses end, it was {old['eos_rate']:.2f}: rambling
-            pays; try a larger --eos_penalty, or a larger --max_new if good answers need it"""
-    if now["entropy"] < 0.05 * old["entropy"]:
-        said["entropy"] = f"""it fell from {old['entropy']:.3f} to {now['entropy']:.3f} nats per token: the policy has
-            stopped exploring; try --entropy_coef 0.01, a larger --kl_coef or a smaller --lr"""
-    if now.get("unique", 1) < 0.3 * old.get("unique", 1):
-        said["identical responses"] = f"""only {now['unique']:.2f} of them differ, it was {old['unique']:.2f}: one
-            answer pays for many prompts; read the samples, try a larger --kl_coef or --entropy_coef 0.01"""
-    if now["length"] > 1.5 * old["length"]:
-        said["length"] = f"""it grew from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for talk;
-            try --length_penalty 0.05"""
-    if now["length"] < 0.5 * old["length"]:
-        said["length"] = f"""it shrank from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for
-            brevity; read the samples, try a larger --kl_coef or a smaller --eos_penalty"""
-    if now.get("clipfrac", 0) > 0.3 or now.get("approx_kl", 0) > 0.1:
-        said["ratio"] = f"""{now['clipfrac']:.2f} of the ratios are clipped and approx_kl is {now['approx_kl']:.3f}: the
-            steps are too large; try a smaller --lr or fewer --epochs"""
-    if len(history) >= 20 and "value_loss" in now and now["explained_var"] <= 0:
-        said["value model"] = f"""it explains {now['explained_var']:.2f} of the variance of the returns, where a
-            constant explains 0: try a larger --value_lr or --value_warmup, or do without: --advantage rloo --group 4"""
-    if "gold" in now:   # the best five iterations in a row against the last five
-        golds = [row["gold"] for row in history]
-        at = max(range(len(golds) - 4), key=lambda i: sum(golds[i: i + 5]) / 5)
-        best = means(history[at: at + 5])
-        if now["gold"] < best["gold"] - 0.05 and now["reward"] > best["reward"]:
-            said["reward hacking"] = f"""gold fell from {best['gold']:.2f} to {now['gold']:.2f} while the reward rose
-                from {best['reward']:.2f} to {now['reward']:.2f}: the policy exploits the reward model (Goodhart's law);
-                try --relabel 1, --kl_budget {best['kl_exact']:.1f}, a larger --kl_coef, or --ensemble uwo"""
-    return {name: " ".join(sentence.split()) for name, sentence in said.items()}
+def reward_names(text):
+    """The parts of --reward A,B. A folder that exists is one name, whatever characters it has."""
+    return [text] if Path(text).is_dir() else text.split(",")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The four models at work.
+def load_reward(name, tok):
+    """One part of --reward: (its reward model, None) or (None, its function(rows, texts) -> list of floats)."""
+    if name == "gold":
+        return None, world.gold
+    if ":" in name and not Path(name).is_dir():
+        return None, function_of(name, "--reward")
+    model, reward_tok = load(name, head="score")
+    if not tok.same_as(reward_tok):
+        raise InputError(f"{name} has another tokenizer than the policy")
+    return model, None
 
 
-def token_values(model, ids, mask=None, prompt=None):
-    """Values (B, T): entry t is the value of the state before token t, read at token t - 1; entry 0 is 0. mask (B, T)
-    and prompt (B,) as in model.with_shared_prompts, here and below."""
-    v = model.scores(with_shared_prompts(model, ids, mask, prompt))
-    return torch.cat((torch.zeros_like(v[:, :1]), v[:, :-1]), dim=1)
-
-
-@torch.no_grad()
-def compare(policy, ref, ids, mask, temperature, prompt=None):
-    """log-probs of policy and reference, the exact KL(policy || reference) over the whole vocabulary and the policy's
-    entropy at every response token: four (B, T) tensors, 0 outside the mask."""
-    out = torch.zeros(4, *ids.shape, device=ids.device)
-    m, parts = mask[:, 1:], []
-    hidden, ref_hidden = (with_shared_prompts(model, ids, mask, prompt)[:, :-1][m] for model in (policy, ref))
-    y = ids[:, 1:][m]
-    for h, g, y in zip(hidden.split(4096), ref_hidden.split(4096), y.split(4096)):
-        lp = (policy.logits(h).float() / temperature).log_softmax(-1)                 # (n, V)
-        lr = (ref.logits(g).float() / temperature).log_softmax(-1)
-        p = lp.exp()
-        pick = lambda x: x.gather(1, y[:, None])[:, 0]   # noqa: E731
-        parts.append(torch.stack((pick(lp), pick(lr), (p * (lp - lr)).sum(1), -(p * lp).sum(1))))
-    out[:, :, 1:][:, m] = torch.cat(parts, 1)
-    return out
-
-
-def by_length(width, cfg):
-    """Responses of these widths (B,) in pieces of about micro_batch rows: [(rows, prompt, 1.0 or 0.0)]. Answers to one
-    prompt, `group` neighbours, stay together, beside others of similar length, so that little is padded. prompt numbers
-    them for model.with_shared_prompts, or is None: single answers, and such as may be longer than their prompt, go
-    through the models by themselves. The last number is as in model.pieces."""
-    width, out = width.view(-1, cfg.group).amax(1), []
-    shared = cfg.group > 1 and cfg.max_new <= cfg.max_prompt
-    for k, real in pieces(width.argsort(), max(1, cfg.micro_batch // cfg.group)):
-        rows = (k[:, None] * cfg.group + torch.arange(cfg.group, device=k.device)).flatten()
-        out.append((rows, rows // cfg.group if shared else None, real))
-    return out
-
-
-def in_pieces(f, ids, mask, width, cfg):
-    """f(ids, mask, prompt) over pieces of rows, put together again; f gives (..., b, t) tensors."""
-    out = None
-    for rows, prompt, real in by_length(width, cfg):
-        t = int(width[rows].max())
-        part = f(ids[rows, :t], mask[rows, :t], prompt)
-        if out is None:
-            out = torch.zeros(*part.shape[:-2], *ids.shape, device=ids.device)
-        if real:
-            out[..., rows, :t] = part.float()
-    return summed(out)
-
-
-def final_scores(rm, ids, width, mask=None, prompt=None):
-    """Reward (B,) of right-padded ids (B, T): the scalar head at the last real token, position width - 1."""
-    hidden = with_shared_prompts(rm, ids, mask, prompt)
-    return rm.scores(hidden[torch.arange(len(ids), device=ids.device), width - 1])
-
-
-def one_reward(name, cfg, device, autocast):
-    """(score(b) -> (B,), reward model or None, its tokenizer or None) of one --reward; b: see `rollout`."""
-    if name == "gold" or ":" in name:
-        f = world.gold if name == "gold" else function_of(name, "--reward")
-
-        def call(b):
-            if RANK:   # of several processes the first one asks
-                return summed(torch.zeros(len(b.rows), device=device))
-            out = torch.as_tensor(f(b.rows, b.texts), dtype=torch.float, device=device)
-            if out.shape != (len(b.rows),) or not out.isfinite().all():
-                raise InputError(f"--reward {name}: expected {len(b.rows)} finite numbers for as many responses")
-            return summed(out)
-        return call, None, None
-    rm, tok = load(name, home(cfg, device))
-    if not rm.cfg.scalar_head:
-        raise InputError(f"{name} is a language model; --reward needs a reward model")
-
-    @torch.no_grad()
-    def score(b):
-        out = torch.zeros(len(b.ids), device=device)
-        for r, prompt, real in by_length(b.width, cfg):
-            t = int(b.width[r].max())
-            with autocast():
-                part = final_scores(rm, b.ids[r, :t], b.width[r], b.mask[r, :t], prompt)
-            if real:
-                out[r] = part
-        return summed(out)
-    return score, rm, tok
-
-
-def reward_function(cfg, device, autocast):
-    """(score(b) -> (B,), [(reward model, its tokenizer)]) of all of --reward together."""
-    path = cfg.reward or sibling(cfg, "reward")
-    if not cfg.reward:
-        need(path, "reward.py", cfg)
-    names = path.split(",")
+def call_function(name, function, rows, texts, device):
+    """Rewards (B,) of a Python function, which the first rank asks. InputError: not one finite number a response."""
+    if RANK:
+        return all_sum(torch.zeros(len(rows), device=device))
     try:
-        weights = [float(w) for w in cfg.reward_weights.split(",")] if cfg.reward_weights else [1.0] * len(names)
+        out = torch.as_tensor(function(rows, texts), dtype=torch.float, device=device)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"--reward {name}: expected a list of {len(rows)} numbers ({type(e).__name__}: {e})") from None
+    if out.shape != (len(rows),) or not out.isfinite().all():
+        raise InputError(f"--reward {name}: expected {len(rows)} finite numbers for as many responses")
+    return all_sum(out)
+
+
+def score_answers(rewards, rows, texts, ids, mask, cfg):
+    """Scores (B,) of responses: texts, and the same as tokens ids (B, T) where mask (B, T) is True. rewards: {name: (model,
+    None) or (None, function)}."""
+    each = []
+    for name, (model, function) in rewards.items():
+        if model is None:
+            each.append(call_function(name, function, rows, texts, ids.device))
+        else:
+            each.append(in_chunks(partial(answer_rewards, model), ids, mask, cfg.micro_batch))
+    return combined(torch.stack(each), cfg)                                            # (K, B) -> (B,)
+
+
+def score_texts(rewards, rows, texts, tok, cfg):
+    """The same of finished texts, a list of floats."""
+    each = []
+    for name, (model, function) in rewards.items():
+        if model is None:
+            each.append(call_function(name, function, rows, texts, "cpu"))
+        else:
+            each.append(torch.tensor(sample_rewards(model, tok, [row["prompt"] for row in rows], texts)))
+    return combined(torch.stack(each), cfg).tolist()
+
+
+def combined(each, cfg):
+    """Several rewards (K, B) as one (B,): their weighted mean, or the smallest of them (arXiv:2310.02743, eq. 4-5)."""
+    each = each * weights_of(cfg, len(each)).to(each.device)[:, None]                  # weights are 1 on average
+    return each.min(0).values if cfg.ensemble == "min" else each.mean(0)
+
+
+def weights_of(cfg, n):
+    """--reward_weights as (n,) with mean 1. InputError: not n numbers, of which one is above 0."""
+    try:
+        weights = torch.tensor([float(w) for w in cfg.reward_weights.split(",")] if cfg.reward_weights else [1.0] * n)
     except ValueError:
-        weights = []
-    if len(weights) != len(names) or not 0 < sum(weights) < torch.inf:
-        raise InputError(f"--reward_weights {cfg.reward_weights}: expected {len(names)} numbers with commas between")
-    functions, *models = zip(*(one_reward(name, cfg, device, autocast) for name in names))
-    weights = torch.tensor(weights, device=device)[:, None] * len(names) / sum(weights)       # (K, 1), 1 on average
-
-    def score(b):
-        return ensemble(torch.stack([f(b) for f in functions]) * weights, cfg.ensemble, cfg.uwo_coef)
-    return score, [(rm, tok) for rm, tok in zip(*models) if rm is not None]
+        weights = torch.zeros(0)
+    if len(weights) != n or not 0 < weights.sum() < torch.inf:
+        raise InputError(f"--reward_weights {cfg.reward_weights}: expected {n} numbers with commas between")
+    return weights * n / weights.sum()
 
 
-def self_check(policy, ids, mask, width, sampled_logp, old_logp, ref_logp, cfg, autocast):
-    """What must hold before the first update, printed: the largest deviation at any response token. bf16 products
+# ------------------------------------------------------------------------------------------------------------
+# Relabelling: comparisons of what the policy says by now, and a reward model that learns from them.
+
+
+def encode_pairs(rows, tok):
+    """Preference rows -> [(ids of prompt + chosen answer, ids of prompt + rejected answer, P(chosen))]."""
+    pairs = []
+    for row in rows:
+        prompt, chosen = tok.render_answer(row["prompt"], row["chosen"])
+        _, rejected = tok.render_answer(row["prompt"], row["rejected"])
+        pairs.append((tuple(prompt + chosen), tuple(prompt + rejected), row["label"]))
+    return pairs
+
+
+class Relabelling:
+    """Step 6. The annotator that made the reward model's first comparisons compares what the policy says by now, and the
+    reward model learns from that, with some older comparisons mixed in so that it does not forget."""
+
+    def __init__(self, run, folder, model):
+        told, rows = result_of(folder)["config"], formats.load(Path(folder) / "comparisons.jsonl", "preference")[0]
+        rows = random.Random(run.cfg.seed).sample(rows, min(2000, len(rows)))
+        self.run, self.tok, self.model = run, run.tok, model
+        self.annotator, self.center = world.annotator_of(told), told["center"]
+        self.first_pairs, self.later_pairs = encode_pairs(rows, run.tok), run.state.get("later_pairs", [])
+
+    @staticmethod
+    def possible(cfg, folder):
+        """Whether there is such an annotator: the tiny world's, and a reward model that reward.py made with it."""
+        made_here = (Path(folder) / "comparisons.jsonl").exists() and result_of(folder)
+        return bool(cfg.relabel and not cfg.data and made_here)
+
+    def step(self, it, rows, answers, optimizer):
+        """answers: some to the prompt of each row, lists of lists of ids. Returns the loss and the accuracy on the new
+        comparisons, before the steps that learn from them."""
+        draw, texts = random.Random(f"{self.run.cfg.seed} {it}"), []
+        for said in answers:
+            finished = [self.tok.decode(ids).strip() for ids in said if ids[-1] in self.tok.eos_ids]
+            texts.append([text for text in dict.fromkeys(finished) if text])
+        new = encode_pairs(annotated(all_pairs(rows, texts), self.annotator, draw), self.tok)
+        old = self.first_pairs + self.later_pairs
+        figures = self.learn(new, draw.sample(old, min(64, len(old))), optimizer)
+        self.later_pairs = (self.later_pairs + new)[-10000:]
+        return figures
+
+    def learn(self, new, old, optimizer):
+        """--minibatches steps of the reward model on the loss of reward.py:
+        L = - p log sigmoid(r_a - r_b) - (1 - p) log sigmoid(r_b - r_a) + c (r_a + r_b)^2 / 2"""
+        cfg, device = self.run.cfg, self.model.wte.weight.device
+        pairs = [(*pair, 1.0) for pair in new] + [(*pair, 0.0) for pair in old]
+        size = -(-len(pairs) // cfg.minibatches)
+        loss_sum, right = torch.zeros((), device=device), torch.zeros((), device=device)
+        for start in range(0, len(pairs), size):
+            batch = pairs[start: start + size]
+            batch = batch[: len(batch) // WORLD * WORLD]
+            lengths = [len(pair[0]) for pair in batch]
+            for part in micro_batches(range(len(batch)), lengths, cfg.micro_batch):
+                # Every different answer is scored once, r (N,); i and j say which are compared.
+                number = {}
+                for k in part:
+                    number.setdefault(batch[k][0], len(number))
+                    number.setdefault(batch[k][1], len(number))
+                ids, real = pad_batch(list(number), self.tok.pad_id, device)           # (N, T)
+                r = answer_rewards(self.model, ids, real)                              # (N,)
+                i, j = [number[batch[k][0]] for k in part], [number[batch[k][1]] for k in part]
+                p, is_new = torch.tensor([batch[k][2:] for k in part], device=device).T
+
+                d = r[i] - r[j]
+                loss = -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + self.center * (r[i] + r[j]) ** 2 / 2
+                (loss.sum() / len(batch)).backward()
+                loss_sum += loss.detach().sum()
+                hit = torch.where(p == 0.5, 0.5, ((d > 0) == (p > 0.5)).float())
+                right += (is_new * hit).sum()
+            norm = clip_grad_norm_(self.model.parameters(), cfg.grad_clip)
+            if self.run.finite(norm, self.model, range(start, start + size)):
+                optimizer.step()
+            optimizer.zero_grad()
+        return {"rm_loss": loss_sum / max(1, len(pairs)), "rm_accuracy": right / max(1, len(new))}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Before, between and after the steps of the loop.
+
+
+def check_flags(cfg):
+    """InputError for flags that do not fit one another."""
+    if cfg.advantage != "gae" and cfg.group < 2:
+        raise InputError(f"--advantage {cfg.advantage} compares answers to one prompt: --group must be at least 2")
+    for name, n in (("group", cfg.group), ("minibatches x processes", cfg.minibatches * WORLD)):
+        if cfg.rollouts % n:
+            raise InputError(f"--rollouts {cfg.rollouts} must be a multiple of --{name}, which is {n}; "
+                             f"{cfg.rollouts // n * n or n} would be")
+    if cfg.temperature == 0:
+        raise InputError("--temperature 0: a policy that always says the same has nothing to learn from")
+
+
+def load_prompts(run, tok, longest, cfg):
+    """Prompt rows of --data or of the tiny world, and their ids; those longer than `longest` tokens are left out."""
+    path = cfg.data or world.TINY / "rl.jsonl"
+    rows, dropped = formats.load(path, "prompt")
+    run.say(formats.describe(rows, dropped, path))
+    fitting = short_enough(tok, rows, longest)
+    run.say(f"{len(rows) - len(fitting)} prompts longer than {longest} tokens left out (--max_prompt, --max_new, context)")
+    if not fitting:
+        raise InputError(f"{path}: no prompt of at most {longest} tokens (--max_prompt, --max_new, the models' context)")
+    if "gold" in cfg.reward.split(",") and not all("family" in row for row in rows):
+        raise InputError(f"{path}: --reward gold judges the tiny world's prompts only")
+    return fitting, [tok.render(row["prompt"], generation_prompt=True)[0] for row in fitting]
+
+
+def pick(n_rows, n, rng):
+    """n of the numbers below n_rows, in order. If there are fewer, each comes more than once."""
+    rounds = [torch.randperm(n_rows, generator=rng) for _ in range(0, n, n_rows)]
+    return torch.cat(rounds)[:n].sort().values.tolist()
+
+
+def self_check(policy, ids, mask, sampled_logp, old_logp, ref_logp, cfg):
+    """What must hold before the first update, as lines of text: the largest deviation at any response token. bf16 products
     differ in the third digit between a cached step and a whole sequence, so it gets a wide tolerance."""
-    i = int(width.argmin())                                   # the shortest row carries the most padding
-    with torch.no_grad(), autocast():
-        again = in_pieces(lambda x, m, prompt: token_logprobs(policy, x, m, cfg.temperature, prompt=prompt),
-                          ids, mask, width, cfg)
-        alone = token_logprobs(policy, ids[i: i + 1, : width[i]], mask[i: i + 1, : width[i]], cfg.temperature)
-        bf16 = torch.is_autocast_enabled(ids.device.type)
-    for name, value in (("ratio = 1", ((again - old_logp).exp() - 1) * mask),
-                        ("log-ratio to the reference = 0", (old_logp - ref_logp) * mask),
-                        ("log-probs from the cache = from a whole pass", (sampled_logp - old_logp) * mask),
-                        ("log-probs without padding = with padding", alone - old_logp[i: i + 1, : width[i]])):
+    again = in_chunks(partial(token_logprobs, policy, temperature=cfg.temperature), ids, mask, cfg.micro_batch)
+    i = int(last_token(mask).argmin())                      # the shortest row carries the most padding
+    T = int(last_token(mask)[i]) + 1
+    with torch.no_grad():
+        alone = token_logprobs(policy, ids[i: i + 1, :T], mask[i: i + 1, :T], cfg.temperature)
+    lines, tolerance = [], 1e-3 if policy.head().dtype == torch.float32 else 0.3
+    for name, value in (("ratio = 1", (again - old_logp).exp() - 1),
+                        ("log-ratio to the reference = 0", old_logp - ref_logp),
+                        ("log-probs from the cache = from a whole pass", sampled_logp - old_logp),
+                        ("log-probs without padding = with padding", alone - old_logp[i: i + 1, :T])):
         worst = value.abs().max().item()
-        print(f"check before the first update: {name:46} max deviation {worst:.1e}")
-        if not worst < (0.3 if bf16 else 1e-3):
+        lines.append(f"check before the first update: {name:46} max deviation {worst:.1e}")
+        if not worst < tolerance:
             raise RuntimeError(f"self-check failed: {name}; nothing learned from here on could be trusted")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One iteration: rollout, score, credit (reward and advantage), update. What is known of its B responses is collected in
-# one namespace b, all tensors (B, T) or (B,).
-
-
-def rollout(policy, tok, rows, prompts, cfg, step, rng, autocast):
-    """1. Responses of the policy to this iteration's prompts: ids (B, T), mask, sampled_logp, width, ended (B,), and
-    their rows and prompts, lists of B."""
-    n_prompts = cfg.rollouts // cfg.group    # if there are fewer, each comes more than once
-    at = torch.cat([torch.randperm(len(rows), generator=rng) for _ in range(0, n_prompts, len(rows))])[:n_prompts]
-    at = at.sort().values.repeat_interleave(cfg.group).tolist()
-    device = policy.wte.weight.device
-    with autocast():
-        ids, mask, logp = generate(policy, [prompts[i] for i in at], cfg.max_new, tok.eos_id, tok.pad_id,
-                                   cfg.temperature, generator=seeded(cfg.seed, step, device))
-    width = torch.tensor([len(prompts[i]) for i in at], device=device) + mask.sum(1)          # (B,) prompt + response
-    ended = ids.gather(1, (width - 1)[:, None])[:, 0] == tok.eos_id                           # (B,)
-    return SimpleNamespace(at=at, rows=[rows[i] for i in at], prompts=[prompts[i] for i in at], ids=ids, mask=mask,
-                           sampled_logp=logp, width=width, ended=ended)
-
-
-def score(b, policy, ref, value, tok, reward, cfg, autocast):
-    """2. Scores (B,) of the responses, and at every token what policy, reference and value model say of them."""
-    b.texts = [tok.decode(x[m].tolist()) for x, m in zip(b.ids, b.mask)]
-    b.scores = torch.where(b.ended, reward(b), -cfg.eos_penalty)
-    with torch.no_grad(), autocast():
-        b.old_logp, b.ref_logp, b.exact_kl, b.entropy = in_pieces(
-            lambda x, m, prompt: compare(policy, ref, x, m, cfg.temperature, prompt), b.ids, b.mask, b.width, cfg)
-        b.old_values = b.mask * in_pieces(lambda x, m, prompt: token_values(value, x, m, prompt), b.ids, b.mask,
-                                          b.width, cfg)
-    for name, x in (("score", b.scores[:, None]), ("log-prob of the policy", b.old_logp), ("value", b.old_values),
-                    ("log-prob of the reference", b.ref_logp)):
-        if not x.isfinite().all():
-            bad = [i for i, row in zip(b.at, x) if not row.isfinite().all()]
-            raise InputError(f"a {name} is not finite for the prompts in rows {bad[:8]}; nothing was updated. Look at "
-                             "that model's weights, and try --dtype float32")
-
-
-def credit(b, beta, cfg):
-    """3. reward: -beta k1 at every token, the score (less what its length costs) on the last one.
-    4. advantage: raw, and as the update uses it."""
-    b.kl, _, b.kl_k3 = kl_estimators(b.old_logp, b.ref_logp)                                  # (B, T), 0 off the mask
-    b.rewards = -beta * b.kl
-    b.rewards.scatter_add_(1, (b.width - 1)[:, None], (b.scores - cfg.length_penalty * b.mask.sum(1))[:, None])
-    if cfg.advantage == "gae":
-        b.raw_advantages, b.returns = gae(b.rewards, b.old_values, b.mask, cfg.gamma, cfg.lam)
-        b.advantages = whiten(b.raw_advantages, b.mask)
-    else:
-        b.raw_advantages = group_advantages(b.rewards.sum(1), cfg.group, cfg.advantage)[:, None] * b.mask
-        b.advantages, b.returns = b.raw_advantages, b.old_values
-
-
-def update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, step, rng, autocast, log):
-    """5. Epochs x minibatches of the clipped losses. Returns their means and those of approx_kl and clipfrac."""
-    scale, sums = 1 - 2 / 3 * step / cfg.iterations, {}
-    trains_policy = step >= cfg.value_warmup or cfg.advantage != "gae"
-    for epoch in range(cfg.epochs):
-        for mb in torch.randperm(len(b.ids) // cfg.group, generator=rng).chunk(cfg.minibatches):
-            mb = (mb[:, None] * cfg.group + torch.arange(cfg.group)).flatten().to(b.ids.device)   # whole groups
-            n_tokens = b.mask[mb].sum()
-            for r, prompt, real in by_length(b.width[mb], cfg):
-                r = mb[r]
-                t = int(b.width[r].max())
-                x, m = b.ids[r, :t], b.mask[r, :t]
-                if trains_policy:
-                    with autocast():
-                        out = logprobs(policy, x, m, cfg.temperature, cfg.entropy_coef != 0, prompt)
-                    logp, ent = out if cfg.entropy_coef else (out, None)
-                    loss, stats = policy_loss(logp, b.old_logp[r, :t], b.advantages[r, :t], m * real, cfg.clip,
-                                              n_tokens)
-                    if cfg.entropy_coef:
-                        loss = loss - cfg.entropy_coef * real * ent.sum() / n_tokens
-                    loss.backward()
-                    for k, v in {"policy_loss": loss.detach(), **stats}.items():
-                        sums[k] = sums.get(k, 0.0) + v / (cfg.epochs * cfg.minibatches)
-                if cfg.advantage == "gae":
-                    with autocast():
-                        v = values(value, x, m, prompt)
-                    loss = value_loss(v, b.old_values[r, :t], b.returns[r, :t], m * real, cfg.value_clip,
-                                      n_tokens)
-                    loss.backward()
-                    part = loss.detach() / (cfg.epochs * cfg.minibatches)
-                    sums["value_loss"] = sums.get("value_loss", 0.0) + part
-            if cfg.ptx_coef and trains_policy:   # 8 windows of text: L_ptx = - mean log pi(x_t | x_<t)
-                at = torch.randint(corpus.shape[0], (8,), generator=rng)
-                x = corpus[share(at.tolist())].to(b.ids.device)                                        # (8, T)
-                with autocast():
-                    ptx_loss = -logprobs(policy, x, torch.ones_like(x)).sum() / (len(at) * (x.shape[1] - 1))
-                (cfg.ptx_coef * ptx_loss).backward()
-                sums["ptx_loss"] = sums.get("ptx_loss", 0.0) + ptx_loss.detach() / (cfg.epochs * cfg.minibatches)
-            batch = {"rows": [b.at[i] for i in mb.tolist()], "ids": b.ids[mb], "scores": b.scores[mb]}
-            log.update(step, policy, optimizer, cfg.lr * scale, batch)
-            log.update(step, value, value_optimizer, cfg.value_lr * scale, batch)
-    return summed(sums)
-
-
-def ask(b, ref, told, tok, cfg, step, autocast):
-    """6. The annotator compares the answers to each prompt, one of the reference among them, that end and differ:
-    [(prompt, answer, answer: tuples of ids, p: 1.0 where the first is preferred, 0.0 or 0.5)]. told: its noise and
-    biases, flags of reward.py by name."""
-    rng, firsts = random.Random(f"{cfg.seed} {step}"), b.prompts[:: cfg.group]
-    with autocast():
-        ids, mask, _ = generate(ref, firsts, cfg.max_new, tok.eos_id, tok.pad_id, cfg.temperature,
-                                generator=seeded(cfg.seed, step + 2 ** 20, b.ids.device))
-    said = [(k // cfg.group, x[m].tolist()) for k, (x, m) in enumerate(zip(b.ids, b.mask))]
-    said += [(k, x[m].tolist()) for k, (x, m) in enumerate(zip(ids, mask))]
-    answers = [{} for _ in firsts]   # {text: ids} for each prompt
-    for k, y in said:
-        if y[-1] == tok.eos_id:
-            answers[k][tok.decode(y)] = tuple(y)
-    bias, pairs = [told[f"bias_{name}"] for name in ("length", "confidence", "sycophancy")], []
-    for row, x, texts in zip(b.rows[:: cfg.group], firsts, answers):
-        u = {text: world.utility(row, text, *bias) for text in texts}
-        pairs += [(tuple(x), texts[y], texts[z], u[y], u[z]) for y, z in combinations(texts, 2)]
-    noise = world.noise_for(told["agreement"], [u - v for *_, u, v in pairs]) if told["agreement"] else told["noise"]
-    return [(x, y, z, world.annotate(u, v, noise, rng)) for x, y, z, u, v in pairs]
-
-
-def learn(new, old, rm, optimizer, center, tok, cfg, step, autocast, log):
-    """7. Steps of the reward model on new comparisons and on some old ones, lest it forget: it stays right about what
-    the policy says by now (arXiv:2203.02155, 3.1, and arXiv:2204.05862, 4.5, in rounds; here a little at a time). The
-    loss is that of reward.py. Returns it, and the accuracy on the new ones, each before the step that it is part of."""
-    device, lr = rm.wte.weight.device, cfg.reward_lr * (1 - 2 / 3 * step / cfg.iterations)
-    rows, total, right = [(*row, 1.0) for row in new] + [(*row, 0.0) for row in old], *torch.zeros(2, device=device)
-    prompts = {x: n for n, x in enumerate(dict.fromkeys(row[0] for row in rows))}
-    for k in range(cfg.minibatches):   # the comparisons of one prompt stay together, each answer is scored once
-        batch = sorted((row for row in rows if prompts[row[0]] % cfg.minibatches == k), key=lambda x: (len(x[0]), x))
-        for part, real in pieces(batch, cfg.micro_batch) if batch else ():
-            number = {key: n for n, key in enumerate(sorted({(x, y) for x, *ys in part for y in ys[:2]}))}
-            ids, there = pad_batch([x + y for x, y in number], tok.pad_id, device)
-            start, prompt = torch.tensor([(len(x), prompts[x]) for x, _ in number], device=device).T
-            mask = there & (torch.arange(ids.shape[1], device=device) >= start[:, None])
-            with autocast():
-                r = final_scores(rm, ids, there.sum(1), mask, prompt)
-            i, j = ([number[row[0], row[k]] for row in part] for k in (1, 2))
-            p, is_new = torch.tensor([row[3:] for row in part], device=device).T
-            d, both = r[i] - r[j], r[i] + r[j]
-            loss = -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + center * both ** 2 / 2
-            (real * loss.sum() / len(batch)).backward()
-            total += real * loss.detach().sum() / len(rows)
-            hit = torch.where(p == 0.5, 0.5, ((d > 0) == (p > 0.5)).float())
-            right += real * (is_new * hit).sum() / max(1, len(new))
-        if batch:
-            log.update(step, rm, optimizer, lr, {"comparisons": batch})
-    return summed({"rm_loss": total, "rm_accuracy": right})
-
-
-def windows(path, tok, length):
-    """A text as rows of `length` ids (N, length), without the last 2 %, which measure the alignment tax."""
-    ids, _ = read_corpus(path, tok, length, least=2)
-    return ids[: len(ids) // length * length].view(-1, length)
-
-
-def token_table(b, logp, values, tok, cfg):
-    """Response 0 of b token by token, as text, with the log-probs and values (B, T) that the models give it by now."""
-    names = ("logp", "old", "ref", "logp-ref", "reward", "value", "adv", "whitened", "return", "ratio")
-    lines = [f"{'t':>3} {'token':14}" + "".join(f"{name:>10}" for name in names) + "  clipped"]
-    ratio = (logp - b.old_logp).exp()
-    for t in b.mask[0].nonzero()[:, 0].tolist():
-        row = [x[0, t].item() for x in (logp, b.old_logp, b.ref_logp, logp - b.ref_logp, b.rewards, values,
-                                        b.raw_advantages, b.advantages, b.returns, ratio)]
-        # clipped: clip(ratio) A is the smaller one in min(ratio A, clip(ratio) A), so that the token has no gradient
-        cut = row[9] > 1 + cfg.clip if row[7] > 0 else row[9] < 1 - cfg.clip
-        token = "<eos>" if b.ids[0, t] == tok.eos_id else repr(tok.decode([int(b.ids[0, t])]))
-        lines.append(f"{t:>3} {token:14.14}" + "".join(f"{round(x, 5) + 0.0:>10.5f}" for x in row)
-                     + ("  yes" if cut else "  no"))
     return "\n".join(lines)
 
 
-def look_inside(b, before, after, beta, cfg):
-    """What --inspect prints of one iteration: the numbers behind every equation at the top of this file."""
-    raw = b.raw_advantages[b.mask]
-    return f"""{b.rows[0]["prompt"][-1]["content"]}
-    -> {b.texts[0].strip()}
+def check_finite(at, **tensors):
+    """InputError if a tensor (B, ..) has an entry that is not finite. at: the rows of --data that the responses are to."""
+    for name, x in tensors.items():
+        good = x.reshape(len(x), -1).isfinite().all(1)
+        if not good.all():
+            bad = [i for i, fine in zip(at, good.tolist()) if not fine]
+            raise InputError(f"the {name.replace('_', ' ')} is not finite for the prompts in rows {bad[:8]}; nothing was "
+                             "updated. Look at that model's weights, and try --dtype float32")
 
-score r(x, y) = {b.scores[0]:.5f}, beta = {beta:g}, gamma = {cfg.gamma:g}, lam = {cfg.lam:g}, eps = {cfg.clip:g}
-R_t = -beta (old - ref), plus r (less the length penalty) at the last token;  return = A + V;  ratio = exp(logp - old)
-gae: delta_t = R_t + gamma V_t+1 - V_t,  A_t = delta_t + gamma lam A_t+1;  rloo and grpo: A from the sum of R_t
-whitened (gae) = (A - mean) / std over {len(raw)} tokens: mean = {raw.mean():.5f}, std = {raw.std(correction=0):.5f}
 
-before the update, logp = old
-{before}
+def add(sums, n, **figures):
+    """Add 1/n of each figure to the sums of that name."""
+    for name, value in figures.items():
+        sums[name] = sums.get(name, 0.0) + value.detach() / n
 
-after {cfg.epochs * cfg.minibatches} optimizer steps on {len(b.ids)} responses; logp, value and ratio are new
-{after}
-"""
+
+def load_models(policy, init, reward_models, cfg, device):
+    """(policy, reference, value model or None, copies that sample: of the policy and of the reference)."""
+    use_value, value = cfg.advantage == "gae", None
+    if cfg.lora:
+        # One frozen trunk: the reference is the policy without its adapters, the value model has adapters of its own.
+        reference = frozen(policy).to(device)
+        policy = with_lora(reference, cfg.lora)
+        if use_value:
+            value = with_lora(reference, cfg.lora, scalar_head=True)
+    else:
+        reference = frozen(copy.deepcopy(policy))
+        if use_value:
+            value = copy.deepcopy(reward_models[0]) if reward_models else load(init, head="new")[0]
+    return policy, reference, value, sampling_copy(policy).to(device), sampling_copy(reference).to(device)
+
+
+def prepare_models(policy, reference, value, reward_models, teaches, cfg, device):
+    """Put all models where and how the flags want them. Returns what is trained, {name: (model, optimizer)}: the policy, a
+    value model, and a reward model that the annotator goes on teaching."""
+    trained = {"policy": (prepare(policy, cfg, device), adamw(policy, eps=1e-5))}
+    if value is not None:
+        trained["value"] = (prepare(value, cfg, device), adamw(value, eps=1e-5))
+    for model in reward_models:
+        prepare(model if teaches else frozen(model), cfg, device)
+    if teaches:
+        trained["reward"] = (reward_models[0], adamw(reward_models[0], weight_decay=0.01))
+    if not cfg.lora:    # else it is the trunk that the adapters share
+        prepare(reference, cfg, device)
+    return trained
+
+
+def rollout(sampler, tok, prompts, cfg, step):
+    """Answers to prompts (lists of ids): ids (B, T), mask, logp as `model.generate` returns them, and lists of ids."""
+    draws = torch.rand(len(prompts), cfg.max_new, dtype=torch.float64, generator=seeded(cfg.seed, step))
+    ids, mask, logp = sample(sampler, tok, prompts, draws, cfg.temperature)
+    return ids, mask, logp, [x[m].tolist() for x, m in zip(ids.cpu(), mask.cpu())]
+
+
+def ptx_windows(cfg, tok, max_len):
+    """The text of --ptx_coef as rows of ids (N, T), without the last 2 %, which measure the alignment tax."""
+    length = min(128, max_len)
+    ids, _ = read_corpus(cfg.ptx_data or world.TINY / "corpus.txt", tok, length, least=2)
+    return ids[: len(ids) // length * length].view(-1, length)
 
 
 def main(cfg):
     """Train a policy against a reward; or --inspect one iteration."""
-    device, autocast = setup(cfg)
-    if cfg.advantage != "gae" and cfg.group < 2:
-        raise InputError(f"--advantage {cfg.advantage} compares answers to one prompt: --group must be at least 2")
-    if cfg.rollouts % (cfg.group * cfg.minibatches):
-        raise InputError(f"--rollouts {cfg.rollouts} must be a multiple of --group x --minibatches")
-    if cfg.temperature == 0:
-        raise InputError("--temperature 0: a policy that always says the same has nothing to learn from")
-    init = cfg.init or sibling(cfg, "sft")
-    if not cfg.init:
-        need(init, "sft.py", cfg)
-    policy, tok = load(init, home(cfg, device), scalar_head=False)
-    reward, rms = reward_function(cfg, device, autocast)
-    if any((t.enc._mergeable_ranks, t.special) != (tok.enc._mergeable_ranks, tok.special) for _, t in rms):
-        raise InputError(f"{cfg.reward or 'the reward model'} and {init} have different tokenizers")
-    if cfg.lora:   # one trunk: the reference is the policy without its adapters, the value model has others
-        ref = frozen(policy, autocast)
-        policy, value = with_lora(ref, cfg.lora), with_lora(ref, cfg.lora, scalar_head=True)
-    else:
-        ref = frozen(copy.deepcopy(policy), autocast)
-        value = copy.deepcopy(rms[0][0]) if rms else load(init, home(cfg, device), scalar_head=True)[0]
-    data = cfg.data or world.TINY / "rl.jsonl"
-    rows, dropped = formats.load(data, "prompt")
-    print(formats.describe(rows, dropped, data))
-    if "gold" in cfg.reward.split(",") and not all("family" in r for r in rows):
-        raise InputError(f"{data}: --reward gold judges the tiny world's prompts only")
-    path = Path(cfg.reward or sibling(cfg, "reward"))
-    prompts = [tok.render(r["prompt"], generation_prompt=True)[0] for r in rows]
-    room = min(cfg.max_prompt, *(m.cfg.max_len - cfg.max_new for m in (policy, *(rm for rm, _ in rms))))
-    fit = [(r, p) for r, p in zip(rows, prompts) if len(p) <= room]
-    print(f"{len(rows) - len(fit)} prompts longer than {room} tokens left out (--max_prompt, --max_new, model context)")
-    if not fit:
-        raise InputError(f"{data}: no prompt of at most {room} tokens (--max_prompt, --max_new, the models' context)")
-    rows, prompts = zip(*fit)
-    graded = not cfg.data   # the tiny world knows the gold score; it goes into the log, never into the update
-    told = result_of(path).get("config")   # how its comparisons were made
-    asks = cfg.relabel and graded and len(rms) == 1 and told and (path / "comparisons.jsonl").exists()
-    corpus = None
-    if cfg.ptx_coef:
-        corpus = windows(cfg.ptx_data or world.TINY / "corpus.txt", tok, min(128, policy.cfg.max_len))
+    check_flags(cfg)
+    device = setup(cfg)
+    init, reward_path = cfg.init or sibling(cfg, "sft"), cfg.reward or sibling(cfg, "reward")
+    need(cfg, *[name for name, own in (("sft", cfg.init), ("reward", cfg.reward)) if not own])
+    run = Run(cfg, "ppo", [init, *reward_names(reward_path), cfg.data or world.TINY / "rl.jsonl"], dry=cfg.inspect)
 
-    if asks:
-        rm, rows_ = rms[0][0], formats.load(path / "comparisons.jsonl", "preference")[0]
-        rows_ = random.Random(cfg.seed).sample(rows_, min(2000, len(rows_)))
-        compared = [(tuple(x), tuple(y), tuple(tok.render_answer(r["prompt"], r["rejected"])[1]), r["label"])
-                    for r in rows_ for x, y in [tok.render_answer(r["prompt"], r["chosen"])]]
-    state = load_state(cfg.out) if cfg.resume else {}
-    if state:
-        for name, model in (("policy", policy), ("value", value)):
-            model.load_state_dict(state[name], strict=not cfg.lora)   # the trunk is not in it
-        if asks:
-            rm.load_state_dict(state["reward"])
-            compared = state["compared"]
-    policy, value = for_training(policy, cfg, device), for_training(value, cfg, device)
-    ref = sharded(ref, cfg, device)
-    for model, _ in rms:
-        if asks:
-            for_training(model, cfg, device)
+    # Prompts to learn from and to be measured on, rewards, and the models.
+    policy, tok = load(init)
+    rewards = {name: load_reward(name, tok) for name in reward_names(reward_path)}
+    reward_models = [model for model, _ in rewards.values() if model is not None]
+    longest = min(model.cfg.max_len for model in [policy, *reward_models]) - cfg.max_new
+    rows, prompts = load_prompts(run, tok, min(cfg.max_prompt, longest), cfg)
+    tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, cfg.data)
+    corpus = ptx_windows(cfg, tok, policy.cfg.max_len) if cfg.ptx_coef else None
+    teaches = len(reward_models) == 1 and Relabelling.possible(cfg, reward_path)
+    policy, reference, value, sampler, ref_sampler = load_models(policy, init, reward_models, cfg, device)
+    trained = prepare_models(policy, reference, value, reward_models, teaches, cfg, device)
+    run.begin(cfg.iterations, tok, **trained)
+    relabelling = Relabelling(run, reward_path, reward_models[0]) if teaches else None
+    beta, inspected = run.state.get("beta", cfg.kl_coef), run.state.get("inspected", {})
+
+    def measure(title):
+        """What the policy says to prompts it has not been trained on."""
+        refresh(sampler, policy)
+        figures, answers = report.measure(sampler, tok, tests, seeded(cfg.seed, MEASURE))
+        run.samples(title, tests.prompts[: report.PROBES], answers.texts)
+        return figures, answers.scored
+
+    before, first_answers = run.state.get("before"), run.state.get("answers")
+    if not run.first and not cfg.inspect:
+        before, first_answers = measure("before")
+
+    for it in run.steps():
+        # Everything random follows from (seed, iteration). Learning rates fall to a third.
+        rng, decay, sums = seeded(cfg.seed, it), 1 - 2 / 3 * it / cfg.iterations, {}
+
+        # 1. Rollout: `group` answers to each prompt. ids (B, T) is prompt, answer, padding; mask (B, T) is True on the
+        #    answer and its EOS. Index t is token t in every tensor below.
+        refresh(sampler, policy)
+        asked = pick(len(rows), cfg.rollouts // cfg.group, rng)
+        at = torch.tensor(asked).repeat_interleave(cfg.group).tolist()
+        ids, mask, sampled_logp, said = rollout(sampler, tok, [prompts[i] for i in at], cfg, it)
+        texts = [tok.decode(answer) for answer in said]
+        ended = torch.tensor([answer[-1] in tok.eos_ids for answer in said], device=device)          # (B,)
+
+        # 2. What the models say of these answers, before any of them changes. An answer that does not end is fined.
+        scores = score_answers(rewards, [rows[i] for i in at], texts, ids, mask, cfg)                # (B,)
+        scores = torch.where(ended, scores, -cfg.eos_penalty)
+        both = partial(compare_policies, policy, reference, temperature=cfg.temperature)
+        old_logp, ref_logp, exact_kl, entropy = in_chunks(both, ids, mask, cfg.micro_batch)          # (B, T) each
+        old_values = torch.zeros_like(old_logp)
+        if value is not None:
+            old_values = in_chunks(partial(token_values, value), ids, mask, cfg.micro_batch)         # (B, T)
+        check_finite(at, score=scores, policy=old_logp, reference=ref_logp, value=old_values)
+        if it == 0 and not cfg.inspect:
+            run.say(self_check(policy, ids, mask, sampled_logp, old_logp, ref_logp, cfg))
+
+        # 3. Reward: each token pays for being likelier than under the reference; the score comes with the last one.
+        kl, _, kl_k3 = kl_estimators(old_logp, ref_logp)                                             # (B, T)
+        token_rewards = -beta * kl
+        token_rewards[torch.arange(len(ids)), last_token(mask)] += scores
+
+        # 4. Advantage: how much better than expected, by the value model or by the other answers to the prompt.
+        if value is not None:
+            raw_advantages, returns = gae(token_rewards, old_values, mask, cfg.gamma, cfg.lam)       # (B, T) each
+            advantages = whiten(raw_advantages, mask)
         else:
-            sharded(frozen(model, autocast), cfg, device)
-    optimizer = optimizer_for(policy, cfg.lr, 0.0, (0.9, 0.95), 1e-5)
-    value_optimizer = optimizer_for(value, cfg.value_lr, 0.0, (0.9, 0.95), 1e-5)
-    rm_optimizer = optimizer_for(rm, cfg.reward_lr, 0.01) if asks else None
-    beta, first = state.get("beta", cfg.kl_coef), state.get("step", 0)
-    if state:
-        load_optimizer(optimizer, state["optimizer"])
-        load_optimizer(value_optimizer, state["value_optimizer"])
-        if asks:
-            load_optimizer(rm_optimizer, state["reward_optimizer"])
-    logprobs, values = (torch.compile(f) if cfg.compile else f for f in (token_logprobs, token_values))
-    if cfg.inspect:
-        rng, cfg.value_warmup = seeded(cfg.seed, first), 0
-        b = rollout(policy, tok, rows, prompts, cfg, first, rng, autocast)
-        score(b, policy, ref, value, tok, reward, cfg, autocast)
-        credit(b, beta, cfg)
-        old = copy.copy(b)
-        log = Run(replace(cfg, out=tempfile.mkdtemp()), "ppo", 1)   # --out keeps the log of its own run
-        update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, first, rng, autocast, log)
-        if not log.skipped:   # else the bad batch is there
-            shutil.rmtree(log.folder)
-        score(b, policy, ref, value, tok, reward, cfg, autocast)
-        tables = (token_table(old, x.old_logp, x.old_values, tok, cfg) for x in (old, b))
-        text = look_inside(old, *tables, beta, cfg)
-        print(text)
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(cfg.out) / "inspect.txt", text.encode())
-        return
-    n_steps = min(cfg.iterations, cfg.max_steps or cfg.iterations)
-    log = Run(cfg, "ppo", n_steps, first)
-    tests = world.rows("test") if graded else list(rows[:32])
+            advantages = group_advantages(token_rewards.sum(1), cfg.group, cfg.advantage)[:, None] * mask
+            raw_advantages, returns = advantages, torch.zeros_like(advantages)
 
-    def measure():
-        with torch.no_grad(), autocast():
-            texts, ps, rs = respond(policy, tok, [r["prompt"] for r in tests], cfg.max_new,
-                                    generator=seeded(cfg.seed, -1 % 2**31, device), temperature=cfg.temperature)
-        out = world.report(tests, texts) if graded else {}
-        return out | {"length": sum(map(len, rs)) / len(rs), "eos_rate": sum(tok.eos_id in r for r in rs) / len(rs),
-                      "distinct_2": distinct_2(rs)}, texts
+        # 5. Update. A minibatch is one optimizer step. Micro-batches only bound the memory: every loss is divided by
+        #    the tokens of the whole minibatch, so that their gradients add up to the same sum however it is cut.
+        over_budget = bool(cfg.kl_budget and exact_kl.sum(1).mean() >= cfg.kl_budget)
+        trains_policy = it >= cfg.value_warmup or value is None or cfg.inspect
+        widths, n_updates = (last_token(mask) + 1).tolist(), cfg.epochs * cfg.minibatches
+        for _ in range(0 if over_budget else cfg.epochs):
+            for mini in torch.randperm(len(ids), generator=rng).chunk(cfg.minibatches):
+                n_tokens = mask[mini].sum()
+                for part in micro_batches(mini.tolist(), widths, cfg.micro_batch):
+                    x, m = ids[part], mask[part]                                                     # (b, T)
+                    if trains_policy:
+                        bonus = 0.0
+                        if cfg.entropy_coef:
+                            logp, ent = token_logprobs(policy, x, m, cfg.temperature, entropy=True)
+                            bonus = cfg.entropy_coef * ent.sum() / n_tokens
+                        else:
+                            logp = token_logprobs(policy, x, m, cfg.temperature)
+                        loss, stats = policy_loss(logp, old_logp[part], advantages[part], m, cfg.clip, n_tokens)
+                        (loss - bonus).backward()
+                        add(sums, n_updates, policy_loss=loss, **stats)
+                    if value is not None:
+                        v = token_values(value, x, m)
+                        loss = value_loss(v, old_values[part], returns[part], m, cfg.value_clip, n_tokens)
+                        loss.backward()
+                        add(sums, n_updates, value_loss=loss)
+                if corpus is not None and trains_policy:
+                    # L_ptx = - mean log pi(x_t | x_<t) over 8 windows of text
+                    x = corpus[torch.randint(len(corpus), (8,), generator=rng)[RANK::WORLD]].to(device)     # (8, T)
+                    loss = -token_logprobs(policy, x, torch.ones_like(x)).sum() / (8 * (x.shape[1] - 1))
+                    (cfg.ptx_coef * loss).backward()
+                    add(sums, n_updates, ptx_loss=loss)
+                for name, lr in (("policy", cfg.lr), ("value", cfg.value_lr)):
+                    if name in trained:
+                        model, optimizer = trained[name]
+                        set_lr(optimizer, lr * decay)
+                        norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
+                        if run.finite(norm, model, [at[i] for i in mini]):
+                            optimizer.step()
+                        optimizer.zero_grad()
 
-    before, texts = (state["before"], None) if first else measure()
-    warned = set()
-    history = [json.loads(line) for line in (log.folder / "log.jsonl").read_text().splitlines()]   # before --resume
-    if not first:
-        log.samples("before", [r["prompt"] for r in tests[:12]], texts[:12])
-    for step in range(first, n_steps):
-        clock, rng = [time.time()], seeded(cfg.seed, step)
-        b = rollout(policy, tok, rows, prompts, cfg, step, rng, autocast)
-        clock.append(time.time())
-        score(b, policy, ref, value, tok, reward, cfg, autocast)
-        if step == 0:
-            self_check(policy, b.ids, b.mask, b.width, b.sampled_logp, b.old_logp, b.ref_logp, cfg, autocast)
-        credit(b, beta, cfg)
-        clock.append(time.time())
-        spent = cfg.kl_budget and b.exact_kl.sum(1).mean() >= cfg.kl_budget
-        sums = {}
-        if not spent:
-            sums = update(b, policy, value, optimizer, value_optimizer, logprobs, values, corpus, cfg, step, rng,
-                          autocast, log)
-        if asks and not spent and (step + 1) % cfg.relabel == 0:
-            new = ask(b, ref, told, tok, cfg, step, autocast)
-            old = random.Random(f"{cfg.seed} {step}").sample(compared, min(len(compared), 64))
-            if new:
-                sums |= learn(new, old, rm, rm_optimizer, told["center"], tok, cfg, step, autocast, log)
-            compared[2000:] = (compared[2000:] + new)[-10000:]   # the reward model's first ones, and the latest
-        clock.append(time.time())
-        n = b.mask.sum()
-        err = ((b.returns - b.old_values) * b.mask).sum() / n
-        explained = 1 - (((b.returns - b.old_values - err) * b.mask) ** 2).sum() / \
-            (((b.returns - (b.returns * b.mask).sum() / n) * b.mask) ** 2).sum().clamp(min=1e-8)
-        metrics = {"reward": b.scores.mean(), "kl": b.kl.sum(1).mean(), "kl_k3": b.kl_k3.sum(1).mean(),
-                   "kl_exact": b.exact_kl.sum(1).mean(), "beta": beta, "entropy": b.entropy.sum() / n,
-                   "length": b.mask.sum(1).float().mean(), "eos_rate": b.ended.float().mean(),
-                   "unique": len(set(b.texts)) / len(b.texts),
-                   "explained_var": explained, **sums, "t_gen": clock[1] - clock[0], "t_score": clock[2] - clock[1],
-                   "t_train": clock[3] - clock[2], "tok_s": b.width.sum() / (clock[3] - clock[0])}
-        if graded:
-            metrics |= world.report(b.rows, b.texts)
-        history.append({k: float(v) for k, v in metrics.items()})
-        log.step(step, **history[-1])
-        for name, sentence in health(history).items():
-            if name not in warned:
-                print(f"health, {name}: {sentence}", flush=True)
-                warned.add(name)
+        # 6. Relabel (iterated RLHF): the annotator compares the answers to each prompt, one of the reference among
+        #    them, and the reward model learns from that.
+        if relabelling and not over_budget and (it + 1) % cfg.relabel == 0:
+            *_, others = rollout(ref_sampler, tok, [prompts[i] for i in asked], cfg, RELABEL + it)
+            answers = [said[k * cfg.group: (k + 1) * cfg.group] + [other] for k, other in enumerate(others)]
+            set_lr(trained["reward"][1], cfg.reward_lr * decay)
+            sums |= relabelling.step(it, [rows[i] for i in asked], answers, trained["reward"][1])
+
+        # 7. Write the log, keep some numbers to look at, steer beta, save.
+        figures = {"reward": scores.mean(), "kl": kl.sum(1).mean(), "kl_k3": kl_k3.sum(1).mean(),
+                   "kl_exact": exact_kl.sum(1).mean(), "beta": beta, "entropy": entropy.sum() / mask.sum(),
+                   "length": mask.sum(1).float().mean(), "eos_rate": ended.float().mean(),
+                   "unique": len(set(texts)) / len(texts)} | all_sum(sums)
+        if value is not None:
+            figures["explained_var"] = explained_variance(old_values, returns, mask)
+        if tests.graded:    # gold is shown, never trained on
+            figures |= world.report([rows[i] for i in at], texts)
+        if cfg.inspect or it in (cfg.value_warmup, run.n_steps - 1):
+            numbers = {"logp": old_logp, "ref_logp": ref_logp, "reward": token_rewards, "value": old_values,
+                       "advantage": raw_advantages, "whitened": advantages, "return": returns, "score": scores}
+            page = report.inspection(policy, value, tok, ids, mask, numbers, cfg)
+            page |= {"iteration": it + 1, "beta": beta}
+            inspected = {"first": inspected.get("first", page), "last": page}
+        run.log(it, tokens=sum(widths), show=("reward", "gold", "kl", "length", "eos_rate"), **figures)
         if cfg.kl == "adaptive":
-            beta = adapt_kl_coef(beta, float(metrics["kl"]), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
-        if log.save_now(step) or spent:
-            state = {"policy": trained(policy), "value": trained(value), "beta": beta, "step": step + 1,
-                     "optimizer": optimizer.state_dict(), "value_optimizer": value_optimizer.state_dict(),
-                     "before": before}
-            if asks:
-                save(Path(cfg.out) / "reward", rm, tok)
-                state |= {"reward": trained(rm), "reward_optimizer": rm_optimizer.state_dict(), "compared": compared}
-            save(cfg.out, policy, tok, state)
-            log.saved(step)
-        if spent:
-            print(f"--kl_budget {cfg.kl_budget:g} is spent: KL {metrics['kl_exact']:.2f} after {step} iterations")
+            beta = adapt_kl_coef(beta, kl.sum(1).mean().item(), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
+        if run.due(it) or over_budget:
+            later_pairs = relabelling.later_pairs if relabelling else []
+            run.save(it, before=before, answers=first_answers, beta=beta, later_pairs=later_pairs,
+                     inspected=inspected)
+        if over_budget:
+            run.say(f"--kl_budget {cfg.kl_budget:g} is spent: KL {exact_kl.sum(1).mean():.2f} after {it} iterations")
             break
-    after, texts = measure()
-    print(log.samples("after", [r["prompt"] for r in tests[:12]], texts[:12]))
-    if history:   # as the log has it: this may be --resume after the last step
-        after |= {k: float(f"{history[-1][k]:.6g}") for k in ("reward", "kl", "entropy") if k in history[-1]}
-    columns = {"SFT": before, "PPO": after}
-    told = result_of(sibling(cfg, "sft"))
-    if told and not cfg.init:   # sft.py measured the base model on the same prompts
-        columns = {"base": told["before"]} | columns
-    log.finish(device, before, after, [("reward", "gold") if graded else ("reward",), ("kl", "kl_exact"),
-                                       ("helpful", "harmless", "honest") if graded else ("entropy",)], columns)
+
+    if cfg.inspect:
+        run.say(report.inspection_text(inspected["last"]))
+        return
+    after, answers = measure("after")
+    after |= {name: run.history[-1][name] for name in ("kl", "entropy") if run.history}
+    for figures, said in ((before, first_answers), (after, answers)):     # both by the reward model as it is now
+        scores = score_texts(rewards, tests.rows, [answer["answer"] for answer in said], tok, cfg)
+        report.add_rewards(figures, said, scores)
+    if relabelling:
+        save(Path(cfg.out) / "reward", reward_models[0], tok)
+    run.write("inspect.json", inspected)
+    run.finish(before, after, chain_columns(cfg, "PPO", before, after),
+               report.answer_rows(tests, first_answers, answers))
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    program(main, Config, __doc__)

@@ -3,143 +3,155 @@
     python sft.py                                           the tiny world, from out/base (made first if missing)
     python sft.py --init gpt2 --data alpaca.json --lr 2e-5  your model, your data (formats: data/formats.py)
 
-Equation (Ouyang et al. 2022, arXiv:2203.02155, section 3.5): L(theta) = - sum_t log p_theta(y_t | x, y_<t), where x is
-the conversation so far and y an assistant turn. The sum runs over the assistant's tokens only, each turn's EOS
-included, and is divided by their number in the whole optimizer step, so that the loss does not depend on how a step is
-cut into micro-batches. Long conversations are cut at the end and then carry no EOS: a cut is not an end.
+Equation (Ouyang et al. 2022, arXiv:2203.02155, section 3.5), x the conversation so far, y an assistant turn:
 
-Left out: packing (length buckets waste little and need no block-diagonal mask), dropout, multiple workers.
+    L(theta) = - sum_t log p_theta(y_t | x, y_<t) / N
+
+The sum runs over the assistant's tokens only, each turn's EOS included. N is their number in the whole optimizer step,
+so that the loss does not depend on how a step is cut into micro-batches. Long conversations are cut at the end and then
+carry no EOS: a cut is not an end.
+
+Left out: packing (batches of similar length waste little and need no block-diagonal mask), dropout, several workers.
 On the tiny world SFT ends far above the base model and far below the ceiling: it imitates careless demonstrators too.
 """
-import time
-import typing
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, formats, world
-from model import (Run, batches, cosine, distinct_2, for_training, home, load, load_optimizer, load_state, need,
-                   optimizer_for, pad_batch, pieces, respond, run, save, seeded, setup, sibling, summed, token_logprobs)
+from data import InputError, formats, report, world
+from data.checkpoint import load
+from data.parallel import all_sum, micro_batches, prepare
+from data.run import MEASURE, Run, RunFlags, adamw, batches, cosine, need, program, seeded, set_lr, setup
+from model import pad_batch, refresh, sampling_copy, token_logprobs
 
 
 @dataclass
-class Config:
+class Config(RunFlags):
     """The flags of `python sft.py`."""
+    # Model and data
     init: str = ""                # base model: a folder of ours, of Hugging Face, or a hub name (default: base)
     data: str = ""                # demonstrations (default: the tiny world's)
-    out: str = "out/sft"          # folder for the checkpoint, log, samples and plot
+    max_len: int = 256            # tokens a conversation; longer ones are cut
+    held_out: float = 0.05        # share of the prompts kept for the held-out loss
+    max_new: int = 48             # longest sampled answer, in tokens
+    # Training
     epochs: int = 3               # passes over the data
     batch_size: int = 32          # conversations a step
     micro_batch: int = 32         # conversations per forward pass; smaller needs less memory and changes nothing else
-    max_len: int = 256            # tokens a conversation, longer ones are cut
     lr: float = 1e-3              # peak learning rate of AdamW (1e-5 to 2e-5 for real models)
     warmup: int = 20              # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.01    # on matrices only
     grad_clip: float = 1.0        # largest gradient norm
-    held_out: float = 0.05        # share of the prompts kept for the held-out loss
-    max_new: int = 48             # longest sampled answer, in tokens
-    save_every: int = 100         # steps between checkpoints
-    max_steps: int = 0            # stop after this many steps (0: run all)
-    resume: bool = False          # go on from the last checkpoint in --out
-    seed: int = 0                 # every random draw comes from (seed, step)
-    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
-    compile: bool = False         # torch.compile the training forward, and on a GPU the decoding step
-    recompute: bool = False       # activation checkpointing: layers run again in the backward pass, for less memory
-    fsdp: bool = False            # with torchrun: cut weights, gradients and optimizer state over the processes
 
 
 def encode(rows, tok, max_len):
-    """[(ids, mask)] of conversations; those without a supervised token within max_len are left out."""
-    out = []
+    """[(ids, mask)] of conversations, cut to max_len tokens, and how many were cut and how many left out, because they
+    have no supervised token within it."""
+    out, n_cut, n_left_out = [], 0, 0
     for row in rows:
         ids, mask = tok.render(row["messages"])
         if any(mask[1:max_len]):
             out.append((ids[:max_len], mask[:max_len]))
-    return out
+            n_cut += len(ids) > max_len
+        else:
+            n_left_out += 1
+    return out, n_cut, n_left_out
 
 
-def nll(model, examples, tok, device, forward=token_logprobs):
+def nll(model, examples, tok):
     """Summed negative log-likelihood of the supervised tokens of examples [(ids, mask)], and how many they are."""
-    ids, _ = pad_batch([ids for ids, _ in examples], tok.pad_id, device)              # (B, T)
-    mask, _ = pad_batch([mask for _, mask in examples], 0)       # (B, T), on the CPU: nothing has to wait for its sum
-    mask[:, 0] = 0   # nothing predicts the first token
-    return -forward(model, ids, mask).sum(), int(mask.sum())
+    device = model.wte.weight.device
+    ids, _ = pad_batch([ids for ids, _ in examples], tok.pad_id, device)             # (B, T)
+    mask, _ = pad_batch([mask for _, mask in examples], 0)                           # (B, T), on the CPU
+    mask[:, 0] = 0    # nothing predicts the first token
+    return -token_logprobs(model, ids, mask.bool()).sum(), int(mask.sum())
+
+
+@torch.no_grad()
+def held_out_loss(model, examples, tok):
+    """Mean negative log-likelihood per supervised token, in nats."""
+    total, n = 0.0, 0
+    for i in range(0, len(examples), 64):
+        loss, n_tokens = nll(model, examples[i: i + 64], tok)
+        total += loss.item()
+        n += n_tokens
+    return total / n
 
 
 def main(cfg):
     """Fine-tune a model on demonstrations."""
-    device, autocast = setup(cfg)
-    init = cfg.init or sibling(cfg, "base")
-    if not cfg.init:
-        need(init, "model.py", cfg)
-    model, tok = load(init, home(cfg, device), scalar_head=False)
-    path = cfg.data or world.TINY / "demos.jsonl"
-    rows, dropped = formats.load(path, "sft")
-    print(formats.describe(rows, dropped, path))
-    max_len = min(cfg.max_len, model.cfg.max_len)
-    train, held = (encode(part, tok, max_len) for part in formats.split(rows, cfg.held_out, seed=0))
-    if not train or not held:
-        raise InputError(f"{path}: {len(train)} conversations within --max_len {max_len} tokens to train on, "
-                         f"{len(held)} held out (--held_out); both need at least one")
+    device = setup(cfg)
+    init = cfg.init or need(cfg, "base")
+    data = cfg.data or world.TINY / "demos.jsonl"
+    run = Run(cfg, "sft", [init, data])
+    model, tok = load(init)
 
-    state = load_state(cfg.out) if cfg.resume else {}
-    if state:
-        model.load_state_dict(state["model"])
-    model = for_training(model, cfg, device)
-    optimizer, first = optimizer_for(model, cfg.lr, cfg.weight_decay), state.get("step", 0)
-    if state:
-        load_optimizer(optimizer, state["optimizer"])
-    forward = torch.compile(token_logprobs) if cfg.compile else token_logprobs
+    # The demonstrations as ids, some of them held out.
+    rows, dropped = formats.load(data, "sft")
+    run.say(formats.describe(rows, dropped, data))
+    max_len = min(cfg.max_len, model.cfg.max_len)
+    train_rows, held_rows = formats.split(rows, cfg.held_out, seed=0)
+    train, n_cut, n_left_out = encode(train_rows, tok, max_len)
+    held, held_cut, held_left_out = encode(held_rows, tok, max_len)
+    run.say(f"{len(train)} conversations to train on, {len(held)} held out; {n_cut + held_cut} cut at {max_len} tokens, "
+            f"{n_left_out + held_left_out} left out, which have no answer within them (--max_len)")
+    if not train or not held:
+        raise InputError(f"{data}: {len(train)} conversations within --max_len {max_len} tokens to train on, "
+                         f"{len(held)} held out (--held_out); both need at least one")
+    tests = report.test_prompts(model, tok, cfg.max_new, rows if cfg.data else None, data)
+
+    # The model on its device, its optimizer, and which conversations each step reads.
+    sampler = sampling_copy(model).to(device)
+    model = prepare(model, cfg, device)
+    optimizer = adamw(model, cfg.weight_decay)
     lengths = [len(ids) for ids, _ in train]
-    plan = [b for epoch in range(cfg.epochs) for b in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
-    n_steps = min(len(plan), cfg.max_steps or len(plan))
-    tests = world.rows("test") if not cfg.data else [{"prompt": p} for p in formats.prompts_of(rows, 32)]
-    tests = [r for r in tests if len(tok.render(r["prompt"], True)[0]) + cfg.max_new <= model.cfg.max_len]
-    if not tests:
-        raise InputError(f"{path}: no prompt leaves room for --max_new {cfg.max_new} tokens in the model's context of "
-                         f"{model.cfg.max_len}")
-    prompts = [r["prompt"] for r in tests]
+    plan = []
+    for epoch in range(cfg.epochs):
+        plan += batches(lengths, cfg.batch_size, cfg.seed, epoch)
+    run.begin(len(plan), tok, model=(model, optimizer))
 
     def measure():
         """Held-out loss, and what the model answers to prompts it has not been trained on."""
-        model.eval()
-        with torch.no_grad(), autocast():
-            parts = [nll(model, held[i: i + 64], tok, device) for i in range(0, len(held), 64)]
-            texts, _, ids = respond(model, tok, prompts, cfg.max_new, generator=seeded(cfg.seed, 0, device))
-        model.train()
-        out = {} if cfg.data else world.report(tests, texts)
-        return out | {"loss": sum(p[0].item() for p in parts) / sum(p[1] for p in parts),
-                      "length": sum(map(len, ids)) / len(ids), "eos_rate": sum(tok.eos_id in x for x in ids) / len(ids),
-                      "distinct_2": distinct_2(ids)}, texts
+        refresh(sampler, model)
+        figures, answers = report.measure(sampler, tok, tests, seeded(cfg.seed, MEASURE))
+        return figures | {"loss": held_out_loss(model, held, tok)}, answers
 
-    log = Run(cfg, "sft", n_steps, first)
-    before, texts = (state["before"], None) if first else measure()
-    if not first:
-        log.samples("before", prompts[:12], texts[:12])
-    for step in range(first, n_steps):
-        start = time.time()
-        examples = [train[i] for i in plan[step]]
-        n_tokens = sum(sum(mask[1:]) for _, mask in examples)
+    if run.first:
+        before, first_answers = run.state["before"], run.state["answers"]
+    else:
+        before, answers = measure()
+        first_answers = answers.scored
+        run.samples("before", tests.prompts, answers.texts)
+
+    for step in run.steps():
+        # 1. This step's conversations, and how many supervised tokens they have: N of the equation.
+        rows = plan[step]
+        n_tokens = sum(sum(train[i][1][1:]) for i in rows)
+
+        # 2. L = - sum log p / N over the whole step, micro-batch by micro-batch.
         total = torch.zeros((), device=device)
-        for part, real in pieces(examples, cfg.micro_batch):
-            with autocast():
-                # L = - sum log p / N over the whole step, Eq. above
-                loss = real * nll(model, part, tok, device, forward)[0] / n_tokens
+        for part in micro_batches(rows, lengths, cfg.micro_batch):
+            loss = nll(model, [train[i] for i in part], tok)[0] / n_tokens
             loss.backward()
             total += loss.detach()
-        lr = cfg.lr * cosine(step, len(plan), cfg.warmup)
-        norm = log.update(step, model, optimizer, lr, {"rows": plan[step], "examples": examples})
-        n_seen = sum(len(x) for x, _ in examples)
-        log.step(step, loss=summed(total.item()), grad_norm=norm, tok_s=n_seen / (time.time() - start))
-        if log.save_now(step):
-            save(cfg.out, model, tok, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                       "step": step + 1, "before": before})
-            log.saved(step)
-    after, texts = measure()
-    print(log.samples("after", prompts[:12], texts[:12]))
-    log.finish(device, before, after, [("loss",), ("grad_norm",)])
+
+        # 3. One step of AdamW; a gradient that is not finite never reaches the weights.
+        set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
+        norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        if run.finite(norm, model, rows):
+            optimizer.step()
+        optimizer.zero_grad()
+
+        # 4. Write the log, save.
+        run.log(step, tokens=sum(lengths[i] for i in rows), loss=all_sum(total.item()), grad_norm=norm.item())
+        if run.due(step):
+            run.save(step, before=before, answers=first_answers)
+
+    after, answers = measure()
+    run.samples("after", tests.prompts, answers.texts)
+    run.finish(before, after, answers=report.answer_rows(tests, first_answers, answers.scored))
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    program(main, Config, __doc__)

@@ -1,5 +1,14 @@
-"""What the world gives: the tiny world, loaders for the files people bring, checkpoints and tokenizers from outside."""
-import importlib
+"""Everything that is neither the model nor the lesson of a stage.
+
+    world, facts             the tiny world: corpus, demonstrations, prompts, annotator, gold judge
+    formats                  the data sets people bring
+    checkpoint, tokenizer    Hugging Face folders and tokenizers, in and out, and the hub
+    run, parallel            one run of a script: flags, folder, log, resume; several processes
+    sample, report, page     answers and pairs of them; measures, tables, health; out/index.html
+    pretrain, chat, vote, evaluate     commands: `python -m data.pretrain`, ...
+    principles, endpoint     constitutions, and critics behind a URL (cai.py)
+"""
+import json
 import os
 from pathlib import Path
 
@@ -21,10 +30,21 @@ def write_atomic(path, data):
     os.replace(new, path)
 
 
-def function_of(name, flag):
-    """The Python function that a flag names as "module:function". InputError: there is none."""
-    module, function = name.rsplit(":", 1)
+def unique_keys(pairs):
+    """A JSON object's (key, value) pairs as a dict. ValueError: a key is given twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
+
+
+def read_json(path, data=None, kind=object):
+    """The JSON value in a file, or in `data` (bytes that were read from it). `kind` is the type it must have, such as
+    dict. InputError: it cannot be read, is no JSON, is of another type, or gives a key twice."""
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise InputError(f"{flag} {name}: {e}") from None
+        value = json.loads(Path(path).read_bytes() if data is None else data, object_pairs_hook=unique_keys)
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{path}: cannot be read as JSON ({e})") from None
+    if not isinstance(value, kind):
+        wanted = {dict: "object", list: "list"}.get(kind, "value")
+        raise InputError(f"{path}: holds no JSON {wanted}")
+    return value

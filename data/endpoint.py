@@ -1,8 +1,10 @@
-"""A language model behind an OpenAI-compatible address (vLLM, llama.cpp server), and answers that are paid for once.
+"""Critics: a model of ours, or one behind an OpenAI-compatible address (vLLM, llama.cpp server), and answers
+that are paid for once.
 
-A request is {"prompt", "max_tokens", "temperature", "seed"} and answered by {"text", "ended"}, or it is
-{"prompt", "options": [" (A)", " (B)"]} and answered by {"logp": [l_A, l_B]}; {"refused": why} answers either.
-"""
+A critic takes requests, all of one kind, and gives their answers in order. A request to write is {"prompt",
+"max_tokens", "temperature", "seed"} and answered by {"text", "ended"}; a request to choose is {"prompt",
+"options": [" (A)", " (B)"]} and answered by {"logp": [l_A, l_B]}. {"refused": why} answers either; None: no
+answer could be got. """
 import hashlib
 import http.client
 import json
@@ -16,108 +18,227 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from data import InputError
+from data.checkpoint import load
+from model import generate, pad_batch, sampling_copy
 
 STOPS = ["\n\nHuman", "\n\nAssistant", "\n\nCritique", "\n\nRevision"]   # where the answer of a critic ends
 
 
 def cut(text, ended):
     """A completion up to the first stop marker, and whether it came to an end at all."""
-    stop = min((i for s in STOPS if (i := text.find(s)) >= 0), default=None)
-    return {"text": text[:stop], "ended": ended or stop is not None}
+    starts = [text.find(stop) for stop in STOPS if stop in text]
+    if starts:
+        return {"text": text[: min(starts)], "ended": True}
+    return {"text": text, "ended": ended}
 
 
-def connect(url, model, timeout, retries, parallel, counts):
-    """(name, ask) of the model at url, such as http://localhost:8000/v1; ask(requests) yields answers in order.
+# ------------------------------------------------------------------------------------------------------------
+# A model of ours.
 
-    Time-outs, 429 (after Retry-After), 5xx and malformed answers are tried again up to `retries` times and counted in
-    `counts`; what stays malformed is answered None. $CRITIC_API_KEY, if set, is sent along. InputError: the server
-    cannot be reached, wants a key, or knows no such address."""
-    base, key = url.rstrip("/"), os.environ.get("CRITIC_API_KEY")
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
-    def post(path, body=None, read=lambda answer: answer):
-        """read(the JSON of the answer); {"refused"} if the server will not; None if its answers make no sense."""
-        for attempt in range(retries + 1):
-            wait, malformed = 2.0 ** attempt, False
+def local_critic(path, device):
+    """(name, ask) of a checkpoint; ask(requests) -> answers. The name holds a hash of weights: trained anew,
+    it is another critic."""
+    model, tok = load(path)
+    weights = model.ln_f.weight.detach().numpy().tobytes() + model.wte.weight[:8].detach().numpy().tobytes()
+    model = sampling_copy(model).to(device)
+
+    def ask(requests):
+        return local_answers(model, tok, requests)
+    return f"{path} {hashlib.sha256(weights).hexdigest()[:16]}", ask
+
+
+def local_answers(model, tok, requests):
+    """A model's answers to requests of one kind. The draws of each come from its own seed, whatever is asked
+    beside it."""
+    # Every request is a document of its own; the tokens of those that the context has room for.
+    starts = [tok.bos_id, tok.special.get("<|endoftext|>")]
+    start = [i for i in starts if i is not None][:1]
+    room = model.cfg.max_len - requests[0].get("max_tokens", 4)        # an option takes 3 or 4 tokens
+    answers = [{"refused": "prompt longer than the context"} for _ in requests]
+    rows, at = [], []
+    for i, request in enumerate(requests):
+        row = start + tok.encode(request["prompt"])
+        if len(row) <= room:
+            rows.append(row)
+            at.append(i)
+
+    # Few choices at a time, since their questions may be long.
+    if "options" in requests[0]:
+        for i in range(0, len(rows), 16):
+            found = option_logprobs(model, tok, rows[i: i + 16], requests[0]["options"])
+            for j, logp in zip(at[i: i + 16], found):
+                answers[j] = {"logp": logp}
+    elif rows:
+        n, draws = requests[0]["max_tokens"], []
+        for i in at:
+            generator = torch.Generator().manual_seed(requests[i]["seed"])
+            draws.append(torch.rand(n, dtype=torch.float64, generator=generator))
+        ids, mask, _ = generate(model, tok, rows, torch.stack(draws), requests[0]["temperature"])    # (B, T)
+        for i, x, m in zip(at, ids.cpu(), mask.cpu()):
+            answers[i] = completion_of(tok, x[m].tolist(), start)
+    return answers
+
+
+def completion_of(tok, ids, start):
+    """The answer that ids spell, up to the token that ends it or begins another document."""
+    for n, i in enumerate(ids):
+        if i in tok.eos_ids or i in start:
+            return cut(tok.decode(ids[:n]), True)
+    return cut(tok.decode(ids), False)
+
+
+@torch.no_grad()
+def option_logprobs(model, tok, rows, options):
+    """log p(option | row) for each row of ids and each of two options, [[l_A, l_B], ..], in one forward pass:
+    options are read up to the first token in which they differ (" (A)" and " (B)": without the closing
+    bracket)."""
+    a, b = tok.encode(options[0]), tok.encode(options[1])
+    n = 0      # how many tokens they share
+    while a[n] == b[n]:
+        n += 1
+    ids, mask = pad_batch([row + a[:n] for row in rows], tok.pad_id, model.wte.weight.device)    # (B, T)
+    hidden = model(ids)                                                                          # (B, T, C)
+
+    # Logits at the last n + 1 tokens of each row, where the shared tokens and then the letters are predicted.
+    at = mask.sum(1)[:, None] - 1 - torch.arange(n, -1, -1, device=ids.device)                   # (B, n + 1)
+    hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))                    # (B, n + 1, C)
+    logp = model.logits(hidden).float().log_softmax(-1)                                          # (B, n + 1, V)
+    shared = torch.zeros(len(rows), device=ids.device)
+    for i in range(n):
+        shared += logp[:, i, a[i]]
+    return torch.stack([shared + logp[:, n, a[n]], shared + logp[:, n, b[n]]], dim=1).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A model behind an address.
+
+
+def completion(answer):
+    """What a server wrote (JSON), as an answer."""
+    choice = answer["choices"][0]
+    if choice.get("finish_reason") == "content_filter":
+        return {"refused": "content filter"}
+    return cut(choice["text"] + "", choice.get("finish_reason") == "stop")
+
+
+def letters(answer):
+    """Log-probs of A and B among a server's likeliest next tokens after " ("; one that is not listed is at
+    most as likely as the last that is, and where neither is listed the critic has not answered."""
+    choice, listed = answer["choices"][0], {}
+    if choice.get("finish_reason") == "content_filter":
+        return {"refused": "content filter"}
+    for token, logp in choice["logprobs"]["top_logprobs"][0].items():
+        letter = token.strip().rstrip(")")
+        listed[letter] = max(float(logp), listed.get(letter, -math.inf))
+    if "A" not in listed and "B" not in listed:
+        return {"logp": [-99.0, -99.0]}
+    least = min(listed.values())
+    return {"logp": [listed.get("A", least), listed.get("B", least)]}
+
+
+def model_name(answer):
+    """The first model that a server lists."""
+    return answer["data"][0]["id"]
+
+
+class Server:
+    """A server at a URL such as http://localhost:8000/v1, asked until it answers. $CRITIC_API_KEY, if set, is
+    sent along. counts: what went wrong how often."""
+
+    def __init__(self, url, timeout, retries, counts):
+        self.url, self.timeout, self.retries, self.counts = url, timeout, retries, counts
+        self.headers = {"Content-Type": "application/json"}
+        if os.environ.get("CRITIC_API_KEY"):
+            self.headers["Authorization"] = f"Bearer {os.environ['CRITIC_API_KEY']}"
+
+    def post(self, path, body, read):
+        """read(the JSON of the answer); {"refused"} if the server will not; None if its answers make no
+        sense. Time-outs, 429 (after Retry-After), 5xx and malformed answers are tried again. InputError: the
+        server cannot be reached, wants a key, or knows no such address."""
+        data = None if body is None else json.dumps(body).encode()
+        for attempt in range(self.retries + 1):
+            wait, arrived = 2.0 ** attempt, False
             try:
-                data = None if body is None else json.dumps(body).encode()
-                with urllib.request.urlopen(urllib.request.Request(base + path, data, headers), timeout=timeout) as r:
-                    text = r.read()
-                malformed = True
+                request = urllib.request.Request(self.url.rstrip("/") + path, data, self.headers)
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    text = response.read()
+                arrived = True
                 return read(json.loads(text))
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:   # a 200 that makes no sense
-                if not malformed:
-                    raise InputError(f"--critic {url}: {e}") from None
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+                if not arrived:      # the address itself makes no sense
+                    raise InputError(f"--critic {self.url}: {e}") from None
                 problem = f"malformed answer ({type(e).__name__}: {e})"
             except urllib.error.HTTPError as e:
                 problem = f"HTTP {e.code} {e.reason}"
                 if e.code in (400, 413, 422):
                     return {"refused": problem}
                 if e.code not in (408, 409, 429) and e.code < 500:
-                    raise InputError(f"--critic {url}{path}: {problem}") from None
-                if re.fullmatch(r"\d+(\.\d+)?", after := e.headers.get("Retry-After", "")):
+                    raise InputError(f"--critic {self.url}{path}: {problem}") from None
+                after = e.headers.get("Retry-After", "")
+                if re.fullmatch(r"\d+(\.\d+)?", after):
                     wait = float(after)
             except (OSError, http.client.HTTPException) as e:   # no connection, time-out, half an answer
                 problem = f"{type(e).__name__}: {e}"
-            if attempt < retries:
-                counts["retried"] += 1
+            if attempt < self.retries:
+                self.counts["retried"] += 1
                 time.sleep(wait)
-        if malformed:
-            counts["malformed"] += 1
+        if arrived:
+            self.counts["malformed"] += 1
             return None
-        raise InputError(f"--critic {url}: {problem}, {retries + 1} times; what was answered is kept, run the "
-                         "same command again to go on")
+        raise InputError(f"--critic {self.url}: {problem}, {self.retries + 1} times; what was answered is kept, run "
+                         "the same command again to go on")
 
-    def completion(answer):
-        choice = answer["choices"][0]
-        if choice.get("finish_reason") == "content_filter":
-            return {"refused": "content filter"}
-        return cut(choice["text"] + "", choice.get("finish_reason") == "stop")
-
-    def letters(answer):
-        """Log-probs of A and B among the likeliest next tokens after " ("; one that is not listed is at most as likely
-        as the last that is, and where neither is listed the critic has not answered."""
-        choice, top = answer["choices"][0], {}
-        if choice.get("finish_reason") == "content_filter":
-            return {"refused": "content filter"}
-        for token, logp in choice["logprobs"]["top_logprobs"][0].items():
-            letter = token.strip().rstrip(")")
-            top[letter] = max(float(logp), top.get(letter, -math.inf))
-        if not {"A", "B"} & set(top):
-            return {"logp": [-99.0, -99.0]}
-        return {"logp": [top.get(letter, min(top.values())) for letter in "AB"]}
-
-    def one(request):
-        body = {"model": name, "prompt": request["prompt"]}
+    def answer(self, model, request):
+        """One answer of a model to a request."""
+        body = {"model": model, "prompt": request["prompt"]}
         if "options" in request:
             body |= {"prompt": request["prompt"] + " (", "max_tokens": 1, "temperature": 0, "logprobs": 10}
-            return post("/completions", body, letters)
-        body |= {k: request[k] for k in ("max_tokens", "temperature", "seed")} | {"stop": STOPS}
-        return post("/completions", body, completion)
+            return self.post("/completions", body, letters)
+        body |= {name: request[name] for name in ("max_tokens", "temperature", "seed")}
+        return self.post("/completions", body | {"stop": STOPS}, completion)
 
-    name = model or post("/models", read=lambda answer: answer["data"][0]["id"])
+
+def connect(url, model, timeout, retries, parallel, counts):
+    """(name, ask) of the model at url; ask(requests) yields answers in order, `parallel` asked for at a time.
+    retries: further attempts. model "": the first that the server lists."""
+    server = Server(url, timeout, retries, counts)
+    name = model or server.post("/models", None, model_name)
     if not isinstance(name, str):
         raise InputError(f"--critic {url}/models lists no model; name one with --critic_model")
 
     def ask(requests):
         with ThreadPoolExecutor(parallel) as pool:
-            jobs = [pool.submit(one, r) for r in requests]
-        failed = [job.exception() for job in jobs if job.exception()]
-        yield from (None if job.exception() else job.result() for job in jobs)
+            jobs = [pool.submit(server.answer, name, request) for request in requests]
+        failed = None
+        for job in jobs:
+            failed = failed or job.exception()
+            yield None if job.exception() else job.result()
         if failed:   # only now, when the caller has kept the answers that did come
-            raise failed[0]
+            raise failed
     return name, ask
 
 
-class Kept:
-    """ask(requests), whose every answer is kept in a file as soon as it is there, one JSON line under the hash of model
-    and request: nothing is asked (and paid for) twice, and a run that was broken off continues."""
+# ------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, name, ask, file, batch, counts=None):
+
+class Kept:
+    """critic(requests) -> answers. Every answer of ask(requests) is kept in a file as soon as it is there,
+    one JSON line under the hash of model and request: nothing is asked (and paid for) twice, and a run that
+    was broken off goes on."""
+
+    def __init__(self, name, ask, file, batch, counts=None, shots=None):
+        """batch: how many requests are asked at a time. counts: a Counter of what was asked, refused, ..
+        shots: examples to show first, {"critique": text, "choice": text} (data/principles.py)."""
         self.name, self.ask, self.file, self.batch, self.known = name, ask, Path(file), batch, {}
         self.counts = Counter() if counts is None else counts
-        for line in self.file.read_bytes().splitlines() if self.file.exists() else []:
+        self.shots = shots or {"critique": "", "choice": ""}
+        if not self.file.exists():
+            return
+        for line in self.file.read_bytes().splitlines():
             try:
                 row = json.loads(line)
                 self.known[row["key"]] = row["answer"]
@@ -126,17 +247,42 @@ class Kept:
 
     def __call__(self, requests):
         """One answer per request, in order; None where none could be got."""
-        keys = [hashlib.sha256(json.dumps([self.name, r], sort_keys=True).encode()).hexdigest() for r in requests]
-        todo = {k: r for k, r in zip(keys, requests) if k not in self.known}
-        order = sorted(todo, key=lambda k: len(todo[k]["prompt"]))   # similar lengths together: little is padded
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        for batch in (order[i: i + self.batch] for i in range(0, len(order), self.batch)):
-            for answer, k in zip(self.ask([todo[k] for k in batch]), batch):
+        keys, todo = [], {}
+        for request in requests:
+            kind = "choice" if "options" in request else "critique"
+            request = request | {"prompt": self.shots[kind] + request["prompt"]}
+            text = json.dumps([self.name, request], sort_keys=True)
+            key = hashlib.sha256(text.encode()).hexdigest()
+            keys.append(key)
+            if key not in self.known:
+                todo[key] = request
+
+        # Similar lengths together, so that little is padded.
+        order = sorted(todo, key=lambda key: len(todo[key]["prompt"]))
+        for i in range(0, len(order), self.batch):
+            part = order[i: i + self.batch]
+            for key, answer in zip(part, self.ask([todo[key] for key in part])):
                 if answer is not None:
-                    row = {"key": k, "model": self.name, "prompt": todo[k]["prompt"], "answer": answer}
-                    with open(self.file, "a", encoding="utf-8") as f:   # a line of its own, whatever was there before
-                        f.write("\n" * (f.tell() > 0) + json.dumps(row))
-                    self.known[k] = answer
+                    self.keep(key, todo[key], answer)
         self.counts["asked"] += len(todo)
-        self.counts["refused"] += sum("refused" in self.known.get(k, ()) for k in todo)
-        return [self.known.get(k) for k in keys]
+        self.counts["refused"] += sum("refused" in self.known.get(key, ()) for key in todo)
+        return [self.known.get(key) for key in keys]
+
+    def keep(self, key, request, answer):
+        """Add an answer to the file, in a line of its own whatever was there before."""
+        row = {"key": key, "model": self.name, "prompt": request["prompt"], "answer": answer}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.file, "a", encoding="utf-8") as f:
+            f.write("\n" * (f.tell() > 0) + json.dumps(row))
+        self.known[key] = answer
+
+
+def make_critic(path, cfg, shots, device):
+    """The critic at a path or address, as the flags of cai.py say; its answers are kept in a file of
+    --out."""
+    file, counts = Path(cfg.out) / "critic_answers.jsonl", Counter()
+    if path.startswith(("http://", "https://")):
+        name, ask = connect(path, cfg.critic_model, cfg.timeout, cfg.retries, cfg.parallel, counts)
+        return Kept(name, ask, file, cfg.parallel, counts, shots)
+    name, ask = local_critic(path, device)
+    return Kept(name, ask, file, 64, counts, shots)

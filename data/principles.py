@@ -1,58 +1,176 @@
-"""The constitution and the examples of a critic: ours (data/constitution.json) and Anthropic's published files."""
-import json
+"""What a critic is asked: principles and examples, ours (data/constitution.json) and Anthropic's published
+files, and the question which of two answers is better; then the label that follows, and how good such labels
+are. cai.py trains on them, data/evaluate.py judges by them."""
+import math
 from pathlib import Path
 
-from data import InputError
+from data import InputError, read_json, world
+
+OPTIONS = [" (A)", " (B)"]     # what the answer to a comparison begins with
 
 
-def read_json(path):
-    """The JSON value in a file."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise InputError(f"{path}: not JSON ({e})") from None
+# ------------------------------------------------------------------------------------------------------------
+# Files.
 
 
 def constitution(paths, about=""):
-    """Principles [{"key", "critique", "revision"}] for stage 1 and [{"key", "choice", "head", "left", "right"}] for
-    stage 2, out of "FILE,FILE": data/constitution.json (a list of objects), CritiqueRevisionInstructions.json
-    ({key: {"prompt", "edit_request"}}) or RLMadisonInstructions.json (a list of strings). `about` selects ours."""
+    """Principles [{"key", "critique", "revision"}] for stage 1 and [{"key", "choice", "head", "left",
+    "right"}] for stage 2, out of "FILE,FILE": data/constitution.json (a list of objects),
+    CritiqueRevisionInstructions.json ({key: {"prompt", "edit_request"}}) or RLMadisonInstructions.json (a
+    list of strings). `about` selects ours. InputError: a principle of no known format."""
     revise, choose = [], []
     for path in paths.split(","):
-        rows = read_json(path)
-        named = rows.items() if isinstance(rows, dict) else ((f"{Path(path).stem} {i}", r) for i, r in enumerate(rows))
-        for key, r in named:
+        rows = read_json(path, kind=(list, dict))
+        if isinstance(rows, list):
+            rows = {f"{Path(path).stem} {i}": row for i, row in enumerate(rows)}
+        for key, row in rows.items():
             try:
-                if isinstance(r, str):
-                    choose.append({"key": key, "choice": r, "head": "\n\n", "left": "[[[", "right": "]]]"})
-                elif "edit_request" in r:
-                    revise.append({"key": key, "critique": r["prompt"][0], "revision": r["edit_request"]})
-                elif not about or r["about"] == about:
-                    revise.append({"key": key, "critique": f"\n\nCritiqueRequest: {r['critique']}\n\nCritique:",
-                                   "revision": f"\n\nRevisionRequest: {r['revision']}\n\nRevision:"})
-                    choice = f"{r['choice']} Options:"
-                    choose.append({"key": key, "choice": choice, "head": "", "left": "", "right": ""})
+                if isinstance(row, str):            # Anthropic's for stage 2
+                    choose.append({"key": key, "choice": row, "head": "\n\n", "left": "[[[", "right": "]]]"})
+                elif "edit_request" in row:         # Anthropic's for stage 1
+                    revise.append({"key": key, "critique": row["prompt"][0], "revision": row["edit_request"]})
+                elif not about or row["about"] == about:
+                    revise.append({"key": key,
+                                   "critique": f"\n\nCritiqueRequest: {row['critique']}\n\nCritique:",
+                                   "revision": f"\n\nRevisionRequest: {row['revision']}\n\nRevision:"})
+                    choose.append({"key": key, "choice": f"{row['choice']} Options:",
+                                   "head": "", "left": "", "right": ""})
             except (KeyError, TypeError, IndexError):
                 raise InputError(f"{path}: principle {key} is of no known format (ours: about, critique, revision, "
                                  "choice; Anthropic's: prompt and edit_request, or a string)") from None
     return revise, choose
 
 
-def examples(paths):
-    """{"critique": [dialogue], "choice": [(conversation, better, worse)], "thinking": [dialogue]} out of "FILE,FILE":
-    lists of strings, of {"prompt", "corrects", "incorrects"}, and of {"prompt"} with a {} in place of the principle."""
-    out = {"critique": [], "choice": [], "thinking": []}
+def few_shots(paths, principles):
+    """{"critique", "choice"}: texts to show a critic before questions of each kind, out of "FILE,FILE" in
+    Anthropic's formats: whole dialogues (str), and {"prompt", "corrects", "incorrects"}. Comparisons come
+    under the principles in turn, the better answer first in every other one. InputError: an example of no
+    known format."""
+    shots, n = {"critique": "", "choice": ""}, 0
     for path in filter(None, paths.split(",")):
-        for i, shot in enumerate(read_json(path)):
+        for i, shot in enumerate(read_json(path, kind=list)):
             try:
-                if isinstance(shot, str):   # most, not all, of Anthropic's end in an opened turn
-                    out["critique"].append("\n\n" + shot.strip().removesuffix("\n\nHuman:").strip())
-                elif "corrects" in shot:
-                    out["choice"].append((shot["prompt"].removesuffix("\n\nAssistant:"), shot["corrects"][0].strip(),
-                                          shot["incorrects"][0].strip()))
-                else:
-                    text = shot["prompt"].strip()
-                    out["thinking"].append("\n\n" + ("" if text.startswith("Human:") else "Human: ") + text)
+                if isinstance(shot, str):           # most, not all, end in an opened turn
+                    shots["critique"] += "\n\n" + shot.strip().removesuffix("\n\nHuman:").strip()
+                    continue
+                talk = shot["prompt"].removesuffix("\n\nAssistant:")
+                better, worse = shot["corrects"][0].strip(), shot["incorrects"][0].strip()
             except (KeyError, TypeError, AttributeError, IndexError):
                 raise InputError(f"{path}: example {i} is of no known format") from None
-    return out
+            a, b = (worse, better) if n % 2 else (better, worse)
+            shots["choice"] += comparison_prompt(talk, principles[n % len(principles)], a, b) + OPTIONS[n % 2]
+            n += 1
+    return shots
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The question, and the label.
+
+
+def transcript(messages):
+    """Messages as "\\n\\nHuman: ..\\n\\nAssistant: ..", the format of all that a critic reads, and of
+    hh-rlhf."""
+    start = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
+    return "".join(start[m["role"]] + m["content"] for m in messages)
+
+
+def comparison_prompt(conversation, principle, a, b):
+    """The multiple-choice question about answers a and b; its continuation is one of OPTIONS."""
+    left, right = principle["left"], principle["right"]
+    return (f"{principle['head']}Consider the following conversation between a human and an assistant:"
+            f"{conversation}\n\n{principle['choice']}\n"
+            f" (A) {left}{a}{right}\n (B) {left}{b}{right}\n\nThe answer is:")
+
+
+def soft_label(logp, swapped):
+    """P(a over b), and the same in either order, from log-probs [l_A, l_B] of the options with a as (A), and
+    `swapped` with b as (A):  p = ( s(l_A - l_B) + s(l'_B - l'_A) ) / 2,  s = sigmoid  (arXiv:2309.00267,
+    section 2)."""
+    orders = []
+    for gap in (logp[0] - logp[1], swapped[1] - swapped[0]):
+        orders.append(1 / (1 + math.exp(-max(-50.0, min(50.0, gap)))))
+    return sum(orders) / 2, orders
+
+
+def compare(pairs, principles, critic, rng):
+    """Labels of pairs [(messages, a, b)] by a critic (data/endpoint.py), each under a principle that rng
+    draws and in both orders: {"p": P(a over b), "orders": the same in each, "mass", "principle": key}; None:
+    there is no answer. mass: what both options have of the critic's probability; next to nothing means that
+    it answered something else."""
+    requests, keys = [], []
+    for messages, a, b in pairs:
+        principle = rng.choice(principles)
+        keys.append(principle["key"])
+        for first, second in ((a, b), (b, a)):
+            text = comparison_prompt(transcript(messages), principle, first, second)
+            requests.append({"prompt": text, "options": OPTIONS})
+
+    # Two answers a pair: one in each order.
+    answers, labels = critic(requests), []
+    for key, one, two in zip(keys, answers[::2], answers[1::2]):
+        if not one or not two or "logp" not in one or "logp" not in two:
+            labels.append(None)
+            continue
+        p, orders = soft_label(one["logp"], two["logp"])
+        mass = sum(math.exp(logp) for logp in one["logp"] + two["logp"]) / 2
+        labels.append({"p": p, "orders": orders, "mass": mass, "principle": key})
+    return labels
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How good the labels are: figures over those that are not None.
+
+
+def critic_figures(labels, pairs):
+    """How a critic chooses in pairs [(prompt, a, b)], whatever is right."""
+    kept, longer_wins = [], []
+    for label, (_, a, b) in zip(labels, pairs):
+        if label is not None:
+            kept.append(label)
+            if len(a) != len(b):
+                longer_wins.append(label["p"] if len(a) > len(b) else 1 - label["p"])
+    n = max(1, len(kept))
+    return {"compared": len(kept), "no_answer": len(labels) - len(kept),
+            "neither": sum(label["mass"] < 0.01 for label in kept),
+            "mass": sum(label["mass"] for label in kept) / n,
+            "first_wins": sum(label["orders"][0] + 1 - label["orders"][1] for label in kept) / 2 / n,
+            "longer_wins": sum(longer_wins) / max(1, len(longer_wins))}
+
+
+def accuracy(labels, pairs):
+    """How often a critic is right about pairs [(prompt, better, worse)], in each order and averaged, beside a
+    judge who likes the longer answer; with standard errors."""
+    hits = {"right answer as (A)": [], "right answer as (B)": [], "both orders averaged": [], "longer answer": []}
+    for label, (_, better, worse) in zip(labels, pairs):
+        if label is not None:
+            hits["right answer as (A)"].append(label["orders"][0] > 0.5)
+            hits["right answer as (B)"].append(label["orders"][1] > 0.5)
+            hits["both orders averaged"].append(label["p"] > 0.5)
+            hits["longer answer"].append(len(better) > len(worse))
+    figures = {}
+    for name, found in hits.items():
+        n = max(1, len(found))
+        share = sum(found) / n
+        figures[name] = share
+        figures[f"{name}, standard error"] = (share * (1 - share) / n) ** 0.5
+    return figures
+
+
+def agreement(labels, pairs, annotator, rng):
+    """Shares of pairs [(row, a, b)] on which two judges agree, of a critic, the tiny world's annotator and
+    gold, over the pairs in which gold sees a difference."""
+    hits = {"ai_gold": [], "human_gold": [], "ai_human": []}
+    for label, (row, a, b) in zip(labels, pairs):
+        u, v = world.utility(row, a), world.utility(row, b)
+        if label is None or abs(u - v) < 1e-6:
+            continue
+        ai, gold = label["p"] > 0.5, u > v
+        human = world.annotate(u, v, annotator.noise, rng) > 0.5
+        hits["ai_gold"].append(ai == gold)
+        hits["human_gold"].append(human == gold)
+        hits["ai_human"].append(ai == human)
+    figures = {"differing_pairs": len(hits["ai_gold"])}
+    for name, found in hits.items():
+        if found:
+            figures[name] = sum(found) / len(found)
+    return figures

@@ -1,16 +1,18 @@
-"""Tokenizers from outside: byte-level BPE through tiktoken, from a tokenizer.json or a rank file, and back."""
+"""Tokenizers from outside: byte-level BPE by tiktoken, from a tokenizer.json or a rank file, and back."""
 import base64
+import functools
 import json
+import re
 import unicodedata
 from pathlib import Path
 
 import tiktoken
 
-from data import InputError
+from data import InputError, read_json
 
 
 class CheckpointError(InputError):
-    """A file that is missing, damaged, unsafe or of a kind we do not support; the message names the file or tensor."""
+    """A file that is missing, damaged, unsafe or of a kind we do not support; names the file or tensor."""
 
 
 def require(ok, message):
@@ -19,133 +21,215 @@ def require(ok, message):
         raise CheckpointError(message)
 
 
-def read_json(path, data=None):
-    """The JSON object in a file (or in data, bytes of it). CheckpointError: unreadable, no object, or a key twice."""
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key is given twice")
-        return dict(pairs)
+# How a file begins that stands in the place of JSON or safetensors; what it is, and what to do about it.
+STRANGERS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder",
+    b"<": "a web page, not the file itself; download the file again",
+    b"PK": "pickled weights, which are never opened; save the model with safetensors"}
+
+
+def stranger(path):
+    """What a file is instead of JSON or safetensors, and what to do; "" if its beginning does not tell."""
+    with open(path, "rb") as f:
+        start = f.read(100).lstrip()
+    return next((what for first, what in STRANGERS.items() if start.startswith(first)), "")
+
+
+def read_object(path, data=None):
+    """The JSON object in a file, or in `data` (bytes of it). CheckpointError: there is none."""
+    require(Path(path).is_file(), f"{path}: no such file")
     try:
-        obj = json.loads(Path(path).read_bytes() if data is None else data, object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({e})") from None
-    require(isinstance(obj, dict), f"{path}: holds no JSON object")
-    return obj
+        return read_json(path, data, dict)
+    except InputError as e:
+        what = stranger(path)
+        raise CheckpointError(f"{path}: {what}" if what else str(e)) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers: byte-level BPE through tiktoken. Text never becomes a special token; only `render` places those.
+# ------------------------------------------------------------------------------------------------------------
+# The tokenizer, and how it writes a chat. Text never becomes a special token; only `render` places those.
 
-# GPT-2's pattern, possessive where that changes no split but saves backtracking; and the same after numbers, or single
-# digits as in SmolLM2, have been cut out first: white space before a number is then a piece by itself
+# GPT-2's pattern, possessive where that changes no split but saves backtracking; and the same after numbers,
+# or single digits as in SmolLM2, were cut out: white space before a number is then a piece by itself.
 GPT2_REGEX = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 DIGITS_REGEX = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}%s| ?[^\s\p{L}\p{N}]++|\s++(?![^\s\p{N}])|\s+(?!\S)|\s"
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+MUCH = 500_000   # characters; tiktoken's Rust code panics at a million of white space in a row
+BLANK = re.compile(r"(?<!\s)\s{%d}" % MUCH)
+
+# The special tokens that a template needs, the one that ends a turn first; tokens that end a text; padding.
+NEEDS = {"llama3": ("<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
+         "chatml": ("<|im_end|>", "<|im_start|>"), "plain": ()}
 ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "</s>")
-PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>")
-JINJA = {   # what `render` does, in the language of Hugging Face chat templates
-    "plain": r"{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% elif m['role'] == 'user' %}"
-             r"{{ '\n\nHuman: ' + m['content'] }}{% else %}{{ '\n\nAssistant: ' + m['content'] + eos_token }}"
-             r"{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}",
-    "chatml": r"{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-              r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "llama3": r"{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
-              r"'<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
+
+# What `render` writes after BOS, as a chat template of Hugging Face, and a word that tells which one it is.
+JINJA = {
+    "plain": r"{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
+             r"{% elif m['role'] == 'user' %}{{ '\n\nHuman: ' + m['content'] }}"
+             r"{% else %}{{ '\n\nAssistant: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+             r"{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}",
+    "chatml": r"{% for m in messages %}"
+              r"{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+              r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "llama3": r"{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+              r"m['content'] + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
               r"{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"}
+MARKS = {"plain": "Human:", "chatml": "<|im_start|>", "llama3": "<|start_header_id|>"}
 
 
 class Tokenizer:
     """A tiktoken Encoding plus what a chat model needs.
 
-    eos_id ends a turn; eos_ids are all tokens that end a text. pad_id is a token of its own where the vocabulary has
-    one, never eos_id; GPT-2 has none and gets 0, an ordinary token, which is fine because masks are explicit
-    everywhere. template: 'chatml', 'llama3' or 'plain', whichever the special tokens allow.
-    pre, nfc, raw: the pre-tokenizer as tokenizer.json writes it, whether text is NFC-normalised, the original file."""
+    template: 'chatml', 'llama3' or 'plain', whichever the special tokens allow. eos_id ends a turn; eos_ids are
+    all that end a text, with those that the checkpoint declares (`ends`, ids or names). pad_id is none of them:
+    a token of its own or an ordinary one (GPT-2), which is fine because masks are explicit everywhere. bos_id
+    begins every document, None if there is none. visible: names of added tokens that are ordinary text, such as
+    Qwen3's <think>. pre, nfc, raw: the pre-tokenizer as tokenizer.json has it, whether text is NFC-normalised,
+    the bytes of that file."""
 
-    def __init__(self, enc, pre=BYTE_LEVEL, nfc=False, raw=None, visible=(), vocab_size=None):
-        self.enc, self.pre, self.nfc, self.raw, self.special = enc, pre, nfc, raw, enc._special_tokens
-        self.vocab_size = vocab_size or enc.n_vocab       # ids from here on stand for bytes the vocabulary cannot spell
-        self.bytes_of = {i: b for b, i in enc._mergeable_ranks.items() if i < self.vocab_size}
-        self.bytes_of |= {self.special[name]: name.encode() for name in visible}
-        if {"<|im_start|>", "<|im_end|>"} <= self.special.keys():
-            self.template = "chatml"
-        elif {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= self.special.keys():
-            self.template = "llama3"
-        else:
-            self.template = "plain"
-        ends = [self.special[name] for name in ENDS if name in self.special]
-        require(ends, f"{enc.name}: no end-of-text token (one of {', '.join(ENDS)})")
-        self.eos_id = ends[0]
-        pads = [self.special[name] for name in PADS if name in self.special]
-        self.pad_id = next(i for i in pads + [0, 1] if i != self.eos_id)
-        self.eos_ids = set(ends) - {self.pad_id}
+    def __init__(self, enc, pre=BYTE_LEVEL, nfc=False, raw=None, visible=(), vocab_size=None, ends=()):
+        self.enc, self.pre, self.nfc, self.raw = enc, pre, nfc, raw
+        self.special = enc._special_tokens
+        self.vocab_size = vocab_size or enc.n_vocab   # ids from here on stand for bytes that it cannot spell
+        self.template = "plain"
+        for name in ("llama3", "chatml"):
+            if self.special.keys() >= set(NEEDS[name]):
+                self.template = name
         self.bos_id = self.special.get("<|begin_of_text|>")
+        self.choose_ends(ends)
+
+        # The added tokens that `encode` looks for in a text: visible, and none that steers a chat.
+        steering = {self.special[name] for name in NEEDS[self.template]} | self.eos_ids | {self.pad_id}
+        visible = [name for name in visible if self.special[name] not in steering]
+        visible.sort(key=len, reverse=True)           # of two that begin alike the longer one is meant
+        self.added = re.compile(f"({'|'.join(map(re.escape, visible))})") if visible else None
+        self.bytes_of = {i: token for token, i in enc._mergeable_ranks.items() if i < self.vocab_size}
+        self.bytes_of |= {self.special[name]: name.encode() for name in visible}
+
+    def choose_ends(self, declared):
+        """Set eos_id, eos_ids and pad_id; declared: what the checkpoint's own files call its EOS."""
+        named = [self.special[name] for name in ENDS if name in self.special]
+        declared = [self.special.get(end, end) for end in declared]
+        declared = [i for i in declared if type(i) is int and 0 <= i < self.vocab_size]
+        turn_ends = [i for i in declared if i in self.special.values()] + named
+        if self.template != "plain":
+            turn_ends = [self.special[NEEDS[self.template][0]]]
+        require(turn_ends, f"{self.enc.name}: no end-of-text token (one of {', '.join(ENDS)})")
+        self.eos_id = turn_ends[0]
+
+        # <|endoftext|> may be the padding where nothing says that it ends a text; else an ordinary token is.
+        ends = {*named, *declared}
+        pads = [self.special[name] for name in PADS if name in self.special]
+        pads = [i for i in pads if i != self.eos_id and i not in declared]
+        self.pad_id = pads[0] if pads else min(set(range(len(ends) + 1)) - ends)
+        self.eos_ids = ends - {self.pad_id}
 
     def encode(self, text):
-        """Ids of a text. '<|endoftext|>' and the like in it are spelled out, so users cannot inject special tokens."""
-        ids = self.enc.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        """Ids of a text. Special tokens in it are spelled out, so that users cannot inject them; a visible added
+        token, such as <think>, is one id. InputError: tiktoken cannot split this text."""
+        if self.added is None:
+            return self.spell(text)
+        ids = []
+        for i, piece in enumerate(self.added.split(text)):   # text, token, text, token, ..., text
+            ids += [self.special[piece]] if i % 2 else self.spell(piece)
+        return ids
+
+    def spell(self, text):
+        """Ids of a text by the rules of BPE alone; bytes that the vocabulary lacks are dropped."""
+        try:
+            if len(text) > MUCH and BLANK.search(text):
+                raise ValueError(f"{MUCH} characters of white space in a row")
+            ids = self.enc.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        except BaseException as e:                    # a panic of Rust code is no Exception
+            if type(e).__name__ not in ("ValueError", "PanicException"):
+                raise
+            raise InputError(f"the text that begins {text[:30]!r} cannot be split into tokens ({e}); "
+                             "shorten it or leave it out") from None
         return ids if self.vocab_size == self.enc.n_vocab else [i for i in ids if i < self.vocab_size]
 
     def decode(self, ids):
-        """Text of ids; special tokens and ids beyond the vocabulary are left out, broken UTF-8 becomes U+FFFD."""
+        """Text of ids without special tokens and ids beyond the vocabulary; broken UTF-8 becomes U+FFFD."""
         return b"".join(self.bytes_of.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
 
+    def same_as(self, other):
+        """Whether another tokenizer gives every text and every chat the same ids."""
+        ours, theirs = self.enc._mergeable_ranks, other.enc._mergeable_ranks
+        return (ours, self.special, self.template) == (theirs, other.special, other.template)
+
+    def opening(self, role):
+        """Ids that open a turn of 'system', 'user' or 'assistant'."""
+        if self.template == "plain":
+            return self.encode({"system": "", "user": "\n\nHuman:", "assistant": "\n\nAssistant:"}[role])
+        if self.template == "chatml":
+            return [self.special["<|im_start|>"], *self.encode(role + "\n")]
+        start, end = self.special["<|start_header_id|>"], self.special["<|end_header_id|>"]
+        return [start, *self.encode(role), end, *self.encode("\n\n")]
+
     def render(self, messages, generation_prompt=False):
-        """A chat [{"role": "system" | "user" | "assistant", "content": str}, ...] as (ids, mask), both lists of ints.
+        """A chat [{"role": "system" | "user" | "assistant", "content": str}, ...] as (ids, mask), lists of int.
 
-        mask is 1 exactly on the tokens of assistant contents and on the token that ends each assistant turn. Pieces are
-        encoded one by one, so a prompt is always a prefix of prompt + response. generation_prompt opens an assistant
-        turn at the end. No default system message is added (the templates of SmolLM2 and Qwen2.5 do add one).
-        ValueError: unknown role or a content that is not a string."""
-        kind, special, ids, mask = self.template, self.special, [], []
+        mask is 1 exactly on the tokens of assistant contents and on the token that ends each assistant turn, but
+        0 in a turn with "train": False. Pieces are encoded one by one, so a prompt is always a prefix of prompt
+        + answer. generation_prompt opens an assistant turn at the end. No default system message is added (the
+        templates of SmolLM2 and Qwen2.5 do add one). ValueError: unknown role, or content that is no str."""
+        plain = self.template == "plain"
+        ids, mask = [], []
 
-        def add(new, train=0):
+        def add(new, train=False):
             ids.extend(new)
-            mask.extend([train] * len(new))
+            mask.extend([int(train)] * len(new))
 
-        def opening(role):
-            if kind == "plain":
-                return self.encode({"system": "", "user": "\n\nHuman:", "assistant": "\n\nAssistant:"}[role])
-            if kind == "chatml":
-                return [special["<|im_start|>"], *self.encode(role + "\n")]
-            start, end = special["<|start_header_id|>"], special["<|end_header_id|>"]
-            return [start, *self.encode(role), end, *self.encode("\n\n")]
-
-        add([self.bos_id] if kind == "llama3" else [])
+        if self.bos_id is not None:
+            add([self.bos_id])
         for m in messages:
             role, content = m.get("role"), m.get("content")
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
                 raise ValueError(f"a message needs a role (system, user, assistant) and a text content: {m}")
-            train = int(role == "assistant")
-            add(opening(role))
-            add(self.encode(" " + content if kind == "plain" and role != "system" else content), train)
-            add([self.eos_id] if train or kind != "plain" else [], train)
-            add(self.encode("\n") if kind == "chatml" else [])
+            answer = role == "assistant"
+            train = answer and m.get("train", True)
+
+            # A turn: its opening, its content, the token that ends it (in plain text only answers have one).
+            add(self.opening(role))
+            add(self.encode(" " + content if plain and role != "system" else content), train)
+            if answer or not plain:
+                add([self.eos_id], train)
+            if self.template == "chatml":
+                add(self.encode("\n"))
         if generation_prompt:
-            add(opening("assistant"))
+            add(self.opening("assistant"))
         return ids, mask
 
     def render_answer(self, prompt, text):
-        """(prompt ids, answer ids) of an assistant's answer (str) to a prompt (messages): what is given and what is
-        scored or trained. The answer ends with the EOS; what a template writes after it (ChatML: a newline) is left
-        off."""
+        """(prompt ids, answer ids) of an assistant's answer (str) to a prompt (messages): what is given and what
+        is scored or trained. The answer ends with the EOS; ChatML's newline after it is left off."""
         turn, mask = self.render([{"role": "assistant", "content": text}])
-        return self.render(prompt, generation_prompt=True)[0], [i for i, m in zip(turn, mask) if m]
+        return self.render(prompt, generation_prompt=True)[0], [i for i, on in zip(turn, mask) if on]
 
+    def jinja(self):
+        """`render` as a chat template of Hugging Face."""
+        return ("" if self.bos_id is None else "{{ bos_token }}") + JINJA[self.template]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# tokenizer.json, both ways. In it a printable character stands for each byte (GPT-2's table).
 
 def byte_chars():
-    """{byte: the printable character that stands for it in a tokenizer.json}: GPT-2's table."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*plain}))}
+    """{byte: the character that stands for it}: itself where it is printable, else one from 256 on."""
+    chars = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    for i, byte in enumerate(sorted(set(range(256)) - chars.keys())):
+        chars[byte] = chr(256 + i)
+    return chars
 
 
 def merge_parts(token, ranks):
-    """What BPE makes of token (bytes) with only the merges older than it: normally the pair whose merge it is."""
-    parts, limit = [token[i:i + 1] for i in range(len(token))], ranks[token]
+    """What BPE makes of token (bytes) with only the merges older than it: normally the pair it comes from."""
+    parts = [token[i:i + 1] for i in range(len(token))]
     while True:
-        best, at = limit, None
+        # Join the neighbours whose union has the lowest rank, as tiktoken does.
+        best, at = ranks[token], None
         for i in range(len(parts) - 1):
-            if (rank := ranks.get(parts[i] + parts[i + 1], limit)) < best:
+            rank = ranks.get(parts[i] + parts[i + 1], best)
+            if rank < best:
                 best, at = rank, i
         if at is None:
             return parts
@@ -153,93 +237,170 @@ def merge_parts(token, ranks):
 
 
 def split_regex(pre):
-    """One regex that splits text as the pre_tokenizer of a tokenizer.json does; None for kinds we do not know."""
+    """One regex that splits text as the pre_tokenizer of a tokenizer.json does; None for unknown kinds."""
     *first, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     use_regex = last.get("use_regex", True)
     if last["type"] != "ByteLevel" or last.get("add_prefix_space") or len(first) > 1:
         return None
     if not first:
         return GPT2_REGEX if use_regex else None
-    if first[0]["type"] == "Digits" and use_regex:
-        return DIGITS_REGEX % ("" if first[0].get("individual_digits") else "++")
-    if first[0]["type"] == "Split" and not use_regex and first[0].get("behavior") == "Isolated" \
-            and not first[0].get("invert"):
-        return first[0]["pattern"].get("Regex")
+    rule = first[0]
+    if rule["type"] == "Digits" and use_regex:
+        return DIGITS_REGEX % ("" if rule.get("individual_digits") else "++")
+    isolated = rule.get("behavior") == "Isolated" and not rule.get("invert")
+    if rule["type"] == "Split" and isolated and not use_regex:
+        return rule["pattern"].get("Regex")
 
 
-def tokenizer_from_json(path):
-    """Tokenizer from a Hugging Face tokenizer.json with byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2, ...).
+def first_token(post):
+    """The special token that the post_processor of a tokenizer.json puts before each text, or None."""
+    for part in post.get("processors", [post]):
+        if part.get("type") == "TemplateProcessing":
+            return part["single"][0].get("SpecialToken", {}).get("id")
 
-    tiktoken knows no merge list: it joins the pair whose union has the lowest id. The file is accepted only if this
-    rule, run on every token, ends with a merge the file lists, in the file's order. CheckpointError otherwise."""
+
+def tokenizer_from_json(path, ends=()):
+    """Tokenizer from a Hugging Face tokenizer.json with byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2, ...);
+    ends: what other files of the checkpoint call its EOS, ids or names.
+
+    tiktoken knows no merge list: it joins the pair whose union has the lowest id. The file is accepted only if
+    this rule, run on every token, ends with a merge the file lists, in the file's order; else CheckpointError."""
+    try:
+        return build_tokenizer(path, read_object(path), ends)
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as e:
+        what = f"{type(e).__name__}: {e}"
+        raise CheckpointError(f"{path}: not a byte-level BPE tokenizer.json ({what})") from None
+
+
+def build_tokenizer(path, hf, ends):
+    """tokenizer_from_json of the object hf; an error other than CheckpointError says that it is malformed."""
     def check(ok, what):
         require(ok, f"{path}: {what}")
 
-    hf = read_json(path)
-    try:
-        model, norm, pre = hf["model"], hf.get("normalizer"), hf.get("pre_tokenizer")
-        added = {t["content"]: t["id"] for t in hf.get("added_tokens") or []}
-        visible = [t["content"] for t in hf.get("added_tokens") or [] if not t.get("special", True)]
-        check(model.get("type", "BPE") == "BPE" and not any(model.get(k) for k in (
-            "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")), "not a byte-level BPE")
-        check(norm is None or norm == {"type": "NFC"} or norm == {"type": "Sequence", "normalizers": []},
-              f"normalizer {norm} is not supported")
-        regex = split_regex(pre) if pre else None
-        check(regex, f"pre_tokenizer {json.dumps(pre)} is not supported")
-        check(all(name.strip() for name in visible), "added tokens made of white space are not supported")
-        byte_of = {c: b for b, c in byte_chars().items()}
-        spell = lambda s: bytes(byte_of[c] for c in s)   # noqa: E731
-        ranks = {spell(s): i for s, i in model["vocab"].items() if s not in added}
-        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        merges = [(spell(a), spell(b)) for a, b in pairs]
-        made = [ranks[a + b] for a, b in merges]
-        ids = [*ranks.values(), *added.values()]
-        size = max(ids) + 1
-        check(len(set(ids)) == len(ids) and min(ids) >= 0 and size < 2**30, "an id is out of range or used twice")
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise CheckpointError(f"{path}: not a byte-level BPE tokenizer.json ({type(e).__name__}: {e})") from None
+    byte_of = {char: byte for byte, char in byte_chars().items()}
+
+    def spell(string):
+        return bytes(byte_of[char] for char in string)
+
+    # What only the library `tokenizers` can do.
+    model, norm, pre = hf["model"], hf.get("normalizer"), hf.get("pre_tokenizer")
+    odd = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
+    bpe = model.get("type", "BPE") == "BPE" and not any(model.get(key) for key in odd)
+    check(bpe, "not a byte-level BPE")
+    known = norm in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []})
+    check(known, f"normalizer {norm} is not supported")
+    regex = split_regex(pre) if pre else None
+    check(regex, f"pre_tokenizer {json.dumps(pre)} is not supported")
+
+    # The vocabulary: added tokens {name: id}, of which some are visible, and the others {bytes: id}.
+    tokens = hf.get("added_tokens") or []
+    added = {token["content"]: token["id"] for token in tokens}
+    visible = [token["content"] for token in tokens if not token.get("special", True)]
+    check(all(name.strip() for name in visible), "added tokens made of white space are not supported")
+    ranks = {spell(name): i for name, i in model["vocab"].items() if name not in added}
+    ids = [*ranks.values(), *added.values()]
+    size = max(ids) + 1
+    check(len(set(ids)) == len(ids) and min(ids) >= 0 and size < 2**30, "an id is out of range or used twice")
+
+    # Merges: in the order of the ids, and each token made by one of them as tiktoken would make it.
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    merges = [(spell(a), spell(b)) for a, b in pairs]
+    made = [ranks[a + b] for a, b in merges]
     check(made == sorted(made), "the order of the merges is not the order of the ids, which tiktoken needs")
     known = set(merges)
     for token in ranks:
-        if len(token) > 1:
-            parts = merge_parts(token, ranks)   # with ignore_merges whole words are looked up first, as tiktoken does
-            check(tuple(parts) in known or model.get("ignore_merges") and len(parts) > 2,
-                  f"token {token!r} does not come from a merge that tiktoken's rule would make")
-    holes = [b for b in range(256) if bytes([b]) not in ranks]   # HF drops such bytes; so does our encode
+        parts = tuple(merge_parts(token, ranks))
+        whole = model.get("ignore_merges") and len(parts) > 2     # looked up first, as tiktoken does
+        check(len(token) == 1 or parts in known or whole,
+              f"token {token!r} does not come from a merge that tiktoken's rule would make")
+
+    # tiktoken needs all 256 bytes: those that are missing get ids past the end, which `spell` drops.
+    holes = [byte for byte in range(256) if bytes([byte]) not in ranks]
     check(not (holes and model.get("unk_token")), "an unknown token is not supported")
+    every_byte = ranks | {bytes([byte]): size + i for i, byte in enumerate(holes)}
     try:
-        enc = tiktoken.Encoding(str(path), pat_str=regex, special_tokens=added,
-                                mergeable_ranks=ranks | {bytes([b]): size + i for i, b in enumerate(holes)})
+        enc = tiktoken.Encoding(str(path), pat_str=regex, special_tokens=added, mergeable_ranks=every_byte)
     except ValueError as e:
         raise CheckpointError(f"{path}: the pre_tokenizer's regex is not supported ({e})") from None
-    tok = Tokenizer(enc, pre, bool(norm and norm["type"] == "NFC"), Path(path).read_bytes(), visible, size)
+    tok = Tokenizer(enc, pre, norm == {"type": "NFC"}, Path(path).read_bytes(), visible, size, ends)
+    bos = first_token(hf.get("post_processor") or {})
+    if bos is not None:
+        tok.bos_id = added[bos]
+
+    # A regex that skips some text would lose it.
     probe = "".join(map(chr, range(256))) + " \u0394\u6f22 12345 it's  \r\n\n\t x"
-    want = bytes(b for b in probe.encode() if b not in holes)
-    check(b"".join(tok.bytes_of[i] for i in tok.encode(probe)) == want, "the pre_tokenizer's regex loses text")
+    want = bytes(byte for byte in probe.encode() if byte not in holes)
+    check(b"".join(tok.bytes_of[i] for i in tok.spell(probe)) == want, "the pre_tokenizer's regex loses text")
     return tok
 
 
 def tokenizer_to_json(tok):
     """The dict for a tokenizer.json that encodes as tok does; the merges are recovered from the ranks."""
-    chars, ranks = byte_chars(), {b: i for b, i in tok.enc._mergeable_ranks.items() if i < tok.vocab_size}
-    write = lambda token: "".join(chars[b] for b in token)   # noqa: E731
-    merges = [list(map(write, merge_parts(t, ranks))) for t in sorted(ranks, key=ranks.get) if len(t) > 1]
+    chars = byte_chars()
+
+    def write(token):
+        return "".join(chars[byte] for byte in token)
+
+    ranks = {token: i for token, i in tok.enc._mergeable_ranks.items() if i < tok.vocab_size}
+    merges, added = [], []
+    for token in sorted(ranks, key=ranks.get):
+        if len(token) > 1:
+            merges.append([write(part) for part in merge_parts(token, ranks)])
     require(all(len(pair) == 2 for pair in merges), f"{tok.enc.name}: has tokens that no merge makes")
-    special = sorted(tok.special.items(), key=lambda item: item[1])
-    return {"version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                              "normalized": False, "special": i not in tok.bytes_of} for name, i in special],
-            "normalizer": {"type": "NFC"} if tok.nfc else None, "pre_tokenizer": tok.pre, "post_processor": None,
-            "decoder": BYTE_LEVEL,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-                      "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                      "vocab": {write(t): i for t, i in ranks.items()} | dict(special), "merges": merges}}
+    for name in sorted(tok.special, key=tok.special.get):
+        added.append({"id": tok.special[name], "content": name, "single_word": False, "lstrip": False,
+                      "rstrip": False, "normalized": False, "special": tok.special[name] not in tok.bytes_of})
+    vocab = {write(token): i for token, i in ranks.items()} | tok.special
+    return {"version": "1.0", "added_tokens": added, "normalizer": {"type": "NFC"} if tok.nfc else None,
+            "pre_tokenizer": tok.pre, "post_processor": None, "decoder": BYTE_LEVEL,
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The tokenizer of a checkpoint's folder, GPT-2's, and one from a rank file.
+
+@functools.cache
+def say_once(sentence):
+    """Print a sentence, but only the first time."""
+    print(sentence, flush=True)
+
+
+def load_tokenizer(folder, vocab_size):
+    """The Tokenizer of a checkpoint's folder (Path), with every EOS that its config files declare. Says once
+    which chat template is taken if the checkpoint's own is another. CheckpointError: no tokenizer of ours."""
+    def optional(name):
+        return read_object(folder / name) if (folder / name).exists() else {}
+
+    if not (folder / "tokenizer.json").exists():
+        if vocab_size == 50257:
+            return gpt2_tokenizer()
+        slow = [name for name in ("vocab.json", "merges.txt", "tokenizer.model") if (folder / name).exists()]
+        raise CheckpointError(f"{folder}: has {' and '.join([*slow, ''])}no tokenizer.json; transformers makes "
+                              "it: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
+
+    # Every EOS: a name in tokenizer_config.json, one id or several in the other two.
+    settings, ends = optional("tokenizer_config.json"), []
+    for eos in (settings.get("eos_token"), optional("config.json").get("eos_token_id"),
+                optional("generation_config.json").get("eos_token_id")):
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        ends += eos if isinstance(eos, list) else [eos]
+    tok = tokenizer_from_json(folder / "tokenizer.json", ends)
+
+    # The checkpoint's own template, in either of two places, with a word by which to know it, such as [INST].
+    own, ours = str(settings.get("chat_template") or ""), MARKS[tok.template]
+    if (folder / "chat_template.jinja").exists():
+        own = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+    if own and ours not in own:
+        marks = re.findall(r"\[INST\]|<[|\uff5c][^<>]+[|\uff5c]>|<\w+>", own) or ["?"]
+        say_once(f"{folder}: chats are written as {tok.template} ({ours}), not as in its own chat template "
+                 f"({marks[0]})")
+    return tok
 
 
 def gpt2_tokenizer():
-    """GPT-2's own tokenizer; tiktoken downloads it once (or reads it from the folder in TIKTOKEN_CACHE_DIR)."""
+    """GPT-2's own tokenizer; tiktoken downloads it once, or reads it from the folder in TIKTOKEN_CACHE_DIR."""
     try:
         return Tokenizer(tiktoken.get_encoding("gpt2"))
     except OSError as e:   # requests' errors are OSErrors
@@ -248,18 +409,21 @@ def gpt2_tokenizer():
 
 
 def tokenizer_from_ranks(path):
-    """Tokenizer from a tiktoken rank file: lines of base64(token), space, rank, from 0 up; <|endoftext|> and <|pad|>
-    take the next two ids. CheckpointError names the line that is wrong."""
+    """Tokenizer from a tiktoken rank file: lines of base64(token), space, rank, from 0 up; <|endoftext|> and
+    <|pad|> take the next two ids. CheckpointError names the line that is wrong."""
     ranks = {}
     try:
         for n, line in enumerate(Path(path).read_bytes().splitlines()):
             token, rank = line.split()
-            if int(rank) != n or ranks.setdefault(base64.b64decode(token, validate=True), n) != n:
+            token = base64.b64decode(token, validate=True)
+            if int(rank) != n or token in ranks:
                 raise ValueError
+            ranks[token] = n
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
     except ValueError:
         raise CheckpointError(f"{path}:{n + 1}: expected a new token in base64 and the rank {n}") from None
-    require(all(bytes([b]) in ranks for b in range(256)), f"{path}: not every one of the 256 bytes is a token")
+    require(all(bytes([b]) in ranks for b in range(256)), f"{path}: not all of the 256 bytes are tokens")
     special = {"<|endoftext|>": len(ranks), "<|pad|>": len(ranks) + 1}
-    return Tokenizer(tiktoken.Encoding(str(path), pat_str=GPT2_REGEX, mergeable_ranks=ranks, special_tokens=special))
+    enc = tiktoken.Encoding(str(path), pat_str=GPT2_REGEX, mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer(enc)

@@ -22,6 +22,7 @@ import math
 import random
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from data import write_atomic
@@ -214,6 +215,30 @@ def annotate(u_a, u_b, noise, rng):
 def choice_probability(gap, noise):
     """P(a over b) for a utility gap u_a - u_b."""
     return float(gap > 0) if noise == 0 else 1 / (1 + math.exp(-max(-50.0, min(50.0, gap / noise))))
+
+
+@dataclass
+class Annotator:
+    """The simulated human: how much it errs, and what it likes beside good answers. The fields are flags of reward.py."""
+    noise: float = 0.05        # 0 always picks the better answer, larger errs more
+    agreement: float = 0.0     # set the noise so that this share of choices is right (0: use noise)
+    length: float = 0.0        # extra utility per ten words
+    confidence: float = 0.0    # ... for sounding sure
+    sycophancy: float = 0.0    # ... for agreeing with the user
+
+    def utility(self, row, response):
+        """What it feels about a response (str) to a prompt row."""
+        return utility(row, response, self.length, self.confidence, self.sycophancy)
+
+    def noise_for(self, gaps):
+        """Its noise among pairs whose utilities differ by these gaps."""
+        return noise_for(self.agreement, gaps) if self.agreement else self.noise
+
+
+def annotator_of(config):
+    """The Annotator that flags of reward.py describe: a dict with noise, agreement, bias_length, ..."""
+    return Annotator(config["noise"], config["agreement"], config["bias_length"], config["bias_confidence"],
+                     config["bias_sycophancy"])
 
 
 def noise_for(agreement, gaps):

@@ -1,11 +1,15 @@
 """data/formats.py: every format by a small example, every known trap, damaged files, the real files when present."""
+import bz2
 import gzip
+import io
 import json
+import lzma
 import math
 import os
 import random
 import re
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data.formats import KINDS, MAX_LINE, DataError, describe, load, read_rows, split  # noqa: E402
+from data.formats import (  # noqa: E402
+    INVERTED, KINDS, MAX_LINE, DataError, convert, describe, load, prompts_of, read_rows, split)
 
 REAL = Path(os.environ.get("RLHF_DATA", ROOT.parent / "shared" / "data"))
 
@@ -27,8 +32,13 @@ def U(text):
     return {"role": "user", "content": text}
 
 
-def A(text):
-    return {"role": "assistant", "content": text}
+def A(text, **mark):
+    return {"role": "assistant", "content": text, **mark}
+
+
+def G(who, text, **more):
+    """A message as ShareGPT spells it."""
+    return {"from": who, "value": text, **more}
 
 
 def jsonl(rows):
@@ -46,10 +56,14 @@ def check(row, kind):
     """Is this exactly what data/formats.py promises of a row of this kind?"""
     keys = {"sft": {"messages"}, "preference": {"prompt", "chosen", "rejected", "label", "margin"},
             "prompt": {"prompt"}, "kto": {"prompt", "completion", "label"}}[kind]
-    assert set(row) >= keys if kind == "prompt" else set(row) == keys
+    assert set(row) >= keys if kind == "prompt" else set(row) - {"ceiling"} == keys
     turns = row["messages"] if kind == "sft" else row["prompt"]
     for turn in turns:
-        assert set(turn) == {"role", "content"} and turn["role"] in ("system", "user", "assistant")
+        marked = kind == "sft" and turn["role"] == "assistant" and turn.get("train") is False
+        assert set(turn) == {"role", "content"} | ({"train"} if marked else set())
+        assert turn["role"] in ("system", "user", "assistant")
+    if kind == "sft":
+        assert any(turn["role"] == "assistant" and "train" not in turn for turn in turns)
     texts = [turn["content"] for turn in turns] + [row[k] for k in ("chosen", "rejected", "completion") if k in keys]
     for text in texts:
         assert isinstance(text, str) and text and text == text.strip() and text.encode()
@@ -72,6 +86,10 @@ HH = {"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\
 TLDR = {"info": {"id": "x", "subreddit": "cats", "title": "My cat", "post": "It sleeps.\n\nA lot."},
         "summaries": [{"text": " dog", "policy": "a"}, {"text": " cat sleeps"}], "choice": 1}
 EVAL = {"instruction": "q", "output_1": "one", "output_2": "two", "generator_1": "m"}
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+ANSWER = {"prompt": "a", "completion": "b"}
+TALK = {"messages": [U("a"), A("b")]}
+SHARED = {"conversations": [G("human", "a"), G("gpt", "b")]}
 
 FORMATS = {
     "hh": (HH, "preference", [pref([U("hi")], "yes", "no")]),
@@ -186,9 +204,163 @@ FORMATS = {
     "prompt, transcript": ({"prompt": "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"}, "prompt",
                            [{"prompt": [U("a"), A("b"), U("c")]}]),
     "prompt, transcript without an open turn": ({"prompt": "\n\nHuman: a"}, "prompt", [{"prompt": [U("a")]}]),
+    # Null and NaN mean absent.
+    "pair, nulls": ({**PAIR, "label": None, "margin": None, "ceiling": None, "system": None,
+                     "score_chosen": None, "score_rejected": 3, "history": None, "images": None},
+                    "preference", [pref([U("a")], "b", "c")]),
+    "pair, NaN": ({**PAIR, "label": math.nan, "margin": math.nan},
+                  "preference", [pref([U("a")], "b", "c")]),
+    "pair, a null margin beside scores": (
+        {**PAIR, "margin": None, "score_chosen": 3, "score_rejected": 1},
+        "preference", [pref([U("a")], "b", "c", margin=2.0)]),
+    "alpaca, NaN input": ({"instruction": "Hi", "input": math.nan, "output": "Yo"}, "sft",
+                          [{"messages": [U("Hi"), A("Yo")]}]),
+    "tldr, null title": (
+        {**TLDR, "info": {"subreddit": "a", "title": None, "post": "p"}}, "preference",
+        [pref([U("SUBREDDIT: r/a\n\nTITLE: \n\nPOST: p\n\nTL;DR:")], "cat sleeps", "dog")]),
+    "messages, null names of ShareGPT": (
+        {"messages": [{**U("a"), "from": None, "value": None}, {**A("b"), "from": None, "value": None}]},
+        "sft", [TALK]),
+    "sharegpt, null names of OpenAI": (
+        {"conversations": [G("human", "a", role=None, content=None), G("gpt", "b", role=None, weight=None)]},
+        "sft", [TALK]),
+    "completion beside the null columns of all formats": (
+        {**ANSWER, "chosen": None, "rejected": None, "messages": None, "conversations": None,
+         "label": None, "kto_tag": None, "instances": None, "instruction": None, "transcript": None,
+         "text_correct": None, "text_incorrect": math.nan},
+        "sft", [TALK]),
+    "messages beside null conversations": ({"conversations": None, "messages": [U("a"), A("b")]}, "sft",
+                                           [TALK]),
+    "conversations beside null messages": ({**SHARED, "messages": None},
+                                           "sft", [TALK]),
+    "hh beside a null prompt": ({**HH, "prompt": None, "margin": None}, "preference",
+                                [pref([U("hi")], "yes", "no")]),
+    "prompt beside a null answer": ({"prompt": "a", "completion": None}, "prompt",
+                                    [{"prompt": [U("a")], "completion": None}]),
+    "seed task beside nulls": (
+        {"instruction": "Up", "instances": [{"input": None, "output": "A"}], "messages": None, "info": None},
+        "sft", [{"messages": [U("Up"), A("A")]}]),
+    # Names of roles
+    "role developer": (
+        {"messages": [{"role": "developer", "content": "s"}, {"role": "prompter", "content": "a"}, A("b")]},
+        "sft", [{"messages": [S("s"), U("a"), A("b")]}]),
+    # Content in parts
+    "parts of text": (
+        {"messages": [U([{"type": "text", "text": "Look: "}, {"type": "text", "text": "x?"}]),
+                      A([{"type": "output_text", "text": " b "}])]},
+        "sft", [{"messages": [U("Look:\nx?"), A("b")]}]),
+    "parts that are strings, or say null": (
+        {"prompt": [U(["a", {"type": "input_text", "text": "b", "image_url": None}])],
+         "completion": [A([{"type": None, "text": "c"}, ""])]},
+        "sft", [{"messages": [U("a\nb"), A("c")]}]),
+    "a system message in parts": (
+        {"system": [{"type": "text", "text": "s"}], "prompt": "a", "completion": "b"},
+        "sft", [{"messages": [S("s"), U("a"), A("b")]}]),
+    # What stands beside a prompt
+    "alpaca with system and history": (
+        {"instruction": "c", "input": "", "output": "d", "system": "s", "history": [["a", "b"]]},
+        "sft", [{"messages": [S("s"), U("a"), A("b"), U("c"), A("d")]}]),
+    "alpaca with empty system and history": (
+        {"instruction": "c", "input": "", "output": "d", "system": " ", "history": []},
+        "sft", [{"messages": [U("c"), A("d")]}]),
+    "pair with system": ({"system": "s", "prompt": "a", "chosen": "b", "rejected": "c"}, "preference",
+                         [pref([S("s"), U("a")], "b", "c")]),
+    "hh with system": ({**HH, "system_prompt": "s"}, "kto",
+                       [{"prompt": [S("s"), U("hi")], "completion": "yes", "label": True},
+                        {"prompt": [S("s"), U("hi")], "completion": "no", "label": False}]),
+    "prompt with history in messages": (
+        {"prompt": "c", "history": [U("a"), A("b", weight=0)], "system": "s", "id": 1},
+        "prompt", [{"prompt": [S("s"), U("a"), A("b"), U("c")], "id": 1}]),
+    "prompt with an empty history": ({"prompt": "c", "history": ""}, "prompt", [{"prompt": [U("c")]}]),
+    "sharegpt with system and tools": (
+        {**SHARED, "system": "s", "tools": "[]"},
+        "sft", [{"messages": [S("s"), U("a"), A("b")]}]),
+    "system in both places": ({"system": "s", "messages": [S(" s"), U("a"), A("b")]}, "sft",
+                              [{"messages": [S("s"), U("a"), A("b")]}]),
+    "another system in both places": ({"system": "s", "messages": [S("t"), U("a"), A("b")]}, "sft",
+                                      [{"messages": [S("s\n\nt"), U("a"), A("b")]}]),
+    "seed task with system": (
+        {"system": "s", "instruction": "Up", "instances": [{"input": "a", "output": "A"}]},
+        "sft", [{"messages": [S("s"), U("Up\n\na"), A("A")]}]),
+    "pair, the sides begin after the system turn": (
+        {"prompt": [S("s"), U("a")], "chosen": [U("a"), A("b")], "rejected": [U("a"), A("c")]},
+        "preference", [pref([S("s"), U("a")], "b", "c")]),
+    "pair, the sides begin in the middle of the prompt": (
+        {"prompt": [S("s"), U("a"), A("b"), U("c")],
+         "chosen": [U("c"), A("d")], "rejected": [A("b"), U("c"), A("e")]},
+        "preference", [pref([S("s"), U("a"), A("b"), U("c")], "d", "e")]),
+    "pair, one side repeats the prompt": (
+        {"prompt": [S("s"), U("a")], "chosen": [S("s"), U("a"), A("b")], "rejected": [A("c")]},
+        "preference", [pref([S("s"), U("a")], "b", "c")]),
+    "completion that repeats the prompt": (
+        {"prompt": [S("s"), U("a")], "completion": [U("a"), A("b")]},
+        "sft", [{"messages": [S("s"), U("a"), A("b")]}]),
+    "completion after a system turn": ({"prompt": [S("s")], "completion": [U("a"), A("b")]}, "sft",
+                                       [{"messages": [S("s"), U("a"), A("b")]}]),
+    "pair of llama-factory": (
+        {"conversations": [G("human", "a")], "chosen": G("gpt", "b"), "rejected": G("gpt", "c"),
+         "system": "s"},
+        "preference", [pref([S("s"), U("a")], "b", "c")]),
+    # Verdicts on an answer
+    "kto of llama-factory": ({**TALK, "kto_tag": False, "label": None}, "kto",
+                             [{"prompt": [U("a")], "completion": "b", "label": False}]),
+    "kto to sft": ({**ANSWER, "label": True}, "sft", [TALK]),
+    "a label does not matter to prompts": ({**TALK, "label": "maths"}, "prompt",
+                                           [{"prompt": [U("a")]}]),
+    # Turns that are not to be trained on
+    "weight 0": ({"messages": [U("a"), A("b", weight=0), U("c"), A("d", weight=1)]}, "sft",
+                 [{"messages": [U("a"), A("b", train=False), U("c"), A("d")]}]),
+    "weight 0, the last turn": ({"messages": [U("a"), A("b"), U("c"), A("d", weight=0)]}, "sft",
+                                [{"messages": [U("a"), A("b"), U("c"), A("d", train=False)]}]),
+    "weight 0, turns that are joined": (
+        {"messages": [U("a"), A("b"), A("c", weight=0), U("d"), A("e", train=False), A("f"), U("g"), A("h")]},
+        "sft", [{"messages": [U("a"), A("b\n\nc", train=False), U("d"), A("e\n\nf", train=False), U("g"),
+                              A("h")]}]),
+    "weight 0 in a pair": (
+        {"chosen": [U("a"), A("b", weight=0), U("c"), A("d")],
+         "rejected": [U("a"), A("b", weight=0), U("c"), A("e")]},
+        "preference", [pref([U("a"), A("b"), U("c")], "d", "e")]),
+    "weight 0 in a pair, to sft": (
+        {"chosen": [U("a"), A("b", weight=0), U("c"), A("d")],
+         "rejected": [U("a"), A("b", weight=0), U("c"), A("e")]},
+        "sft", [{"messages": [U("a"), A("b", train=False), U("c"), A("d")]}]),
+    "weight 0 in the prompt of a verdict": (
+        {"messages": [U("a"), A("b", weight=0), U("c"), A("d")], "label": True},
+        "kto", [{"prompt": [U("a"), A("b"), U("c")], "completion": "d", "label": True}]),
+    # Scores of a pair
+    "a label beside equal scores": (
+        {**PAIR, "label": 0.75, "score_chosen": 1, "score_rejected": 1},
+        "preference", [pref([U("a")], "b", "c", 0.75, 0.0)]),
+    "a label that goes with inverted scores": (
+        {**PAIR, "label": 0.25, "score_chosen": 1, "score_rejected": 3},
+        "preference", [pref([U("a")], "b", "c", 0.25, -2.0)]),
+    "a tie of scores, to sft": ({**PAIR, "score_chosen": 1, "score_rejected": 1},
+                                "sft", [TALK]),
+    "pair with ceiling": ({**PAIR, "ceiling": 0.9}, "preference",
+                          [{**pref([U("a")], "b", "c"), "ceiling": 0.9}]),
+    "empty tool calls and images": (
+        {"messages": [U("a"), A("b", tool_calls=[], function_call=None, images=[])], "images": [], "audio": ""},
+        "sft", [TALK]),
     "prompt that only quotes a transcript": ({"prompt": "Judge this:\n\nHuman: a\n\nAssistant: b"}, "prompt",
                                              [{"prompt": [U("Judge this:\n\nHuman: a\n\nAssistant: b")]}]),
 }
+for who in ("chatgpt", "bing", "bard", "bot", "model", "ai", "GPT"):
+    FORMATS[f"role {who}"] = ({"conversations": [G("HUMAN", "a"), G(who, "b")]}, "sft",
+                              [TALK])
+for key, value in (("train", False), ("training", False), ("loss", False), ("loss_weight", 0.0)):
+    FORMATS[f"{key} {value}"] = (
+        {"conversations": [G("human", "a", **{key: value}), G("gpt", "b", **{key: value}), G("human", "c"),
+                           G("gpt", "d", **{key: True})]},
+        "sft", [{"messages": [U("a"), A("b", train=False), U("c"), A("d")]}])
+for high, low in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
+                  ("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating")):
+    FORMATS[f"{high}, a tie"] = ({**PAIR, high: 8, low: 8.0}, "preference",
+                                 [pref([U("a")], "b", "c", 0.5, 0.0)])
+for answered in (TALK, {"conversations": [G("user", "a"), G("gpt", "b")]},
+                 {"instruction": "a", "output": "b"}, {"instruction": "a", "response": "b"}):
+    for good in (False, True):
+        FORMATS[f"kto, {list(answered)}, {good}"] = (
+            {**answered, "label": good}, "kto", [{"prompt": [U("a")], "completion": "b", "label": good}])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -238,6 +410,39 @@ UNUSABLE = [
     ({"transcript": "\n\nAssistant: hello"}, "prompt", "empty prompt"),
     ({"messages": [U("a"), A(""), U("c"), A("d")]}, "sft", "empty turn"),
     ({"messages": [U("a"), {"role": "tool", "content": "7"}, A("b")]}, "sft", "tool turn"),
+    ({"messages": [U("a"), A(None), {"role": "tool", "content": "7"}, A("b")]}, "sft", "tool turn"),
+    ({"messages": [U("a"), {**A("I look."), "tool_calls": [{"id": "c"}]}]}, "sft", "tool turn"),
+    ({"messages": [U("a"), {**A(None), "function_call": {"name": "f"}}]}, "prompt", "tool turn"),
+    ({"conversations": [G("human", "a"), G("function_call", "{}"), G("observation", "1"), G("gpt", "b")]},
+     "sft", "tool turn"),
+    ({"messages": [U("a"), {"role": "wizard", "content": "x"}, A("b")]}, "sft", 'unknown role "wizard"'),
+    ({**PAIR, "chosen": [G("w" * 99, "x")]}, "kto", 'unknown role "' + "w" * 40 + '"'),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}, A("b")]},
+     "sft", "content that is not text"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}, A("b")]},
+     "sft", "content that is not text"),
+    ({**SHARED, "image": "x.jpg"}, "prompt", "image, video or audio"),
+    ({"messages": [{**U("a"), "images": ["x"]}, A("b")]}, "sft", "image, video or audio"),
+    ({**HH, "audio": {"path": "x"}}, "preference", "image, video or audio"),
+    ({**ANSWER, "label": False}, "sft", "answer labelled bad"),
+    ({**TALK, "label": False}, "sft", "answer labelled bad"),
+    ({**SHARED, "kto_tag": False}, "sft", "answer labelled bad"),
+    ({"instruction": "a", "output": "b", "kto_tag": False}, "sft", "answer labelled bad"),
+    ({"messages": [U("a"), A("b", weight=0)]}, "sft", "answer not to be trained on"),
+    ({"messages": [U("a"), A("b", weight=0), U("c"), A("d", train=False)]},
+     "sft", "answer not to be trained on"),
+    ({"messages": [U("a"), A("b"), U("c"), A("d", weight=0)], "label": True},
+     "kto", "answer not to be trained on"),
+    ({**PAIR, "chosen": [A("b", weight=0)]}, "sft", "answer not to be trained on"),
+    ({"messages": [U("a"), A("b", weight=0.5)]}, "sft", "message weight other than 0 and 1"),
+    ({"messages": [U("a"), A("b", weight="0")]}, "sft", "message weight other than 0 and 1"),
+    ({**PAIR, "score_chosen": 2, "score_rejected": 2}, "kto", "tie"),
+    ({**EVAL, "preference": math.nan}, "preference", "no preference given"),
+    (EVAL, "preference", "no preference given"),
+    ({"prompt": [U("a"), A("b"), U("c")], "chosen": [U("a"), A("x"), U("c"), A("d")], "rejected": [A("e")]},
+     "preference", "prompt differs from the messages"),
+    ({"prompt": "a", "completion": [U("z"), A("b")]}, "sft", "prompt differs from the messages"),
+    ({"instruction": "c", "output": "d", "history": [["a", ""]]}, "sft", "empty turn"),
     ({"prompt": [U("a"), A("b")]}, "prompt", "prompt does not end in a user turn"),
     ({"prompt": "\n\nHuman: a\n\nAssistant: Sure,"}, "prompt", "prompt does not end in a user turn"),
     ({"prompt": [U("a"), A("Sure,")], "completion": "b"}, "sft", "prompt does not end in a user turn"),
@@ -246,6 +451,12 @@ UNUSABLE = [
     ({**TLDR, "info": {**TLDR["info"], "post": " "}}, "preference", "empty prompt"),
     ({"instruction": "a", "instances": []}, "sft", "empty response"),
 ]
+for role in ("tool", "function", "ipython", "Observation"):
+    called = {**A(None), "tool_calls": [{"id": "c"}]}
+    messages = [U("a"), called, {"role": role, "content": None}, A("b")]
+    UNUSABLE.append(({"messages": messages}, "sft", "tool turn"))
+for key, value in (("image", "x.jpg"), ("images", ["x"]), ("videos", [{"bytes": "x"}]), ("audios", ["x"])):
+    UNUSABLE.append(({**ANSWER, key: value}, "sft", "image, video or audio"))
 
 
 @pytest.mark.parametrize("source, kind, reason", UNUSABLE)
@@ -266,7 +477,6 @@ MALFORMED = [
     ({"prompt": {"a": 1}, "chosen": "b", "rejected": "c"}, "preference", 'expected "prompt" to be a string or a list'),
     ({"prompt": ["a"]}, "prompt", "expected every message to be an object, found a string"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 1.5}, "preference", '"label" to be between 0 and 1'),
-    ({"prompt": "a", "chosen": "b", "rejected": "c", "label": math.nan}, "preference", '"label" to be between 0 and 1'),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "label": True},
      "preference", '"label" to be a number, found true'),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": math.inf}, "preference", '"margin" to be between'),
@@ -276,8 +486,23 @@ MALFORMED = [
     ({"instruction": "a", "instances": ["x"]}, "sft", '"instances" to be a list of objects'),
     ({"instruction": "a", "instances": [{"input": "x"}]}, "sft", '"output" to be a string, found null'),
     ({"messages": "hi"}, "sft", '"messages" to be a list of messages, found a string'),
-    ({"messages": [{"role": "wizard", "content": "x"}]},
-     "sft", 'one of system, user, human, assistant, gpt, found "wizard"'),
+    ({"messages": [U([{"type": "text"}])]}, "sft", '"text" to be a string, found no such key'),
+    ({**TALK, "label": 0}, "sft", '"label" to be true or false, found a number'),
+    ({**TALK, "label": "bad"}, "sft", '"label" to be true or false, found a string'),
+    ({**TALK, "kto_tag": "false"}, "kto", '"kto_tag" to be true or false, found a string'),
+    ({**TALK, "label": None}, "kto", "found a prompt with a response (sft)"),
+    ({**TALK, "label": False}, "preference", "found a prompt with a completion and a true"),
+    ({"prompt": "a", "completion": math.nan}, "sft", 'to be a string or a list of messages, found null'),
+    ({"messages": None}, "sft", '"messages" to be a list of messages, found null'),
+    ({"text_correct": HH["chosen"], "text_incorrect": None},
+     "preference", '"text_incorrect" to be a string, found null'),
+    ({**PAIR, "score_chosen": "8", "score_rejected": 2},
+     "preference", '"score_chosen" to be a number, found a string'),
+    ({**ANSWER, "system": 3}, "sft", '"system" to be a string, found a number'),
+    ({**ANSWER, "history": "b: hi"},
+     "sft", '"history" to be a list of [user, assistant] pairs or of messages, found a string'),
+    ({**ANSWER, "history": [["a"]]}, "sft", "every message to be an object, found a list"),
+    ({**ANSWER, "history": [["a", None]]}, "sft", '"content" to be a string, found null'),
     ({"messages": [{"role": "user", "content": None}]}, "sft", '"content" to be a string, found null'),
     ({"conversations": [{"from": "human"}]}, "sft", '"value" to be a string, found no such key'),
     ({"prompt": "a", "completion": "b", "label": 1}, "kto", '"label" to be true or false, found a number'),
@@ -364,6 +589,37 @@ def test_path_that_is_no_data_file(tmp_path, name, phrase):
     assert str(error.value).startswith(f"{tmp_path / name}: ") and phrase in str(error.value)
 
 
+def packed():
+    """{what it is: (the bytes of a file that is not JSON, what to do)}"""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("rows.jsonl", GOOD)
+    page = b"<!DOCTYPE html>\n<html><title>rows.jsonl</title></html>\n"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 123\n"
+    return {
+        "zstandard": (b"\x28\xb5\x2f\xfd\x04\x00\x41", "zstd -d"), "bzip2": (bz2.compress(GOOD), "bunzip2"),
+        "an xz file": (lzma.compress(GOOD), "unxz"), "a zip archive": (archive.getvalue(), "unpack it"),
+        "parquet": (b"PAR1\x15\x04\x15", "to_json"), "arrow": (b"ARROW1\0\0\xff\xff\xff\xff", "to_json"),
+        "an arrow file": (b"\xff\xff\xff\xff\x10\0\0\0", "to_json"),
+        "Git LFS pointer": (pointer, "git lfs pull"),
+        "web page": (page, "/resolve/"), "(HTML)": (b"\n\n  <html>", "/resolve/"),
+        "a web page": (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "fetch the file itself")}
+
+
+@pytest.mark.parametrize("what", packed())
+def test_a_file_that_is_not_json_is_named(tmp_path, what):
+    content, advice = packed()[what]
+    for name in ("rows.jsonl", "rows.json", "rows"):
+        for data in (content, gzip.compress(content), b"\xef\xbb\xbf" + content):
+            path = save(tmp_path, data, name)
+            with pytest.raises(DataError) as error:
+                load(path, "prompt")
+            assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+            assert what in str(error.value) and advice in str(error.value)
+    # The name does not decide: JSON is read whatever it is called.
+    assert len(load(save(tmp_path, GOOD, "rows.parquet"), "prompt")[0]) == 1
+
+
 def test_content_decides_and_not_the_name(tmp_path):
     rows = [{"prompt": "é\u2028 1"}, {"prompt": "2"}, {"prompt": "3"}]
     lines = "\n".join(["", *(json.dumps(row, ensure_ascii=False) for row in rows)]).encode()
@@ -413,6 +669,58 @@ def test_no_row_left_is_an_error(tmp_path):
         f"{path}: 0 rows kept, 2 dropped (2 empty prompt), expected at least one usable prompt row")
 
 
+def test_inverted_scores_are_kept_and_said(tmp_path):
+    def scored(high, low, **more):
+        return {**PAIR, "prompt": f"{high} {low}", "score_chosen": high, "score_rejected": low, **more}
+
+    sources = [scored(9, 3), scored(4, 6), scored(5, 5), scored(1, 2, label=0.25), scored(1, 3, label=1)]
+    path = save(tmp_path, sources)
+    for kind, n in (("preference", 5), ("sft", 5), ("kto", 8)):
+        rows, dropped = load(path, kind)
+        assert len(rows) == n and dropped[INVERTED] == 2
+        assert sum(dropped.values()) == 2 + (kind == "kto")
+    assert load(path, "prompt")[1] == {}
+    rows, dropped = load(path, "preference")
+    assert [(row["label"], row["margin"]) for row in rows] == [(1, 6), (1, -2), (0.5, 0), (0.25, -1), (1, -2)]
+    assert load(save(tmp_path, rows, "again.jsonl"), "preference") == (rows, dropped)  # said again
+    line = describe(*load(path, "kto"), "x")
+    assert line == f"x: 8 rows kept, 1 dropped (1 tie); in 2 pairs {INVERTED}"
+    dropped_too = [scored(4, 6, rejected="b"), scored(4, 6, rejected=""), scored(9, 1)]
+    assert INVERTED not in load(save(tmp_path, dropped_too), "preference")[1]
+    assert convert(scored(4, 6), "preference") == [pref([U("4 6")], "b", "c", 1.0, -2.0)]
+
+
+def test_one_role_that_nobody_knows_does_not_cost_the_file(tmp_path):
+    odd = {"conversations": [G("human", "a"), G("narrator", "x"), G("gpt", "b")]}
+    rows, dropped = load(save(tmp_path, [TALK] * 5 + [odd] + [TALK]), "sft")
+    assert len(rows) == 6 and dropped == {'unknown role "narrator"': 1}
+    path = save(tmp_path, [odd] * 3)
+    with pytest.raises(DataError, match='0 rows kept, 3 dropped .3 unknown role "narrator".'):
+        load(path, "sft")
+    names = [{"messages": [{"role": f"elf {i}", "content": "x"}, A("b")]} for i in range(99)]
+    line = describe(*load(save(tmp_path, names + [TALK]), "sft"), "x")
+    assert line.startswith("x: 1 rows kept, 99 dropped (") and line.count("unknown role") == 8
+
+
+def test_a_label_decides_between_demonstration_and_bad_answer(tmp_path):
+    rows = [{"messages": [U("a"), A("lie")], "label": False},
+            {"messages": [U("a"), A("truth")], "label": True},
+            {"messages": [U("a"), A("unjudged")], "label": None}]
+    kept, dropped = load(save(tmp_path, rows), "sft")
+    assert [row["messages"][-1]["content"] for row in kept] == ["truth", "unjudged"]
+    assert dropped == {"answer labelled bad": 1}
+
+
+def test_prompts_of_and_split_take_rows_with_marks():
+    rows = [{"messages": [U("a"), A("b", train=False), U("c"), A("d")]}, {"messages": [U("e"), A("f")]}]
+    first, second = prompts_of(rows, 9)
+    assert [turn["content"] for turn in first] == ["a", "b", "c"] and second == [U("e")]
+    plain = [{"messages": [U("a"), A("b"), U("c"), A("d")]}, rows[1]]
+    for seed in range(9):  # the mark does not move a row
+        (train, held_out), (train_too, held_out_too) = split(rows, 0.5, seed), split(plain, 0.5, seed)
+        assert len(train) == len(train_too) and len(held_out) == len(held_out_too)
+
+
 def test_describe():
     assert describe([{}] * 1903, Counter(a=4, b=5), "x.jsonl") == "x.jsonl: 1,903 rows kept, 9 dropped (5 b, 4 a)"
     assert describe([{}], Counter(), "x") == "x: 1 rows kept, 0 dropped"
@@ -437,6 +745,40 @@ def test_split_is_by_prompt_and_stable():
     with pytest.raises(ValueError, match="fraction"):
         split(rows, 1.5, 1)
     assert split(rows[:1], 0.5, seed=0) == ([], rows[:1])  # pinned: the same on every machine and in every process
+
+
+def test_values_of_any_type_give_rows_or_a_data_error(tmp_path):
+    """Rows in which one value, however deep, has become another one, or one key another key."""
+    values = [None, math.nan, 0, 1, -7.5, True, False, "", "x", "Human: a\n\nAssistant: b", [], {}, [[]], [None], ["x"],
+              [["a", "b"]], {"a": 1}, [{}], U("u"), [U("u"), A("b")], {"type": "text", "text": 3}]
+    keys = ["label", "kto_tag", "weight", "system", "history", "images", "type", "text", "role", "from", "value",
+            "messages", "conversations", "tool_calls", "score_chosen", "score_rejected", "instances", "choice"]
+    sources = [(source, kind) for source, kind, _ in FORMATS.values()]
+    rng, outcomes = random.Random(1), Counter()
+    for _ in range(2000 * int(os.environ.get("FAULTS", 1))):
+        source, kind = rng.choice(sources)
+        row = json.loads(json.dumps(source))
+        # Walk down to a random place and put something else there.
+        place, above = row, None
+        while isinstance(place, (dict, list)) and place and (above is None or rng.random() < 0.7):
+            above = place
+            at = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
+            place = place[at]
+        if rng.random() < 0.3 and isinstance(above, dict):
+            at = rng.choice(keys)
+        above[at] = rng.choice(values)
+        path = save(tmp_path, [row])
+        try:
+            rows, dropped = load(path, kind)
+        except DataError as error:
+            assert re.fullmatch(re.escape(str(path)) + r":(\d+:)? .+", str(error)), row
+            outcomes["error"] += 1
+        else:
+            assert describe(rows, dropped, path).startswith(f"{path}: {len(rows)} rows kept, ")
+            for one in rows:
+                check(one, kind)
+            outcomes["rows"] += 1
+    assert outcomes["error"] > 500 and outcomes["rows"] > 200, outcomes
 
 
 @pytest.mark.parametrize("name, kind, kept, reasons", [

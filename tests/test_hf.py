@@ -12,13 +12,17 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from data.checkpoint import (DTYPES, CheckpointError, config_from_hf, config_to_hf, fetch_hub, load_weights,
-                             read_safetensors, save_folder, weights_from_hf, weights_to_hf, write_safetensors)
-from data.tokenizer import byte_chars, gpt2_tokenizer, tokenizer_from_json, tokenizer_from_ranks, tokenizer_to_json
+from data import InputError
+from data.checkpoint import (DTYPES, CheckpointError, config_from_hf, config_to_hf, fetch_hub, load, load_state,
+                             load_weights, read_safetensors, read_tensors, save, save_folder, weights_from_hf,
+                             weights_to_hf, write_safetensors)
+from data.tokenizer import (Tokenizer, byte_chars, gpt2_tokenizer, tokenizer_from_json, tokenizer_from_ranks,
+                            tokenizer_to_json)
 from model import GPT, GPTConfig, generate, pad_batch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -126,6 +130,12 @@ def hf_model(tf, kind):
     return shake(tf.AutoModelForCausalLM.from_config(cfg, attn_implementation="eager"))
 
 
+def greedy(model, prompt, n):
+    """Our own greedy continuation of ids by n tokens."""
+    out, mask, _ = generate(model, SimpleNamespace(eos_ids={-1}, pad_id=0), [prompt], torch.zeros(1, n), temperature=0)
+    return out[mask].tolist()
+
+
 def some_ids(n=200, vocab=320):
     return torch.randint(0, vocab, (2, n), generator=torch.Generator().manual_seed(1))
 
@@ -151,8 +161,7 @@ def test_transformers_model_loads_here(tf, tmp_path, kind):
     ours.load_state_dict(state)
     ids = some_ids()
     torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, rtol=0, atol=1e-4)
-    out, mask, _ = generate(ours, [ids[0, :9].tolist()], 64, eos_id=-1, temperature=0)
-    assert out[mask].tolist() == hf_greedy(theirs, ids[0, :9].tolist(), 64)
+    assert greedy(ours, ids[0, :9].tolist(), 64) == hf_greedy(theirs, ids[0, :9].tolist(), 64)
 
 
 @torch.no_grad()
@@ -212,10 +221,9 @@ def test_smollm2(tf, tmp_path):
     ids, _ = tok.render([{"role": "user", "content": "Name three animals that live in the sea."}], True)
     batch = torch.tensor([ids])
     torch.testing.assert_close(ours.logits(ours(batch)), theirs(batch).logits, rtol=0, atol=1e-4)
-    out, mask, _ = generate(ours, [ids], 64, eos_id=-1, temperature=0)
     want = theirs.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=64, do_sample=False,
                            eos_token_id=None, pad_token_id=0)[0, len(ids):].tolist()
-    assert out[mask].tolist() == want
+    assert greedy(ours, ids, 64) == want
     save_folder(tmp_path / "smol", cfg, state, tok)
     assert (tmp_path / "smol" / "tokenizer.json").read_bytes() == (Path(folder) / "tokenizer.json").read_bytes()
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "smol", dtype=torch.float32).eval()
@@ -286,7 +294,7 @@ def test_tokens_of_trained_tokenizers(tmp_path, pre):
 @pytest.mark.skipif(not HH.exists(), reason="no hh-rlhf file")
 def test_tokens_of_llama3_style_files(tmp_path):
     """Converted from tiktoken, Llama 3 lists every split of every token as a merge and looks whole words up first; some
-    tokens no merge can make. Qwen3 adds tokens that are not special: text never makes them, decode shows them."""
+    tokens no merge can make. Qwen3 adds tokens that are not special: they are text, one id each."""
     tokenizers = pytest.importorskip("tokenizers")
     try:
         tok = gpt2_tokenizer()
@@ -307,7 +315,7 @@ def test_tokens_of_llama3_style_files(tmp_path):
     tok = tokenizer_from_json(path)
     assert tok.template == "llama3" and tok.encode("zqxjkv") == [5000]
     assert_same_tokens(tok, plain_oracle(tokenizers, path), NASTY + hh_lines()[:300])
-    assert tok.special["<think>"] not in tok.encode("<think>")
+    assert tok.encode("<think>") == [tok.special["<think>"]]
     assert tok.decode([tok.special["<think>"], tok.eos_id, *tok.encode("x")]) == "<think>x"
     hf["model"]["ignore_merges"] = False
     path.write_text(json.dumps(hf))
@@ -589,16 +597,17 @@ def test_a_language_model_becomes_a_scalar_model_and_back(tmp_path):
         tok, cfg = toy_tokenizer(tmp_path), CONFIGS[kind]
         state = GPT(cfg).state_dict()
         save_folder(tmp_path / kind, cfg, state, tok)
-        got, loaded, _ = load_weights(tmp_path / kind, scalar_head=True)
+        got, loaded, _ = load_weights(tmp_path / kind, head="new")
         assert got == replace(cfg, scalar_head=True) and set(loaded) == set(state) - {"lm_head.weight"}
         assert GPT(got).load_state_dict(loaded, strict=False).missing_keys == ["score.weight"]
         save_folder(tmp_path / kind, got, GPT(got).state_dict(), tok)
         assert load_weights(tmp_path / kind)[0].scalar_head
+        tensors = read_tensors(tmp_path / kind)
         if cfg.tie:
-            assert load_weights(tmp_path / kind, scalar_head=False)[1].keys() == state.keys()
+            assert weights_from_hf(tensors, cfg).keys() == state.keys()
         else:
             with pytest.raises(CheckpointError, match="lm_head.weight"):
-                load_weights(tmp_path / kind, scalar_head=False)
+                weights_from_hf(tensors, cfg)
 
 
 def test_weights_by_other_names():
@@ -815,7 +824,8 @@ def hub(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NANORLHF_CACHE", str(tmp_path / "cache"))
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     handler.folder, handler.state = tmp_path / "cache" / "org--toy", state

@@ -1,0 +1,207 @@
+"""One page over all runs: reads what the runs under OUT left, writes OUT/index.html.
+
+    python -m data.page [OUT]         OUT is "out" unless given; then open OUT/index.html in a browser
+
+The page is one file: data/page.html with the data in place of its one placeholder. It needs no network and no
+package, so it can be mailed, and opened years later. Every script writes it anew at its end. Its sections, and the
+files that they are made from:
+    1. pipeline, prompt picker      OUT/*/result.json, log.jsonl, answers.jsonl
+    2. vote                         OUT/*/held_out.jsonl, of a reward model
+    3. one PPO iteration            OUT/*/inspect.json, log.jsonl
+    4. RLHF beside DPO              as 1
+    5. Constitutional AI            OUT/*/round*/chains.jsonl, comparisons.jsonl, critic.json
+    6. reward hacking               OUT/*/log.jsonl, and OUT/hacking, if tests/hacking.py was run
+Numbers go into the page as the files have them; the page's own JavaScript draws them and does the sums. A file that
+is absent, half written or of another shape only leaves out what would have been shown of it.
+"""
+import json
+import math
+import sys
+from pathlib import Path
+
+from data import InputError, read_json, write_atomic
+
+TEMPLATE = Path(__file__).with_name("page.html")
+CONSTITUTION = Path(__file__).with_name("constitution.json")
+PLACE = "{{DATA}}"              # stands in the template once, inside <script type="application/json">
+CHAIN = ["base", "sft", "reward", "ppo", "dpo", "cai"]   # in the order of the page; other folders follow by name
+CURVES = ["reward", "gold", "kl", "kl_exact", "entropy", "length", "eos_rate", "loss", "accuracy", "chosen_reward",
+          "rejected_reward"]    # the figures of log.jsonl that the page draws
+POINTS = 300                    # of a curve, at most; the 1,600 steps of pretraining need no more
+ROWS = 500                      # of answers.jsonl and held_out.jsonl, at most
+SOME = 60                       # chains, and comparisons of a critic, at most
+
+
+def write_page(out_folder):
+    """Write out_folder/index.html over all runs in it and return its path. It takes well under two seconds, so every
+    script calls it at its end. What cannot be read is left out. OSError: the page cannot be written."""
+    out = Path(out_folder)
+    # json.dumps writes ASCII alone, which escapes U+2028 and U+2029, and without < no text can end the script tag.
+    text = json.dumps(collect(out), allow_nan=False)
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    page = TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
+    write_atomic(out / "index.html", page.encode())
+    return out / "index.html"
+
+
+def collect(out):
+    """All data of the page. Each section is a list with one object a folder, read by the function of that folder."""
+    folders = sorted(path for path in out.iterdir() if path.is_dir())
+    folders.sort(key=lambda path: CHAIN.index(path.name) if path.name in CHAIN else len(CHAIN))
+    sft = [path for path in folders if path.name == "sft"]
+    return {"folder": str(out),
+            "runs": each(run, folders),
+            "base": each(first_answers, sft),          # what SFT began with is the base model
+            "answers": each(answers, folders),
+            "held_out": each(held_out, folders),
+            "inspect": each(inspect, folders),
+            "rounds": each(constitutional_round, sorted(out.glob("*/round*"))),
+            "climbs": each(climb, sorted(out.glob("hacking/*/none"))),
+            "cures": each(read_json, [out / "hacking" / "cures.json"]),
+            "principles": each(read_json, [CONSTITUTION])}
+
+
+def each(read, paths):
+    """[read(path)] of the paths for which there is something to be read. A run that is being written now, or an older
+    version, may have left anything, and a page is never a reason to fail: whatever goes wrong leaves one path out."""
+    found = []
+    for path in paths:
+        try:
+            told = finite(read(path))
+        except Exception:
+            continue
+        if told:
+            found.append(told)
+    return found
+
+
+def finite(value):
+    """The same JSON value with None for NaN and infinities, which Python reads and JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [finite(x) for x in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def lines(path, most=sys.maxsize):
+    """The first JSON objects of a .jsonl file. A broken line, as the last one of a file that is being written, is left
+    out, and of a file that is not there all of them."""
+    found = []
+    if not path.is_file():
+        return found
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                found.append(row)
+            if len(found) == most:
+                break
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One function for each kind of thing on the page. All take a folder, and return None where it has no such thing.
+
+
+def run(folder):
+    """What result.json says, and the curves. Without a result.json the run goes on, or was cut off: its curves are
+    shown all the same."""
+    result = each(read_json, [folder / "result.json"])
+    log = curves(folder)
+    if not result and not log:
+        return None
+    told = {"stage": folder.name, "name": folder.name, "finished": bool(result), "log": log}
+    for key in ("stage", "seed", "seconds", "device", "config", "before", "after", "memory"):
+        if result and key in result[0]:
+            told[key] = result[0][key]
+    return told
+
+
+def curves(folder):
+    """log.jsonl as {"step": [n, ..], "gold": [number or None, ..], ..}, thinned to about POINTS steps and the last."""
+    rows = lines(folder / "log.jsonl")
+    thin = rows[::math.ceil(len(rows) / POINTS) or 1]
+    if thin and thin[-1] is not rows[-1]:
+        thin.append(rows[-1])
+    found = {}
+    for key in ["step", *CURVES]:
+        column = [row.get(key) for row in thin]
+        if any(value is not None for value in column):
+            found[key] = column
+    return found
+
+
+def answers(folder, when="after"):
+    """What a finished policy says to the test prompts, and the gold of what it said before training: {"name", "rows":
+    [{"prompt", "family", "answer", its scores .., "start"}]}."""
+    if not (folder / "result.json").is_file():
+        return None
+    found = []
+    for row in lines(folder / "answers.jsonl", ROWS):
+        if isinstance(row.get("prompt"), str) and isinstance(row.get(when), dict):
+            start = (row.get("before") or {}).get("gold")
+            found.append({**row[when], "prompt": row["prompt"], "family": row.get("family"), "start": start})
+    return {"name": folder.name, "rows": found} if found else None
+
+
+def first_answers(folder):
+    """The same of the model that the run began with."""
+    return answers(folder, "before")
+
+
+def held_out(folder):
+    """Comparisons that a reward model has not learned from, with its rewards: {"name", "pairs"}."""
+    pairs = lines(folder / "held_out.jsonl", ROWS)
+    return {"name": folder.name, "pairs": pairs} if pairs else None
+
+
+def inspect(folder):
+    """Every number of a few responses, in the first and in the last iteration of a PPO run."""
+    return {**read_json(folder / "inspect.json"), "name": folder.name}
+
+
+def constitutional_round(folder):
+    """Chains and comparisons of one round of cai.py, some of each, and what was wrong with how many revisions."""
+    chains, faults = lines(folder / "chains.jsonl"), {}
+    for chain in chains:
+        for step in chain["chain"]:
+            kind = step["fault"] or "good"
+            faults[kind] = faults.get(kind, 0) + 1
+    by_critic = [row for row in lines(folder / "comparisons.jsonl") if "orders" in row]
+    if not chains and not by_critic:
+        return None
+    return {"name": f"{folder.parent.name}/{folder.name}", "chains": chains[:SOME], "faults": faults,
+            "comparisons": by_critic[:SOME], "critic": each(read_json, [folder / "critic.json"])}
+
+
+def climb(folder):
+    """A run of tests/hacking.py without a cure, and the best-of-N points of the model that it began with."""
+    best = []
+    for told in each(read_json, sorted(folder.parent.glob("evaluate_*/result.json"))):
+        best += told["best_of"]
+    return {"name": folder.parent.name, "log": curves(folder), "best": best}
+
+
+def main(arguments):
+    """The command line: `python -m data.page [OUT]`."""
+    if len(arguments) > 1 or arguments[:1] == ["--help"]:
+        print(__doc__)
+        return
+    out = Path(arguments[0] if arguments else "out")
+    if not out.is_dir():
+        raise InputError(f"{out}: no such folder; name the one that holds the runs, or make it by python ppo.py")
+    print(write_page(out))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,283 @@
+"""What a run measured: answers to test prompts and their figures, tables, health in words, one PPO iteration token by
+token, and the page."""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import InputError, formats, sample, world
+from model import compare_policies, pad_batch, token_logprobs, token_values
+
+PROBES = 12       # test prompts whose answers stand in samples.txt
+MEASURED = 48     # longest answer to a test prompt of the tiny world, in tokens: the same whoever measures
+
+
+def table(columns):
+    """Text table of {column: {row: number}}; rows in order of first appearance."""
+    names = []
+    for column in columns.values():
+        names += [name for name in column if name not in names]
+    lines = [" " * 20 + "".join(f"{title:>{max(12, len(title) + 2)}}" for title in columns)]
+    for name in names:
+        line = f"{name:20}"
+        for title, column in columns.items():
+            cell = f"{column[name]:.3f}" if name in column else ""
+            line += f"{cell:>{max(12, len(title) + 2)}}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def samples_text(title, prompts, answers):
+    """The answers (texts) to a few prompts (messages), for samples.txt and the screen."""
+    lines = [f"--- {title}\n"]
+    for prompt, answer in zip(prompts, answers):
+        lines.append(f"  {prompt[-1]['content']}\n    -> {answer.strip()}\n")
+    return "".join(lines)
+
+
+def write_page(folder):
+    """Write out/index.html over all runs beside a folder. Returns a sentence that says where it is; a page is never a
+    reason to fail."""
+    try:
+        from data.page import write_page as write
+        return f"all runs on one page: {write(Path(folder).parent)}"
+    except Exception as e:
+        return f"(no page: {type(e).__name__}: {e})"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Measuring a policy.
+
+
+@dataclass
+class Tests:
+    """The prompts a policy is measured on: the tiny world's test prompts, which gold can judge, or some of one's own."""
+    rows: list          # prompt rows
+    graded: bool        # whether gold can judge the answers
+    max_new: int        # longest answer, in tokens
+
+    @property
+    def prompts(self):
+        return [row["prompt"] for row in self.rows]
+
+
+def test_prompts(model, tok, max_new, own_rows=None, path=""):
+    """The tiny world's test prompts, or 32 different prompts of rows of one's own, that leave room for an answer in the
+    model's context. InputError: none does."""
+    graded = own_rows is None
+    rows = world.rows("test") if graded else [{"prompt": p} for p in formats.prompts_of(own_rows, 32)]
+    max_new = MEASURED if graded else max_new
+    fitting = sample.short_enough(tok, rows, model.cfg.max_len - max_new)
+    if not fitting:
+        raise InputError(f"{path or 'test prompts'}: no prompt leaves room for --max_new {max_new} tokens in the model's "
+                         f"context of {model.cfg.max_len}")
+    return Tests(fitting, graded, max_new)
+
+
+def measure(sampler, tok, tests, generator):
+    """What a policy says to the test prompts, at temperature 1: figures {name: mean} and Answers."""
+    texts, prompt_ids, ids = sample.respond(sampler, tok, tests.prompts, tests.max_new, generator)
+    figures = world.report(tests.rows, texts) if tests.graded else {}
+    answers = [{"answer": text.strip()} for text in texts]
+    if tests.graded:
+        for row, answer in zip(tests.rows, answers):
+            answer |= world.judge(row, answer["answer"])
+    figures |= {"length": sum(map(len, ids)) / len(ids),
+                "eos_rate": sum(sample.ended(tok, x) for x in ids) / len(ids),
+                "distinct_2": distinct_n(ids, 2)}
+    return figures, Answers(texts, prompt_ids, ids, answers)
+
+
+@dataclass
+class Answers:
+    """What `measure` heard, one entry a test prompt."""
+    texts: list         # str
+    prompt_ids: list    # lists of ids
+    ids: list           # lists of ids
+    scored: list        # {"answer": str, "gold": .., ..}
+
+
+def add_rewards(figures, scored, rewards):
+    """Add rewards (list of floats) to the `scored` answers they belong to, and their mean to the figures."""
+    for answer, reward in zip(scored, rewards):
+        answer["reward"] = reward
+    figures["reward"] = sum(rewards) / len(rewards)
+
+
+def answer_rows(tests, before, after):
+    """The rows of answers.jsonl: before and after are the `scored` of two Answers."""
+    rows = []
+    for row, one, two in zip(tests.rows, before, after):
+        family = {"family": row["family"]} if "family" in row else {}
+        rows.append({"prompt": row["prompt"][-1]["content"]} | family | {"before": one, "after": two})
+    return rows
+
+
+def distinct_n(responses, n):
+    """Different n-grams / all n-grams over responses (lists of ids): near 0 when the model says one thing to everybody
+    (Li et al. 2016, arXiv:1510.03055)."""
+    grams = []
+    for ids in responses:
+        grams += [tuple(ids[i: i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def mean_kl(policy, reference, tok, prompts, answers, batch=16):
+    """Mean KL(policy || reference) per answer and mean entropy per token, in nats, exact over the vocabulary at every
+    token of answers (lists of ids), which follow prompts (lists of ids)."""
+    device, kl, entropy = policy.wte.weight.device, 0.0, 0.0
+    for i in range(0, len(prompts), batch):
+        rows, answer = [], []
+        for prompt, ids in zip(prompts[i: i + batch], answers[i: i + batch]):
+            rows.append(prompt + ids)
+            answer.append([0] * len(prompt) + [1] * len(ids))
+        ids, _ = pad_batch(rows, tok.pad_id, device)                                  # (B, T)
+        mask = pad_batch(answer, 0, device)[0].bool()                                 # (B, T)
+        _, _, kl_part, entropy_part = compare_policies(policy, reference, ids, mask)
+        kl += kl_part.sum().item()
+        entropy += entropy_part.sum().item()
+    return kl / len(prompts), entropy / max(1, sum(map(len, answers)))
+
+
+@torch.no_grad()
+def bits_per_byte(model, ids, n_bytes, length=128, batch=32):
+    """Compression of a text: total -log2 p of its ids (N,), cut into windows, divided by its length in bytes."""
+    ids = ids[: len(ids) // length * length].view(-1, length)
+    nll = 0.0
+    for x in ids.split(batch):
+        nll -= token_logprobs(model, x, torch.ones_like(x, dtype=torch.bool)).double().sum().item()
+    return nll / math.log(2) / n_bytes
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Health of a PPO run, in words.
+
+
+def means(rows):
+    """Mean of every figure of the last of some log rows, over the rows that have it."""
+    out = {}
+    for name in rows[-1]:
+        values = [row[name] for row in rows if name in row]
+        out[name] = sum(values) / len(values)
+    return out
+
+
+def health(history, cfg=None):
+    """What is wrong with a PPO run, {name: sentence}, from its log rows so far (list of dicts). Compares the last five with
+    the first five, and says nothing while there are fewer than ten. No advice names what cfg has on already."""
+    if len(history) < 10:
+        return {}
+    old, now, said = means(history[:5]), means(history[-5:]), {}
+    if now["kl"] < -0.1:
+        said["negative KL"] = (
+            f"the KL is estimated at {now['kl']:.2f}, and no KL is negative: the log-probs are not those of what was "
+            "sampled from; see the checks before the first update, try --dtype float32")
+    if now["eos_rate"] < min(0.9, old["eos_rate"] - 0.1):
+        said["EOS rate"] = (
+            f"only {now['eos_rate']:.2f} of the responses end, it was {old['eos_rate']:.2f}: rambling pays; try a "
+            "larger --eos_penalty, or a larger --max_new if good answers need it")
+    if now["entropy"] < 0.05 * old["entropy"]:
+        said["entropy"] = (
+            f"it fell from {old['entropy']:.3f} to {now['entropy']:.3f} nats per token: the policy has stopped "
+            "exploring; try --entropy_coef 0.01, a larger --kl_coef or a smaller --lr")
+    if now.get("unique", 1) < 0.3 * old.get("unique", 1):
+        said["identical responses"] = (
+            f"only {now['unique']:.2f} of them differ, it was {old['unique']:.2f}: one answer pays for many prompts; "
+            "read the samples, try a larger --kl_coef or --entropy_coef 0.01")
+    if now["length"] > 1.5 * old["length"]:
+        said["length"] = (
+            f"it grew from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for talk; try a larger "
+            "--kl_coef, or a --reward function that takes something off for length")
+    if now["length"] < 0.5 * old["length"]:
+        said["length"] = (
+            f"it shrank from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for brevity; read the "
+            "samples, try a larger --kl_coef or a smaller --eos_penalty")
+    if now.get("clipfrac", 0) > 0.3 or now.get("approx_kl", 0) > 0.1:
+        said["ratio"] = (
+            f"{now['clipfrac']:.2f} of the ratios are clipped and approx_kl is {now['approx_kl']:.3f}: the steps are "
+            "too large; try a smaller --lr or fewer --epochs")
+    if len(history) >= 20 and "value_loss" in now and now["explained_var"] <= 0:
+        said["value model"] = (
+            f"it explains {now['explained_var']:.2f} of the variance of the returns, where a constant explains 0: try a "
+            "larger --value_lr or --value_warmup, or do without: --advantage rloo --group 4")
+    if "gold" in now:
+        hacking = reward_hacking(history, now, cfg)
+        if hacking:
+            said["reward hacking"] = hacking
+    return said
+
+
+def reward_hacking(history, now, cfg):
+    """A sentence where gold has fallen since its best five iterations in a row while the reward rose; else ""."""
+    golds = [row["gold"] for row in history]
+    starts = range(len(golds) - 4)
+    at = max(starts, key=lambda i: sum(golds[i: i + 5]))
+    best = means(history[at: at + 5])
+    if now["gold"] >= best["gold"] - 0.05 or now["reward"] <= best["reward"]:
+        return ""
+    cures = [f"--kl_budget {best['kl_exact']:.1f}", "a larger --kl_coef", "several reward models with --ensemble min"]
+    if cfg is None or not cfg.relabel:
+        cures.insert(0, "--relabel 1")
+    return (f"gold fell from {best['gold']:.2f} to {now['gold']:.2f} while the reward rose from {best['reward']:.2f} to "
+            f"{now['reward']:.2f}: the policy exploits the reward model (Goodhart's law); try {', '.join(cures[:-1])}, "
+            f"or {cures[-1]}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One PPO iteration, token by token.
+
+INSPECTED = 3     # responses
+
+
+def inspection(policy, value, tok, ids, mask, numbers, cfg):
+    """The numbers of the first responses of an iteration, for inspect.json. ids, mask: (B, T). numbers: {"score": (B,), and
+    (B, T) tensors of before the update: "logp", "ref_logp", "reward", "value", "advantage", "whitened", "return"}; the
+    models are those of after the update."""
+    ids, mask = ids[:INSPECTED], mask[:INSPECTED]
+    with torch.no_grad():
+        logp = token_logprobs(policy, ids, mask, cfg.temperature)                     # (n, T)
+        values = torch.zeros_like(logp) if value is None else token_values(value, ids, mask)
+    ratio = (logp - numbers["logp"][:INSPECTED]).exp()
+    # clipped: clip(ratio) A is the smaller one in min(ratio A, clip(ratio) A), so that the token has no gradient
+    up = numbers["whitened"][:INSPECTED] > 0
+    clipped = torch.where(up, ratio > 1 + cfg.clip, ratio < 1 - cfg.clip)
+
+    responses = []
+    for i in range(len(ids)):
+        m = mask[i]
+        tokens = ["<eos>" if t in tok.eos_ids else tok.decode([t]) for t in ids[i][m].tolist()]
+        start = int(m.long().argmax())
+        before = {name: x[i][m].tolist() for name, x in numbers.items() if name != "score"}
+        after = {"logp": logp[i][m].tolist(), "value": values[i][m].tolist(), "ratio": ratio[i][m].tolist(),
+                 "clipped": clipped[i][m].tolist()}
+        responses.append({"prompt": tok.decode(ids[i, :start].tolist()).strip(), "response": "".join(tokens).strip(),
+                          "score": numbers["score"][i].item(), "ended": tokens[-1] == "<eos>", "tokens": tokens,
+                          "before": before, "after": after})
+    raw = numbers["advantage"][numbers["whitened"] != 0]
+    return {"gamma": cfg.gamma, "lam": cfg.lam, "clip": cfg.clip, "advantage": cfg.advantage,
+            "mean": raw.mean().item(), "std": raw.std(correction=0).item(), "responses": responses}
+
+
+def inspection_text(page):
+    """One response of an `inspection` as text of 100 columns: the numbers behind every equation of ppo.py."""
+    response = page["responses"][0]
+    before, after = response["before"], response["after"]
+    lines = [response["prompt"], f"    -> {response['response']}", "",
+             f"iteration {page['iteration']}: score r(x, y) = {response['score']:.4f}, beta = {page['beta']:g}, "
+             f"gamma = {page['gamma']:g}, lam = {page['lam']:g}, eps = {page['clip']:g}",
+             "R_t = -beta (logp - ref), plus r at the last token;  return = A + V;  ratio = exp(new logp - logp)",
+             f"adv -> whitened (gae): minus the mean {page['mean']:.4f}, over the standard deviation {page['std']:.4f} "
+             "of all tokens", "",
+             "before the update"]
+    names = ("logp", "ref_logp", "reward", "value", "advantage", "whitened", "return")
+    lines.append(f"{'t':>3} {'token':14}" + "".join(f"{name:>11}" for name in ("logp", "ref", "R", "V", "A", "whitened",
+                                                                               "return")))
+    for t, token in enumerate(response["tokens"]):
+        cells = "".join(f"{before[name][t] + 0.0:>11.5f}" for name in names)
+        lines.append(f"{t:>3} {token!r:14.14}{cells}")
+    lines += ["", "after it", f"{'t':>3} {'token':14}{'logp':>11}{'V':>11}{'ratio':>11}    clipped"]
+    for t, token in enumerate(response["tokens"]):
+        cells = "".join(f"{after[name][t] + 0.0:>11.5f}" for name in ("logp", "value", "ratio"))
+        lines.append(f"{t:>3} {token!r:14.14}{cells}    {'yes' if after['clipped'][t] else 'no'}")
+    return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""Answers sampled from a policy, rewards of answers as text, and comparisons of them."""
+from itertools import combinations
+
+import torch
+
+from data import parallel, world
+from model import answer_rewards, pad_batch
+
+
+def respond(model, tok, prompts, max_new, generator, temperature=1.0, batch=256):
+    """One answer per prompt (lists of messages), of at most max_new tokens. Returns texts, prompts as ids and answers as
+    ids, lists in the order of the prompts; batches are sorted by length so that little is padded. All draws come from
+    generator, a CPU one."""
+    rows = [tok.render(prompt, generation_prompt=True)[0] for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    answers = [None] * len(rows)
+    for start in range(0, len(order), batch):
+        part = order[start: start + batch]
+        draws = torch.rand(len(part), max_new, dtype=torch.float64, generator=generator)
+        ids, mask, _ = parallel.sample(model, tok, [rows[i] for i in part], draws, temperature)
+        for i, x, m in zip(part, ids.cpu(), mask.cpu()):
+            answers[i] = x[m].tolist()
+    return [tok.decode(ids) for ids in answers], rows, answers
+
+
+def ended(tok, ids):
+    """Whether an answer (list of ids) came to an end, instead of being cut off at the longest length."""
+    return bool(ids) and ids[-1] in tok.eos_ids
+
+
+def short_enough(tok, rows, longest):
+    """The rows whose prompt takes at most `longest` tokens."""
+    return [row for row in rows if len(tok.render(row["prompt"], generation_prompt=True)[0]) <= longest]
+
+
+def different_answers(model, tok, rows, counts, max_new, generator, temperature=1.0):
+    """counts[i] answers to the prompt of rows[i], without those that are empty, do not end, or stand there already: one
+    list of texts per row."""
+    at = []
+    for i, count in enumerate(counts):
+        at += [i] * count
+    texts, _, ids = respond(model, tok, [rows[i]["prompt"] for i in at], max_new, generator, temperature)
+    found = [[] for _ in rows]
+    for i, text, answer in zip(at, texts, ids):
+        text = text.strip()
+        if ended(tok, answer) and text and text not in found[i]:
+            found[i].append(text)
+    return found
+
+
+def all_pairs(rows, answers):
+    """[(row, a, b)] of every two of the different answers to each row's prompt."""
+    pairs = []
+    for row, texts in zip(rows, answers):
+        pairs += [(row, a, b) for a, b in combinations(texts, 2)]
+    return pairs
+
+
+def preference_row(row, a, b, p, **more):
+    """A comparison as reward.py and dpo.py read it, of which a share p prefers a."""
+    if p < 0.5:
+        a, b, p = b, a, 1 - p
+    return {"prompt": row["prompt"], "chosen": a, "rejected": b, "label": p} | more
+
+
+def annotated(pairs, annotator, rng):
+    """Preference rows of pairs [(row, a, b)] by the tiny world's annotator. "ceiling" is its own chance to choose right,
+    which bounds what any reward model can reach."""
+    utilities = [(annotator.utility(row, a), annotator.utility(row, b)) for row, a, b in pairs]
+    noise = annotator.noise_for([u - v for u, v in utilities])
+    rows = []
+    for (row, a, b), (u, v) in zip(pairs, utilities):
+        p = world.annotate(u, v, noise, rng)
+        sure = world.choice_probability(u - v, noise)
+        rows.append(preference_row(row, a, b, p, ceiling=max(sure, 1 - sure)))
+    return rows
+
+
+@torch.no_grad()
+def rewards(model, tok, prompts, texts, batch=64):
+    """Rewards (list of floats) of one answer (str) to each prompt (messages) by a reward model, read at the EOS."""
+    device = model.wte.weight.device
+    rows = []
+    for prompt, text in zip(prompts, texts):
+        given, answer = tok.render_answer(prompt, text.strip())
+        rows.append(given + answer)
+    out, order = [0.0] * len(rows), sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), batch):
+        part = order[start: start + batch]
+        ids, real = pad_batch([rows[i] for i in part], tok.pad_id, device)
+        for i, r in zip(part, answer_rewards(model, ids, real).tolist()):
+            out[i] = r
+    return out
+

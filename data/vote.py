@@ -1,0 +1,236 @@
+"""Pairs of answers that people vote on: here in the terminal, and those that reward.py leaves for the page.
+
+    python -m data.vote                                   answers of out/sft; out/reward says what it thinks
+    python -m data.vote --policy gpt2 --data mine.jsonl   your policy, your prompts (formats: data/formats.py)
+
+Each vote is a line of votes.jsonl in --out, on the disk before the next question is asked, so that Ctrl-C or
+a lost connection costs nothing. The next session leaves out the prompts voted on. reward.py and dpo.py learn
+from that file.
+"""
+import json
+import os
+import random
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import formats, sample, world, write_atomic
+from data.checkpoint import load
+from data.run import need, program, seeded, setup
+from model import frozen, sampling_copy
+
+KEYS = "1, 2, t(ie), s(kip), u(ndo), q(uit)"
+
+
+@dataclass
+class Config:
+    """The flags of `python -m data.vote`."""
+    # Who answers, and who is asked what it thinks of it
+    policy: str = ""              # models that answer, A or A,B (default: sft)
+    reward: str = ""              # reward model (default: reward; with a --policy of your own: none)
+    k: int = 4                    # answers per question, shared among the policies; two are shown
+    max_new: int = 48             # longest answer, in tokens
+    temperature: float = 1.0      # of sampling
+    # Prompts and votes
+    data: str = ""                # prompts (default: the tiny world's)
+    out: str = ""                 # folder of votes.jsonl (default: out/vote; with your data out/mine/vote)
+    seed: int = 0                 # every random draw comes from it
+    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pairs. A pair is {"prompt": messages, "a": str, "b": str}; it may have a "label", P(a over b).
+
+
+def fits(pair, tok, max_len):
+    """Whether both answers of a pair, each behind the prompt, are at most max_len tokens."""
+    for text in (pair["a"], pair["b"]):
+        prompt, answer = tok.render_answer(pair["prompt"], text)
+        if len(prompt) + len(answer) > max_len:
+            return False
+    return True
+
+
+def some_pairs(rows, tok, max_len, seed, n=60):
+    """Labelled pairs of preference rows: of each of the first n prompts the first comparison that fits into
+    max_len tokens. Which of its answers is a is drawn, so that one can vote on them."""
+    rng, seen, found = random.Random(seed), set(), []
+    for row in rows:
+        pair = {"prompt": row["prompt"], "a": row["chosen"], "b": row["rejected"], "label": row["label"]}
+        prompt = str(row["prompt"])
+        if len(found) == n or prompt in seen or not fits(pair, tok, max_len):
+            continue
+        seen.add(prompt)
+        if rng.random() < 0.5:
+            pair |= {"a": row["rejected"], "b": row["chosen"], "label": 1 - row["label"]}
+        found.append(pair)
+    return found
+
+
+def scored(pairs, model, tok):
+    """The same pairs with a reward model's rewards "r_a" and "r_b" and, where the prompt is the tiny world's,
+    with its "family" and the gold "gold_a" and "gold_b"."""
+    prompts = [pair["prompt"] for pair in pairs]
+    r_a = sample.rewards(model, tok, prompts, [pair["a"] for pair in pairs])
+    r_b = sample.rewards(model, tok, prompts, [pair["b"] for pair in pairs])
+    known, out = {str(row["prompt"]): row for row in world.rows("preference")}, []
+    for i, pair in enumerate(pairs):
+        pair = pair | {"r_a": r_a[i], "r_b": r_b[i]}
+        row = known.get(str(pair["prompt"]))
+        if row:
+            gold_a, gold_b = world.gold([row, row], [pair["a"], pair["b"]])
+            pair |= {"family": row["family"], "gold_a": gold_a, "gold_b": gold_b}
+        out.append(pair)
+    return out
+
+
+def as_text(pair):
+    """The answers of a scored and labelled pair with their rewards, the chosen one first, for samples.txt."""
+    sides = ("a", "b") if pair["label"] >= 0.5 else ("b", "a")
+    names = ("tie", "tie") if pair["label"] == 0.5 else ("chosen", "rejected")
+    lines = []
+    for side, name in zip(sides, names):
+        text = pair[side].strip().replace("\n", "\n" + " " * 24)
+        lines.append(f"{name:9}{pair['r_' + side]:+6.2f}  {text}")
+    return "\n       ".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The terminal.
+
+
+def questions(policies, rows, cfg):
+    """Pairs to vote on, made one at a time: two different answers of policies [(model, tok)] to the prompt of
+    each of rows. A prompt that is too long, or has no two different answers that end, is passed over."""
+    for row in rows:
+        rng, answers = random.Random(f"{cfg.seed} {row['prompt']}"), []     # whatever was asked before
+        for n, (model, tok) in enumerate(policies):
+            count = cfg.k // len(policies) + (n < cfg.k % len(policies))
+            if not sample.short_enough(tok, [row], model.cfg.max_len - cfg.max_new):
+                continue
+            generator = seeded(rng.getrandbits(32), 0)
+            [texts] = sample.different_answers(model, tok, [row], [count], cfg.max_new, generator,
+                                               cfg.temperature)
+            answers += [text for text in texts if text not in answers]
+        if len(answers) > 1:
+            a, b = rng.sample(answers, 2)
+            yield {"prompt": row["prompt"], "a": a, "b": b}
+
+
+def read_votes(path):
+    """The votes in a file, [] if there is none yet. A last line without its end gets one: what a power cut
+    left half written shall not swallow the next vote. InputError: a line is broken."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = path.read_bytes() if path.exists() else b""
+    if there and not there.endswith(b"\n"):
+        write_atomic(path, there + b"\n")
+    return formats.load(path, "preference")[0] if there else []
+
+
+def write_vote(path, vote):
+    """Append a vote and wait until the disk has it."""
+    with open(path, "ab") as f:
+        f.write(json.dumps(vote).encode() + b"\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def take_back(path):
+    """Remove the last vote from the file."""
+    lines = path.read_bytes().rstrip().split(b"\n")[:-1]
+    write_atomic(path, b"".join(line + b"\n" for line in lines))
+
+
+def ask(pair, n_votes):
+    """Show a pair and wait for one of the keys. EOFError: the input has ended."""
+    print()
+    for turn in pair["prompt"]:
+        print(f"{turn['role']}: {turn['content']}")
+    for number, side in (("1", "a"), ("2", "b")):
+        text = pair[side].replace("\n", "\n     ")
+        print(f"\n  {number}  {text}")
+    key = ""
+    while key not in ("1", "2", "t", "s", "u", "q"):
+        key = input(f"\n[{n_votes} votes] {KEYS}> ").strip()[:1].lower()
+    return key
+
+
+def opinion(pair, model, tok, agreed):
+    """What a reward model thinks of a pair that has been voted on, as text. agreed: whether it agreed with the
+    votes so far, None for ties; this one is appended."""
+    if not fits(pair, tok, model.cfg.max_len):
+        agreed.append(None)
+        return f"(longer than the {model.cfg.max_len} tokens that the reward model reads)"
+    r_a, r_b = sample.rewards(model, tok, [pair["prompt"]] * 2, [pair["a"], pair["b"]])
+    tie = pair["label"] == 0.5
+    agreed.append(None if tie else (r_a > r_b) == (pair["label"] > 0.5))
+    p = world.choice_probability(r_a - r_b, noise=1)      # sigmoid (Bradley & Terry 1952)
+    text = f"reward model: 1 {r_a:+.2f}, 2 {r_b:+.2f}, P(1 over 2) = {p:.2f}"
+    if tie:
+        return f"{text}, and you called it a tie"
+    return f"{text}; it agreed with you in {agreed.count(True)} of {len(agreed) - agreed.count(None)}"
+
+
+def main(cfg):
+    """Ask for votes until the prompts or the patience end."""
+    device = setup(cfg)
+    path = Path(cfg.out) / "votes.jsonl"
+    votes = read_votes(path)
+    reward = cfg.reward or ("" if cfg.policy else need(cfg, "reward"))
+    names = [cfg.policy or need(cfg, "sft")]
+    if not Path(names[0]).exists():      # a folder may have a comma in its name
+        names = names[0].split(",")
+
+    # The models, and the prompts that have no vote yet.
+    policies = []
+    for name in names:
+        model, tok = load(name)
+        policies.append((sampling_copy(frozen(model)).to(device), tok))
+    if reward:
+        reward_model, reward_tok = load(reward, head="score")
+        reward_model = frozen(reward_model).to(device)
+    rows, _ = formats.load(cfg.data or world.TINY / "preference.jsonl", "prompt")
+    seen = [vote["prompt"] for vote in votes]
+    rows = [row for row in random.Random(cfg.seed).sample(rows, len(rows)) if row["prompt"] not in seen]
+    new, again, agreed = questions(policies, rows, cfg), [], []     # again: asked anew, the last one first
+
+    try:
+        while True:
+            pair = again.pop() if again else next(new, None)
+            if pair is None:
+                print("\nno prompt is left that has two different answers")
+                break
+            key = ask(pair, len(votes))
+            if key == "q":
+                break
+            if key == "s":
+                continue
+
+            # Take back the last vote, also one of an earlier session, and ask it again, then this one.
+            if key == "u":
+                again.append(pair)
+                if votes:
+                    take_back(path)
+                    last = votes.pop()
+                    a, b = sorted((last["chosen"], last["rejected"]))
+                    again.append({"prompt": last["prompt"], "a": a, "b": b})
+                    agreed = agreed[:-1]
+                continue
+
+            # A vote.
+            chosen, rejected = (pair["b"], pair["a"]) if key == "2" else (pair["a"], pair["b"])
+            label = 0.5 if key == "t" else 1.0
+            votes.append({"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected, "label": label})
+            write_vote(path, votes[-1])
+            if reward:
+                pair["label"] = {"1": 1.0, "2": 0.0, "t": 0.5}[key]
+                print("\n    " + opinion(pair, reward_model, reward_tok, agreed), flush=True)
+    except (EOFError, KeyboardInterrupt):
+        print()
+    print(f"{len(votes)} votes in {path}; to learn from them: "
+          f"python reward.py --init {reward or names[0]} --data {path}")
+
+
+if __name__ == "__main__":
+    program(main, Config, __doc__)
