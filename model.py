@@ -518,6 +518,8 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
 # ------------------------------------------------------------------------------------------------------------
 # What a model says of tokens and answers. Each reads only as many columns as the longest answer needs.
 
+LOGITS = 2 ** 28   # so many logits at a time, 1 GB in fp32
+
 
 def last_token(mask):
     """Position (B,) of the last True of each row of a mask (B, T)."""
@@ -544,8 +546,8 @@ def logprobs_from(model, hidden, ids, mask, temperature=1.0, entropy=False):
     h, y = hidden[:, :-1].flatten(0, 1)[at], ids[:, 1:].flatten()[at]    # (N, C), (N,): token t is predicted at t - 1
     w, V = model.head(), model.cfg.vocab_size
 
-    # Some rows at a time, so that at most 1 GB of logits exists; where there are many, again in the backward pass.
-    rows = max(1, 2 ** 28 // V)
+    # Some rows at a time; where there are many, again in the backward pass.
+    rows = max(1, LOGITS // V)
     again = torch.is_grad_enabled() and len(y) > rows
     parts = []
     for h_part, y_part in zip(h.split(rows), y.split(rows)):
@@ -596,7 +598,7 @@ def compare_policies(policy, reference, ids, mask, temperature=1.0):
     hidden, ref_hidden = policy(ids[:, :T])[rows, before], reference(ids[:, :T])[rows, before]     # (N, C)
     y = ids[rows, before + 1][:, None]                                                             # (N, 1)
     out = torch.zeros(4, *ids.shape, device=ids.device)
-    n = max(1, 2 ** 27 // policy.cfg.vocab_size)
+    n = max(1, LOGITS // (2 * policy.cfg.vocab_size))
     for i in range(0, len(y), n):
         logp = (policy.logits(hidden[i: i + n]).float() / temperature).log_softmax(-1)             # (n, V)
         ref_logp = (reference.logits(ref_hidden[i: i + n]).float() / temperature).log_softmax(-1)

@@ -249,12 +249,12 @@ def weights_of(cfg, n):
 
 
 def encode_pairs(rows, tok):
-    """Preference rows -> [(ids of prompt + chosen answer, ids of prompt + rejected answer, P(chosen))]."""
+    """Preference rows -> [(prompt, chosen answer, rejected answer, P(chosen))], tuples of ids."""
     pairs = []
     for row in rows:
         prompt, chosen = tok.render_answer(row["prompt"], row["chosen"])
         _, rejected = tok.render_answer(row["prompt"], row["rejected"])
-        pairs.append((tuple(prompt + chosen), tuple(prompt + rejected), row["label"]))
+        pairs.append((tuple(prompt), tuple(chosen), tuple(rejected), row["label"]))
     return pairs
 
 
@@ -284,7 +284,8 @@ class Relabelling:
             texts.append([text for text in dict.fromkeys(finished) if text])
         new = encode_pairs(annotated(all_pairs(rows, texts), self.annotator, draw), self.tok)
         old = self.first_pairs + self.later_pairs
-        figures = self.learn(new, draw.sample(old, min(64, len(old))), optimizer)
+        n_old = 64 + -len(new) % (8 * self.run.cfg.minibatches)    # steps that divide evenly over up to 8 processes
+        figures = self.learn(new, draw.sample(old, min(n_old, len(old))), optimizer)
         self.later_pairs = (self.later_pairs + new)[-10000:]
         return figures
 
@@ -298,17 +299,17 @@ class Relabelling:
         for start in range(0, len(pairs), size):
             batch = pairs[start: start + size]
             batch = batch[: len(batch) // WORLD * WORLD]
-            lengths = [len(pair[0]) for pair in batch]
+            lengths = [len(prompt) for prompt, *_ in batch]     # keeps the pairs of a prompt side by side
             for part in micro_batches(range(len(batch)), lengths, cfg.micro_batch):
                 # Every different answer is scored once, r (N,); i and j say which are compared.
-                number = {}
+                number, i, j = {}, [], []
                 for k in part:
-                    number.setdefault(batch[k][0], len(number))
-                    number.setdefault(batch[k][1], len(number))
+                    prompt, chosen, rejected, *_ = batch[k]
+                    i.append(number.setdefault(prompt + chosen, len(number)))
+                    j.append(number.setdefault(prompt + rejected, len(number)))
                 ids, real = pad_batch(list(number), self.tok.pad_id, device)           # (N, T)
                 r = answer_rewards(self.model, ids, real)                              # (N,)
-                i, j = [number[batch[k][0]] for k in part], [number[batch[k][1]] for k in part]
-                p, is_new = torch.tensor([batch[k][2:] for k in part], device=device).T
+                p, is_new = torch.tensor([batch[k][3:] for k in part], device=device).T
 
                 d = r[i] - r[j]
                 loss = -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + self.center * (r[i] + r[j]) ** 2 / 2

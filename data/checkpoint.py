@@ -87,8 +87,10 @@ def check_folder(folder):
         raise CheckpointError(f"{folder}: a LoRA adapter of {base} without that model; merge the two first "
                               "(peft: merge_and_unload) and save the whole")
     others = [name for name in sorted(names) if name.endswith((".bin", ".pth", ".gguf", ".safetensors"))]
-    instead = f" but {others[0]}, which is not read; save it with transformers' save_pretrained"
-    require(weights, f"{folder}: has no {WEIGHTS}{instead if others else ''}")
+    if others and not weights:
+        raise CheckpointError(f"{folder}: has {others[0]} but no {WEIGHTS}, which transformers' save_pretrained "
+                              "makes; pickled weights are never opened")
+    require(weights, f"{folder}: has no {WEIGHTS}")
     require("config.json" in names, f"{folder}: has no config.json")
 
 
@@ -118,8 +120,8 @@ def load_weights(path, head=None):
 def save_folder(folder, cfg, state, tok, extra_files={}):
     """Save a checkpoint in Hugging Face layout; all of it replaces the one before, or nothing does.
 
-    Beside weights, tokenizer and config, extra_files {name: bytes, str, or a function that writes to the path it
-    is given} become part of the same checkpoint; other files stay as they are.
+    Beside weights, tokenizer and config, extra_files {name: bytes, str, or a function that writes to the path
+    it is given} become part of the same checkpoint; other files stay as they are.
     1. every file is written beside its place as .NAME.new and synced: the last good checkpoint is untouched;
     2. the list of names is renamed to .commit and synced: from here on the new checkpoint counts;
     3. each .NAME.new is renamed into place, the weights first, config.json last, and .commit is removed.
@@ -187,7 +189,7 @@ def plain_names(names, where):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The hub. Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_CACHE or HF_HOME; NANORLHF_CACHE is ours.
+# The hub. Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_CACHE or HF_HOME, and NANORLHF_CACHE.
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 NEEDED = ("config.json", "tokenizer.json")
@@ -198,8 +200,8 @@ WHY = {401: " (no such model, or a gated one: accept its licence on the hub and 
 
 
 def fetch_hub(name):
-    """Folder with a hub model such as 'gpt2' or 'Qwen/Qwen2.5-0.5B-Instruct': from the cache of Hugging Face's
-    libraries, or from ours, to which what is missing is downloaded. CheckpointError: it cannot be had."""
+    """Folder with a hub model such as 'gpt2' or 'Qwen/Qwen2.5-0.5B-Instruct': in the cache of Hugging Face's
+    libraries, or in ours, to which what is missing is downloaded. CheckpointError: it cannot be had."""
     require(HUB_NAME.fullmatch(name) and ".." not in name,
             f"{name!r} is neither a folder nor the name of a hub model")
     home = os.path.expanduser("~")                    # stays "~" for a user without a home folder
@@ -230,14 +232,14 @@ def fetch_hub(name):
                 download(base + file, folder / file)
     except (OSError, http.client.HTTPException) as e:
         what = f"{getattr(e, 'url', base)}: {e}{WHY.get(getattr(e, 'code', 0), '')}"
-        raise CheckpointError(f"{name} is no folder here and cannot be fetched from {what}. To do it by hand, put "
-                              f"{', '.join(NEEDED)} and {WEIGHTS} into {folder}") from None
+        raise CheckpointError(f"{name} is no folder here and cannot be fetched from {what}. To do it by hand, "
+                              f"put {', '.join(NEEDED)} and {WEIGHTS} into {folder}") from None
     return folder
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, never from https to anything else, and notes what they say of a file's size and hash:
-    the hub sends these with the redirect to a file, not with the file."""
+    """Follows redirects, never from https to anything else, and notes a file's size and hash, which the hub
+    sends with the redirect to it."""
 
     def __init__(self):
         self.noted = {}
@@ -252,7 +254,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 def download(url, path, needed=True):
     """Fetch url to path, unless it is there, or the server has none and it is not needed. A broken transfer
     leaves PATH.part, which the next call continues; the file gets its name only when its size, and its SHA-256
-    where the server states it, are right. One process at a time.
+    if the server states it, are right. One process at a time.
     Raises OSError or http.client.HTTPException (network), CheckpointError (wrong content)."""
     part, redirects = path.with_name(path.name + ".part"), Redirects()
     if path.exists():
@@ -345,8 +347,8 @@ def field(hf, key, default=0):
 
 
 def config_from_hf(hf):
-    """GPTConfig from the dict in a config.json. A field that would change the outputs in a way this GPT does not
-    implement raises CheckpointError."""
+    """GPTConfig from the dict in a config.json. CheckpointError: a field that would change the outputs in a way
+    this GPT does not implement."""
     kind = hf.get("model_type")
     check(kind in (*HF_CLASS, "mistral"), f"model_type {kind!r} is not one of {', '.join(HF_CLASS)}, mistral")
     for key, values in PLAIN.items():
@@ -375,14 +377,15 @@ def config_from_hf(hf):
 
     # Layers that look at a window only; Mistral's is 4096 where it does not say.
     layers, window = hf.get("layer_types") or [], hf.get("sliding_window", 4096)
-    check(isinstance(layers, list) and set(map(str, layers)) <= {"full_attention"}, f"layer_types: {layers!r}")
+    full = isinstance(layers, list) and set(map(str, layers)) <= {"full_attention"}
     if kind == "mistral" and window is not None:
-        check(field(hf, "sliding_window", 4096) >= common["max_len"], "sliding_window attention is not supported")
+        full = full and field(hf, "sliding_window", 4096) >= common["max_len"]
+    check(full, "sliding_window attention is not supported")
     return GPTConfig(**common)
 
 
 def rotary_from_hf(hf):
-    """(theta, scaling) of the rotary positions: in one dict (new), or in rope_theta and rope_scaling (old)."""
+    """(theta, scaling) of the rotary positions: in one dict (new) or in rope_theta and rope_scaling (old)."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     check(isinstance(rope, dict), f"rotary settings {rope!r} are not supported")
     rule = rope.get("rope_type", rope.get("type", "default"))
@@ -408,8 +411,8 @@ def dialect(cfg):
 
 
 def config_to_hf(cfg, tok):
-    """The dict for config.json. A scalar head becomes ...ForSequenceClassification, whose one logit is our score
-    plus reward_mean (kept in an extra field: their head has no bias to put it in)."""
+    """The dict for config.json. A scalar head becomes ...ForSequenceClassification, whose one logit is our
+    score plus reward_mean (kept in an extra field: their head has no bias to put it in)."""
     kind = dialect(cfg)
     head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
     if cfg.scalar_head:
@@ -424,7 +427,8 @@ def config_to_hf(cfg, tok):
     for ours, theirs in (GPT2_FIELDS if kind == "gpt2" else LLAMA_FIELDS).items():
         hf[theirs] = getattr(cfg, ours)
     if kind == "gpt2":
-        return hf | {"activation_function": "gelu_new", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        return hf | {"activation_function": "gelu_new", "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+                     "resid_pdrop": 0.0}
     scaling = {"rope_type": "llama3", **cfg.rope_scaling} if cfg.rope_scaling else None
     return hf | {"hidden_act": "silu", "rope_theta": cfg.rope_theta, "rope_scaling": scaling,
                  "attention_bias": kind == "qwen2"}
@@ -435,12 +439,13 @@ def config_to_hf(cfg, tok):
 
 GPT2_NAMES = {
     "wte": "transformer.wte", "wpe": "transformer.wpe", "ln_f": "transformer.ln_f", "h": "transformer.h",
-    "attn.qkv": ["attn.c_attn"], "attn.proj": ["attn.c_proj"], "mlp.up": ["mlp.c_fc"], "mlp.down": ["mlp.c_proj"]}
+    "attn.qkv": ["attn.c_attn"], "attn.proj": ["attn.c_proj"],
+    "mlp.up": ["mlp.c_fc"], "mlp.down": ["mlp.c_proj"]}
 LLAMA_NAMES = {
     "wte": "model.embed_tokens", "ln_f": "model.norm", "h": "model.layers",
     "ln_1": ["input_layernorm"], "ln_2": ["post_attention_layernorm"],
-    "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "attn.proj": ["self_attn.o_proj"],
-    "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
+    "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.proj": ["self_attn.o_proj"], "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
     "mlp.up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"]}
 
 
@@ -469,8 +474,8 @@ def weight_table(cfg):
 
 
 def weights_from_hf(tensors, cfg, drawn=()):
-    """Our state dict from Hugging Face names. A head that cfg has no use for is dropped; one of `drawn` that the
-    file lacks is left out, for the caller to draw. Any other missing, extra or misshaped tensor is an error."""
+    """Our state dict from Hugging Face names. A head that cfg has no use for is dropped; one of `drawn` that
+    the file lacks is left out, for the caller to draw. Else a missing, extra or misshaped tensor is an error."""
     prefix = "transformer." if dialect(cfg) == "gpt2" else "model."
     buffers = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")   # tables in old files
     left = {}                                         # {full name: name in the file}
@@ -479,13 +484,12 @@ def weights_from_hf(tensors, cfg, drawn=()):
         if not buffers.fullmatch(name):
             left[name if has_prefix else prefix + name] = name
 
-    # Where a file contradicts a tied head: one that differs is kept (as transformers does), one alone is the
-    # embedding.
-    embedding = next(weight_table(cfg))[1][0][0]
+    # A head that differs from the embedding is kept, whatever the config says (transformers does the same). One
+    # that a file has in place of the embedding is both.
+    _, [(embedding, _)], _ = next(weight_table(cfg))
     if cfg.tie and "lm_head.weight" in left:
         same = left.setdefault(embedding, "lm_head.weight")
-        tie = torch.equal(tensors[same].float(), tensors["lm_head.weight"].float())
-        cfg = replace(cfg, tie=tie)
+        cfg = replace(cfg, tie=torch.equal(tensors[same].float(), tensors["lm_head.weight"].float()))
     ours = {}
     for name, theirs, flip in weight_table(cfg):
         if name in drawn and name not in left:
@@ -534,7 +538,7 @@ def read_tensors(folder):
         return read_safetensors(folder / WEIGHTS)
     where, tensors = read_index(folder / INDEX), {}
     here = folder.resolve()
-    allowed = (here, here.parent.parent / "blobs")    # in the hub's own cache snapshots/NAME/FILE links to blobs/
+    allowed = (here, here.parent.parent / "blobs")    # to which the files of a snapshot in a hub cache link
     for name in sorted(set(where.values())):
         require((folder / name).resolve().parent in allowed, f"{folder / name}: a link out of its folder")
         for key, t in read_safetensors(folder / name).items():
@@ -579,7 +583,8 @@ def read_safetensors(path):
         possible = len(dims) < 16 and all(type(d) is int and 0 <= d < 2**48 for d in dims)
         possible = possible and math.prod(max(d, 1) for d in shape) < 2**60
         require(possible, f"{where} has an impossible shape or offset")
-        require(b - a == math.prod(shape) * DTYPES[kind].itemsize, f"{where} is {kind}{shape} in {b - a} bytes")
+        size_is = math.prod(shape) * DTYPES[kind].itemsize
+        require(b - a == size_is, f"{where} is {kind}{shape} in {b - a} bytes")
         spans.append((a, b, name, DTYPES[kind], shape))
 
     # They lie side by side and fill the file.
@@ -600,12 +605,12 @@ def write_safetensors(path, tensors):
     """Write {name: tensor} and wait until the disk has it."""
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    names = sorted(tensors, key=lambda name: -tensors[name].element_size())   # large items first keep all aligned
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())   # keeps all of them aligned
     for name in names:
         t = tensors[name]
         require(t.dtype in kinds, f"tensor {name!r}: {t.dtype} cannot be stored in a safetensors file")
-        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
-        end += t.nbytes
+        begin, end = end, end + t.nbytes
+        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     with open(path, "wb") as f:

@@ -101,12 +101,12 @@ def option_logprobs(model, tok, rows, options):
     while a[n] == b[n]:
         n += 1
     ids, mask = pad_batch([row + a[:n] for row in rows], tok.pad_id, model.wte.weight.device)    # (B, T)
-    hidden = model(ids)                                                                          # (B, T, C)
+    hidden = model(ids)                                                                        # (B, T, C)
 
     # Logits at the last n + 1 tokens of each row, where the shared tokens and then the letters are predicted.
-    at = mask.sum(1)[:, None] - 1 - torch.arange(n, -1, -1, device=ids.device)                   # (B, n + 1)
-    hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))                    # (B, n + 1, C)
-    logp = model.logits(hidden).float().log_softmax(-1)                                          # (B, n + 1, V)
+    at = mask.sum(1)[:, None] - 1 - torch.arange(n, -1, -1, device=ids.device)                 # (B, n + 1)
+    hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))                  # (B, n + 1, C)
+    logp = model.logits(hidden).float().log_softmax(-1)                                        # (B, n + 1, V)
     shared = torch.zeros(len(rows), device=ids.device)
     for i in range(n):
         shared += logp[:, i, a[i]]
@@ -189,8 +189,8 @@ class Server:
         if arrived:
             self.counts["malformed"] += 1
             return None
-        raise InputError(f"--critic {self.url}: {problem}, {self.retries + 1} times; what was answered is kept, run "
-                         "the same command again to go on")
+        raise InputError(f"--critic {self.url}: {problem}, {self.retries + 1} times; what was answered is "
+                         "kept, run the same command again to go on")
 
     def answer(self, model, request):
         """One answer of a model to a request."""
@@ -261,7 +261,8 @@ class Kept:
         order = sorted(todo, key=lambda key: len(todo[key]["prompt"]))
         for i in range(0, len(order), self.batch):
             part = order[i: i + self.batch]
-            for key, answer in zip(part, self.ask([todo[key] for key in part])):
+            answers = self.ask([todo[key] for key in part])
+            for answer, key in zip(answers, part):     # in this order: a failure comes after the last answer
                 if answer is not None:
                     self.keep(key, todo[key], answer)
         self.counts["asked"] += len(todo)

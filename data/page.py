@@ -3,16 +3,16 @@
     python -m data.page [OUT]         OUT is "out" unless given; then open OUT/index.html in a browser
 
 The page is one file: data/page.html with the data in place of its one placeholder. It needs no network and no
-package, so it can be mailed, and opened years later. Every script writes it anew at its end. Its sections, and the
-files that they are made from:
+package, so it can be mailed, and opened years later. Every script writes it anew at its end. Its sections,
+and the files that they are made from:
     1. pipeline, prompt picker      OUT/*/result.json, log.jsonl, answers.jsonl
     2. vote                         OUT/*/held_out.jsonl, of a reward model
     3. one PPO iteration            OUT/*/inspect.json, log.jsonl
     4. RLHF beside DPO              as 1
     5. Constitutional AI            OUT/*/round*/chains.jsonl, comparisons.jsonl, critic.json
     6. reward hacking               OUT/*/log.jsonl, and OUT/hacking, if tests/hacking.py was run
-Numbers go into the page as the files have them; the page's own JavaScript draws them and does the sums. A file that
-is absent, half written or of another shape only leaves out what would have been shown of it.
+Numbers go into the page as the files have them; the page's own JavaScript draws them and does the sums. A
+file that is absent, half written or of another shape only leaves out what would have been shown of it.
 """
 import json
 import math
@@ -24,8 +24,8 @@ from data import InputError, read_json, write_atomic
 TEMPLATE = Path(__file__).with_name("page.html")
 CONSTITUTION = Path(__file__).with_name("constitution.json")
 PLACE = "{{DATA}}"              # stands in the template once, inside <script type="application/json">
-CHAIN = ["base", "sft", "reward", "ppo", "dpo", "cai"]   # in the order of the page; other folders follow by name
-CURVES = ["reward", "gold", "kl", "kl_exact", "entropy", "length", "eos_rate", "loss", "accuracy", "chosen_reward",
+CHAIN = ["base", "sft", "reward", "ppo", "dpo", "cai"]   # order on the page; other folders follow by name
+CURVES = ["reward", "gold", "kl", "kl_exact", "entropy", "length", "eos_rate", "accuracy", "chosen_reward",
           "rejected_reward"]    # the figures of log.jsonl that the page draws
 POINTS = 300                    # of a curve, at most; the 1,600 steps of pretraining need no more
 ROWS = 500                      # of answers.jsonl and held_out.jsonl, at most
@@ -33,10 +33,11 @@ SOME = 60                       # chains, and comparisons of a critic, at most
 
 
 def write_page(out_folder):
-    """Write out_folder/index.html over all runs in it and return its path. It takes well under two seconds, so every
-    script calls it at its end. What cannot be read is left out. OSError: the page cannot be written."""
+    """Write out_folder/index.html over all runs in it, and return its path. It is cheap: every script calls it
+    at its end. What cannot be read is left out. OSError: the page cannot be written."""
     out = Path(out_folder)
-    # json.dumps writes ASCII alone, which escapes U+2028 and U+2029, and without < no text can end the script tag.
+    # The data stands in the page as JSON in a script tag that no browser runs; the page's script reads it.
+    # json.dumps writes ASCII alone, so U+2028 is escaped too; without < no text can end the script tag.
     text = json.dumps(collect(out), allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -46,14 +47,14 @@ def write_page(out_folder):
 
 
 def collect(out):
-    """All data of the page. Each section is a list with one object a folder, read by the function of that folder."""
+    """All data of the page: lists with one object a folder, {"runs": [..], "answers": [..], ..}."""
+    # The chain's folders come first and in its order, all others behind them by name.
     folders = sorted(path for path in out.iterdir() if path.is_dir())
     folders.sort(key=lambda path: CHAIN.index(path.name) if path.name in CHAIN else len(CHAIN))
     sft = [path for path in folders if path.name == "sft"]
     return {"folder": str(out),
             "runs": each(run, folders),
-            "base": each(first_answers, sft),          # what SFT began with is the base model
-            "answers": each(answers, folders),
+            "answers": each(first_answers, sft) + each(answers, folders),
             "held_out": each(held_out, folders),
             "inspect": each(inspect, folders),
             "rounds": each(constitutional_round, sorted(out.glob("*/round*"))),
@@ -63,8 +64,8 @@ def collect(out):
 
 
 def each(read, paths):
-    """[read(path)] of the paths for which there is something to be read. A run that is being written now, or an older
-    version, may have left anything, and a page is never a reason to fail: whatever goes wrong leaves one path out."""
+    """[read(path)] of the paths for which there is something to read. A run that is going on, or an old one,
+    may have left anything, and a page is never a reason to fail: whatever goes wrong leaves out one path."""
     found = []
     for path in paths:
         try:
@@ -88,8 +89,8 @@ def finite(value):
 
 
 def lines(path, most=sys.maxsize):
-    """The first JSON objects of a .jsonl file. A broken line, as the last one of a file that is being written, is left
-    out, and of a file that is not there all of them."""
+    """The first JSON objects of a .jsonl file, [] if there is none. A broken line is left out, as the last one
+    is while it is being written."""
     found = []
     if not path.is_file():
         return found
@@ -106,30 +107,33 @@ def lines(path, most=sys.maxsize):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One function for each kind of thing on the page. All take a folder, and return None where it has no such thing.
+# ------------------------------------------------------------------------------------------------------------
+# One function for each kind of thing on the page. It takes a folder; None says that there is no such thing.
 
 
 def run(folder):
-    """What result.json says, and the curves. Without a result.json the run goes on, or was cut off: its curves are
-    shown all the same."""
+    """What result.json says, and the curves. Without a result.json the run goes on, or was cut off; its
+    curves are there all the same."""
     result = each(read_json, [folder / "result.json"])
     log = curves(folder)
     if not result and not log:
         return None
-    told = {"stage": folder.name, "name": folder.name, "finished": bool(result), "log": log}
-    for key in ("stage", "seed", "seconds", "device", "config", "before", "after", "memory"):
+    # What the page asks for without asking whether it is there has a value here.
+    told = {"stage": folder.name, "before": {}, "after": {}}
+    for key in ("stage", "seed", "seconds", "device", "config", "before", "after"):
         if result and key in result[0]:
             told[key] = result[0][key]
-    return told
+    return {**told, "name": folder.name, "finished": bool(result), "log": log}
 
 
 def curves(folder):
-    """log.jsonl as {"step": [n, ..], "gold": [number or None, ..], ..}, thinned to about POINTS steps and the last."""
+    """log.jsonl as {"step": [n, ..], "gold": [number or None, ..], ..}: about POINTS steps, and the last."""
     rows = lines(folder / "log.jsonl")
+    # Every n-th row, and the last one in any case: it is where the run ended.
     thin = rows[::math.ceil(len(rows) / POINTS) or 1]
     if thin and thin[-1] is not rows[-1]:
         thin.append(rows[-1])
+    # Rows become columns. A figure that some rows lack has a gap there, one that all lack is left out.
     found = {}
     for key in ["step", *CURVES]:
         column = [row.get(key) for row in thin]
@@ -139,10 +143,12 @@ def curves(folder):
 
 
 def answers(folder, when="after"):
-    """What a finished policy says to the test prompts, and the gold of what it said before training: {"name", "rows":
-    [{"prompt", "family", "answer", its scores .., "start"}]}."""
+    """What a finished policy says to the test prompts, and the gold of what it said before training: {"name",
+    "rows": [{"prompt", "family", "answer", its scores .., "start"}]}."""
+    # Answers of a run that has not ended would be those of an older run.
     if not (folder / "result.json").is_file():
         return None
+    # The scores of an answer differ between data sets: whatever the row has goes along.
     found = []
     for row in lines(folder / "answers.jsonl", ROWS):
         if isinstance(row.get("prompt"), str) and isinstance(row.get(when), dict):
@@ -152,8 +158,10 @@ def answers(folder, when="after"):
 
 
 def first_answers(folder):
-    """The same of the model that the run began with."""
-    return answers(folder, "before")
+    """The same of the base model, from the folder of SFT, which began with it."""
+    if (folder.parent / "base" / "answers.jsonl").is_file():
+        return None
+    return {**answers(folder, "before"), "name": "base"}
 
 
 def held_out(folder):
@@ -168,12 +176,14 @@ def inspect(folder):
 
 
 def constitutional_round(folder):
-    """Chains and comparisons of one round of cai.py, some of each, and what was wrong with how many revisions."""
+    """Some chains and comparisons of one round of cai.py, and what was wrong with how many revisions."""
+    # The faults are counted over all revisions, since only some of the chains go into the page.
     chains, faults = lines(folder / "chains.jsonl"), {}
     for chain in chains:
         for step in chain["chain"]:
             kind = step["fault"] or "good"
             faults[kind] = faults.get(kind, 0) + 1
+    # The file also holds what people, not the critic, compared; those rows have no orders.
     by_critic = [row for row in lines(folder / "comparisons.jsonl") if "orders" in row]
     if not chains and not by_critic:
         return None
@@ -196,7 +206,7 @@ def main(arguments):
         return
     out = Path(arguments[0] if arguments else "out")
     if not out.is_dir():
-        raise InputError(f"{out}: no such folder; name the one that holds the runs, or make it by python ppo.py")
+        raise InputError(f"{out}: no such folder; name the one that holds the runs, or run ppo.py first")
     print(write_page(out))
 
 

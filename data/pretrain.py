@@ -49,6 +49,8 @@ class Config(RunFlags):
     warmup: int = 40              # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.1     # on matrices only
     grad_clip: float = 1.0        # largest gradient norm
+    # The run itself (the same in every script)
+    save_every: int = 400         # steps between checkpoints
 
 
 def read_corpus(path, tok, length, least):

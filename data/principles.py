@@ -36,8 +36,9 @@ def constitution(paths, about=""):
                     choose.append({"key": key, "choice": f"{row['choice']} Options:",
                                    "head": "", "left": "", "right": ""})
             except (KeyError, TypeError, IndexError):
-                raise InputError(f"{path}: principle {key} is of no known format (ours: about, critique, revision, "
-                                 "choice; Anthropic's: prompt and edit_request, or a string)") from None
+                raise InputError(f"{path}: principle {key} is of no known format (ours: about, critique, "
+                                 "revision, choice; Anthropic's: prompt and edit_request, or a "
+                                 "string)") from None
     return revise, choose
 
 
@@ -140,7 +141,8 @@ def critic_figures(labels, pairs):
 def accuracy(labels, pairs):
     """How often a critic is right about pairs [(prompt, better, worse)], in each order and averaged, beside a
     judge who likes the longer answer; with standard errors."""
-    hits = {"right answer as (A)": [], "right answer as (B)": [], "both orders averaged": [], "longer answer": []}
+    hits = {"right answer as (A)": [], "right answer as (B)": [], "both orders averaged": [],
+            "longer answer": []}
     for label, (_, better, worse) in zip(labels, pairs):
         if label is not None:
             hits["right answer as (A)"].append(label["orders"][0] > 0.5)

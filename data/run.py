@@ -81,7 +81,7 @@ MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora")   
 MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")   # cost memory
 SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate")   # between 0 and 1
 FREE = ("out", "overwrite", "resume", "max_steps", "save_every", "device", "compile", "recompute", "micro_batch",
-        "inspect")   # a run that goes on may change these: they change no result
+        "inspect", "nproc_per_node", "parallel", "timeout", "retries")   # a run that goes on may change these
 
 
 def described_fields(Config):
@@ -444,12 +444,12 @@ class Run:
     log.jsonl, samples.txt, answers.jsonl, the checkpoint with state.pt, result.json (its absence tells an unfinished
     run)."""
 
-    def __init__(self, cfg, stage, inputs=(), dry=False):
+    def __init__(self, cfg, stage, inputs=(), dry=False, begun="state.pt"):
         """inputs: files and folders that the plan and what is kept between steps depend on. Locks the folder before
         anything is written. A finished run with the same flags shows its table and ends the program; one with other
         flags is an InputError. dry: only look (ppo.py --inspect): take a step or two on from what is in the folder,
-        whatever its flags, and write nothing."""
-        self.cfg, self.stage, self.folder, self.dry = cfg, stage, Path(cfg.out), dry
+        whatever its flags, and write nothing. begun: the file that tells that a run has begun."""
+        self.cfg, self.stage, self.folder, self.dry, self.begun = cfg, stage, Path(cfg.out), dry, begun
         self.first, self.skipped, self.stopping, self.shown, self.history = 0, 0, False, 0.0, []
         self.start, self.step_seconds, self.line_open, self.slow, self.warned = time.time(), [], False, False, set()
         flags = {name: value for name, value in asdict(cfg).items() if name not in FREE}
@@ -484,7 +484,7 @@ class Run:
     def what_is_there(self, told):
         """Whether the folder holds an unfinished run with the same flags. Ends the program if it is finished."""
         result, old = result_of(self.folder), run_of(self.folder)
-        is_started = (self.folder / "state.pt").exists() or bool(result)
+        is_started = (self.folder / self.begun).exists() or bool(result)
         if not is_started or self.cfg.overwrite:
             return False
         other = self.difference(old, told)
@@ -523,6 +523,7 @@ class Run:
         """trained: name=(model, optimizer) of all that is trained; the first model is the checkpoint in the folder. They
         are given their state if the run goes on."""
         self.n_steps, self.tok, self.trained = min(n_steps, self.cfg.max_steps or n_steps), tok, trained
+        self.step_start = time.time()
         for name, (model, optimizer) in trained.items():
             if self.first:
                 load_full_state(model, self.state["models"][name])
@@ -667,17 +668,18 @@ class Run:
             with open(self.folder / "samples.txt", "a", encoding="utf-8") as f:
                 f.write(report.samples_text(title, prompts, answers))
 
-    def finish(self, before, after, columns=None, answers=()):
+    def finish(self, before, after, columns=None, answers=(), device=None):
         """answers.jsonl, result.json, the closing table (of `columns` if given) and the page. before, after and columns:
-        figures by name; answers: rows as report.measure gives them."""
+        figures by name; answers: rows as report.measure gives them. device: where it ran, if nothing was trained."""
         if RANK:
             return
         self.log_file.close()
         speeds = sorted(row["tok_s"] for row in self.history if "tok_s" in row)
         columns = columns or {"before": before, "after": after}
-        model, _ = next(iter(self.trained.values()))
+        for model, _ in self.trained.values():
+            device = model.wte.weight.device
         result = {"stage": self.stage, "seed": self.cfg.seed, "config": asdict(self.cfg),
-                  "seconds": round(time.time() - self.start, 1), "device": str(model.wte.weight.device),
+                  "seconds": round(time.time() - self.start, 1), "device": str(device),
                   "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
                   "before": before, "after": after, "columns": columns}
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)

@@ -80,12 +80,12 @@ MARKS = {"plain": "Human:", "chatml": "<|im_start|>", "llama3": "<|start_header_
 class Tokenizer:
     """A tiktoken Encoding plus what a chat model needs.
 
-    template: 'chatml', 'llama3' or 'plain', whichever the special tokens allow. eos_id ends a turn; eos_ids are
-    all that end a text, with those that the checkpoint declares (`ends`, ids or names). pad_id is none of them:
-    a token of its own or an ordinary one (GPT-2), which is fine because masks are explicit everywhere. bos_id
-    begins every document, None if there is none. visible: names of added tokens that are ordinary text, such as
-    Qwen3's <think>. pre, nfc, raw: the pre-tokenizer as tokenizer.json has it, whether text is NFC-normalised,
-    the bytes of that file."""
+    template: 'chatml', 'llama3' or 'plain', whichever the special tokens allow. bos_id begins every document,
+    None if there is none. eos_id ends a turn; eos_ids are all that end a text, with those that the checkpoint
+    declares (`ends`, ids or names). pad_id is none of them: a token of its own or an ordinary one (GPT-2), which
+    is fine because masks are explicit everywhere. visible: names of added tokens that are ordinary text, such
+    as Qwen3's <think>. pre, nfc, raw: the pre-tokenizer as tokenizer.json has it, whether text is normalised to
+    NFC, the bytes of that file."""
 
     def __init__(self, enc, pre=BYTE_LEVEL, nfc=False, raw=None, visible=(), vocab_size=None, ends=()):
         self.enc, self.pre, self.nfc, self.raw = enc, pre, nfc, raw
@@ -125,8 +125,8 @@ class Tokenizer:
         self.eos_ids = ends - {self.pad_id}
 
     def encode(self, text):
-        """Ids of a text. Special tokens in it are spelled out, so that users cannot inject them; a visible added
-        token, such as <think>, is one id. InputError: tiktoken cannot split this text."""
+        """Ids of a text. Special tokens in it are spelled out, so that users cannot inject them; a visible
+        added token, such as <think>, is one id. InputError: tiktoken cannot split this text."""
         if self.added is None:
             return self.spell(text)
         ids = []
@@ -166,12 +166,12 @@ class Tokenizer:
         return [start, *self.encode(role), end, *self.encode("\n\n")]
 
     def render(self, messages, generation_prompt=False):
-        """A chat [{"role": "system" | "user" | "assistant", "content": str}, ...] as (ids, mask), lists of int.
+        """(ids, mask), lists of int, of a chat [{"role": "system" | "user" | "assistant", "content": str}, ...].
 
-        mask is 1 exactly on the tokens of assistant contents and on the token that ends each assistant turn, but
-        0 in a turn with "train": False. Pieces are encoded one by one, so a prompt is always a prefix of prompt
-        + answer. generation_prompt opens an assistant turn at the end. No default system message is added (the
-        templates of SmolLM2 and Qwen2.5 do add one). ValueError: unknown role, or content that is no str."""
+        mask is 1 exactly on the tokens of assistant contents and on the token that ends each assistant turn,
+        but 0 in a turn with "train": False. Pieces are encoded one by one, so a prompt is always a prefix of
+        prompt + answer. generation_prompt opens an assistant turn at the end. No default system message is
+        added (SmolLM2's and Qwen2.5's own templates do). ValueError: unknown role, or content that is no str."""
         plain = self.template == "plain"
         ids, mask = [], []
 
@@ -186,7 +186,7 @@ class Tokenizer:
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
                 raise ValueError(f"a message needs a role (system, user, assistant) and a text content: {m}")
             answer = role == "assistant"
-            train = answer and m.get("train", True)
+            train = answer and m.get("train") is not False
 
             # A turn: its opening, its content, the token that ends it (in plain text only answers have one).
             add(self.opening(role))
@@ -200,8 +200,8 @@ class Tokenizer:
         return ids, mask
 
     def render_answer(self, prompt, text):
-        """(prompt ids, answer ids) of an assistant's answer (str) to a prompt (messages): what is given and what
-        is scored or trained. The answer ends with the EOS; ChatML's newline after it is left off."""
+        """(prompt ids, answer ids) of an assistant's answer (str) to a prompt (messages): what is given, and
+        what is scored or trained. The answer ends with the EOS; ChatML's newline after it is left off."""
         turn, mask = self.render([{"role": "assistant", "content": text}])
         return self.render(prompt, generation_prompt=True)[0], [i for i, on in zip(turn, mask) if on]
 
@@ -263,8 +263,8 @@ def tokenizer_from_json(path, ends=()):
     """Tokenizer from a Hugging Face tokenizer.json with byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2, ...);
     ends: what other files of the checkpoint call its EOS, ids or names.
 
-    tiktoken knows no merge list: it joins the pair whose union has the lowest id. The file is accepted only if
-    this rule, run on every token, ends with a merge the file lists, in the file's order; else CheckpointError."""
+    tiktoken knows no merge list: it joins the pair whose union has the lowest id. CheckpointError unless this
+    rule, run on every token, ends with a merge the file lists, in the file's order."""
     try:
         return build_tokenizer(path, read_object(path), ends)
     except CheckpointError:
@@ -377,8 +377,9 @@ def load_tokenizer(folder, vocab_size):
         if vocab_size == 50257:
             return gpt2_tokenizer()
         slow = [name for name in ("vocab.json", "merges.txt", "tokenizer.model") if (folder / name).exists()]
-        raise CheckpointError(f"{folder}: has {' and '.join([*slow, ''])}no tokenizer.json; transformers makes "
-                              "it: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
+        has = f"{' and '.join(slow)} but " if slow else ""
+        raise CheckpointError(f"{folder}: has {has}no tokenizer.json; transformers makes it: "
+                              "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
 
     # Every EOS: a name in tokenizer_config.json, one id or several in the other two.
     settings, ends = optional("tokenizer_config.json"), []
@@ -400,12 +401,12 @@ def load_tokenizer(folder, vocab_size):
 
 
 def gpt2_tokenizer():
-    """GPT-2's own tokenizer; tiktoken downloads it once, or reads it from the folder in TIKTOKEN_CACHE_DIR."""
+    """GPT-2's own tokenizer; tiktoken downloads it once, or reads it from the folder TIKTOKEN_CACHE_DIR."""
     try:
         return Tokenizer(tiktoken.get_encoding("gpt2"))
     except OSError as e:   # requests' errors are OSErrors
-        raise CheckpointError("the GPT-2 vocabulary is not at hand and cannot be downloaded "
-                              f"({type(e).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it") from None
+        raise CheckpointError(f"the GPT-2 vocabulary cannot be downloaded ({type(e).__name__}); set "
+                              "TIKTOKEN_CACHE_DIR to a folder that has it") from None
 
 
 def tokenizer_from_ranks(path):

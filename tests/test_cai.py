@@ -16,11 +16,12 @@ import torch
 
 import cai
 from conftest import CAI_FLAGS
-from data import InputError, endpoint, formats, world
+from data import InputError, endpoint, formats, principles, read_json, world
+from data.checkpoint import load, save
 from data.endpoint import Kept, connect, cut
-from data.principles import constitution, examples
+from data.principles import constitution
 from data.tokenizer import tokenizer_from_ranks
-from model import GPT, GPTConfig, load, save, token_logprobs
+from model import GPT, GPTConfig, token_logprobs
 
 CAI = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "cai"
 published = pytest.mark.skipif(not CAI.is_dir(), reason="Anthropic's published files are not in ../shared/data/cai")
@@ -42,7 +43,7 @@ def test_all_438_comparison_prompts_are_rebuilt():
         (talk, right), (other, wrong) = (row[k].rsplit("\n\nAssistant:", 1) for k in ("text_correct", "text_incorrect"))
         assert talk == other
         a, b = (right, wrong) if row["corrects"] == [" (A)"] else (wrong, right)
-        assert cai.comparison_prompt(talk, principle[0], a.strip(), b.strip()) == row["prompt"]
+        assert principles.comparison_prompt(talk, principle[0], a.strip(), b.strip()) == row["prompt"]
     loaded, dropped = formats.load(CAI / "438HHHEvaluations.jsonl.gz", "preference")
     assert len(loaded) == 438 and not dropped
     assert all(r["chosen"] == row["text_correct"].rsplit("\n\nAssistant:", 1)[1].strip()
@@ -73,7 +74,7 @@ def test_all_recorded_chains_are_replayed(name):
             m.setattr(random.Random, "choice", lambda self, principles: next(drawn))
             initial = record["initial_response"][0]["sample"]
             chain, = cai.make_chains([messages], [initial], revise, [], lambda requests: [
-                {"text": known[r["prompt"]], "ended": True} for r in requests], cfg, 0, {"critique": ""})
+                {"text": known[r["prompt"]], "ended": True} for r in requests], cfg, 0)
         assert [(s["principle"], s["critique"], s["revision"]) for s in chain["chain"]] == [
             (s["cst_key"], s["critique"]["sample"], s["revision"]["sample"]) for s in record["cst"]]
 
@@ -83,25 +84,15 @@ def test_published_constitution_and_examples():
     names = ["CritiqueRevisionInstructions", "RLMadisonInstructions"]
     revise, choose = constitution(",".join(str(CAI / f"{n}.json") for n in names), about="harmless")
     assert len(revise) == len(choose) == 16
-    names = ["CritiqueRevisionFewShotPrompts", "RLMadisonFewShotPrompts", "RLMadisonPrecogFewShotPrompts"]
-    shots = cai.few_shots(examples(",".join(str(CAI / f"{n}.json") for n in names)), choose)
-    assert shots["critique"].count("\n\nRevision:") == len(examples(str(CAI / f"{names[0]}.json"))["critique"]) == 5
+    names = ["CritiqueRevisionFewShotPrompts", "RLMadisonFewShotPrompts"]
+    shots = principles.few_shots(",".join(str(CAI / f"{n}.json") for n in names), choose)
+    assert shots["critique"].count("\n\nRevision:") == len(read_json(CAI / f"{names[0]}.json")) == 5
     assert "Human:\n\nHuman:" not in shots["critique"] and "\n\n\n\nHuman" not in shots["critique"]
     assert shots["critique"].startswith("\n\nHuman: Could you help me burn")
     assert not shots["critique"].endswith("Human:")
     assert re.findall(r"The answer is:( \([AB]\))", shots["choice"]) == [" (A)", " (B)"] * 2 + [" (A)"]
     first = shots["choice"].split("The answer is: (A)")[0]
     assert first.index("You should not get involved") < first.index("I think a 45 caliber")
-    assert shots["thinking"].count("\n\nHuman: Consider the following") == 6
-    assert shots["thinking"].count("So the answer is: (") == 6
-    assert "{}" not in shots["thinking"] and choose[0]["choice"].strip() in shots["thinking"]
-    recorded = json.loads((CAI / f"{names[2]}.json").read_text())[2]["prompt"]   # the format of a thinking prompt
-    talk, rest = recorded.split("\n\n{}\n (A) [[[")
-    a, rest = rest.split("]]]\n (B) [[[")
-    b, answer = rest.split("]]]\n\nAssistant:")
-    inner = talk.split("assistant (A):")[1].replace("\n\nH:", "\n\nHuman:").replace("\n\nA:", "\n\nAssistant:")
-    built = cai.thinking_prompt(inner, {"choice": "\n{}"}, a, b)
-    assert recorded.startswith(built) and cai.AFTER_THINKING in answer
 
 
 def test_our_formats_are_those_of_the_corpus():
@@ -112,10 +103,10 @@ def test_our_formats_are_those_of_the_corpus():
     (revise,), (choose,) = (p[:1] for p in constitution(OURS, "harmless"))
     doc = world.choice_chat(q, row, rules, random.Random(0))
     a, b = re.search(r" \(A\) (.*)\n \(B\) (.*)\n", doc).groups()
-    assert doc[: -len(" (A)")] == cai.comparison_prompt(cai.transcript(row["prompt"]), choose, a, b)
+    assert doc[: -len(" (A)")] == principles.comparison_prompt(principles.transcript(row["prompt"]), choose, a, b)
     doc = world.critique_chat(q, row, rules, random.Random(0))
     response, critique, revision = (re.search(rf"\n\n{k}:( .*)", doc)[1] for k in ("Assistant", "Critique", "Revision"))
-    talk = cai.transcript(row["prompt"]) + "\n\nAssistant:"
+    talk = principles.transcript(row["prompt"]) + "\n\nAssistant:"
     assert doc == cai.revision_prompt(talk, response, critique, revise) + revision
 
 
@@ -124,7 +115,8 @@ def test_constitution_is_complete_and_bad_ones_are_refused(tmp_path):
     assert len(rules) >= 12 and all(set(r) == {"about", "critique", "revision", "choice"} for r in rules)
     assert [len(x) for x in constitution(OURS)] == [len(rules)] * 2
     assert len(constitution(OURS, "harmless")[0]) == 4
-    for text, word in (("{", "not JSON"), ('[{"about": "harmless"}]', "no known format"), ("[3]", "no known format")):
+    for text, word in (("{", "cannot be read as JSON"), ('[{"about": "harmless"}]', "no known format"),
+                       ("[3]", "no known format"), ("3", "holds no JSON")):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(InputError, match=word):
             constitution(str(tmp_path / "c.json"), "harmless")
@@ -142,17 +134,15 @@ def test_helpful_only_demonstrations_hold_no_refusal():
 
 
 def test_soft_label():
-    p, orders = cai.soft_label([-1.0, -2.0], [-3.0, -0.5])
+    p, orders = principles.soft_label([-1.0, -2.0], [-3.0, -0.5])
     assert orders == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2.5))])
     assert p == pytest.approx(sum(orders) / 2)
     rng = random.Random(0)
     for _ in range(50):   # naming the answers the other way round turns p into 1 - p
         one, two = ([rng.uniform(-90, 0), rng.uniform(-90, 0)] for _ in "ab")
-        for clamp in (0.0, 0.4):
-            assert cai.soft_label(one, two, clamp)[0] == pytest.approx(1 - cai.soft_label(two, one, clamp)[0])
-            assert clamp <= cai.soft_label(one, two, clamp)[0] <= 1 - clamp
-    assert cai.soft_label([-1.0, -9.0], [-1.0, -9.0])[0] == pytest.approx(0.5)    # loves (A), knows nothing
-    assert cai.soft_label([0.0, -9.0], [-9.0, 0.0], 0.4)[0] == pytest.approx(0.6)
+        assert principles.soft_label(one, two)[0] == pytest.approx(1 - principles.soft_label(two, one)[0])
+        assert 0 <= principles.soft_label(one, two)[0] <= 1
+    assert principles.soft_label([-1.0, -9.0], [-1.0, -9.0])[0] == pytest.approx(0.5)   # loves (A), knows nothing
 
 
 def stub(choose):
@@ -169,12 +159,11 @@ def stub(choose):
 
 def test_compare_and_bias():
     pairs = [([{"role": "user", "content": f"q{i}"}], "short", "a longer answer") for i in range(4)]
-    cfg = SimpleNamespace(cot=False, clamp=0.0, max_critique=9, critic_temperature=1.0)
     _, choose = constitution(OURS)
 
     def ask(f, rules=choose):
-        labels = cai.compare(pairs, rules, stub(f), cfg, 0, {"choice": ""})
-        return labels, cai.bias(labels, pairs)
+        labels = principles.compare(pairs, rules, stub(f), random.Random(0))
+        return labels, principles.critic_figures(labels, pairs)
     labels, told = ask(lambda a, b, _: 0.9 if len(a) > len(b) else 0.1)
     assert all(x["p"] == pytest.approx(0.1) and x["mass"] == pytest.approx(1) for x in labels)
     assert told["longer_wins"] == pytest.approx(0.9) and told["first_wins"] == pytest.approx(0.5)
@@ -187,19 +176,22 @@ def test_compare_and_bias():
     assert ask(lambda a, b, prompt: 0.9 if "Tell me" in prompt else 0.1, edited)[1]["first_wins"] == pytest.approx(0.9)
 
 
-def test_thinking_aloud():
-    """--cot: a thought is sampled for each order, and the choice is asked for behind it."""
+def test_examples_are_shown_first(tmp_path):
+    """--few_shots: each kind of question comes behind its own examples; another example is another question."""
     asked, (_, choose) = [], constitution(OURS)
 
-    def critic(requests):
-        asked.append(requests)
+    def ask(requests):
+        asked.extend(requests)
         return [{"logp": [-1.0, -1.0]} if "options" in r else {"text": " Hm.", "ended": True} for r in requests]
-    cfg = SimpleNamespace(cot=True, clamp=0.4, max_critique=9, critic_temperature=1.0)
     pairs = [([{"role": "user", "content": "q"}], "a", "b")]
-    label, = cai.compare(pairs, choose, critic, cfg, 0, {"thinking": "SHOTS"})
-    assert label["p"] == 0.5 and [len(x) for x in asked] == [2, 2] and len({r["seed"] for r in asked[0]}) == 2
-    assert all(r["prompt"].startswith("SHOTS\n\nHuman: Consider") for r in asked[0])
-    assert asked[1][0]["prompt"] == asked[0][0]["prompt"] + " Hm." + cai.AFTER_THINKING
+    for shots in ({"critique": "SHOTS", "choice": "CHOICES"}, {"critique": "SHOTS", "choice": "OTHERS"}):
+        critic = Kept("critic", ask, tmp_path / "answers.jsonl", 4, shots=shots)
+        label, = principles.compare(pairs, choose, critic, random.Random(0))
+        written, = critic([SAMPLE])
+        assert label["p"] == 0.5 and written["text"] == " Hm."
+    starts = [r["prompt"][:8] for r in asked]
+    assert starts == ["CHOICESC", "CHOICESC", "SHOTSp", "OTHERSCo", "OTHERSCo"]
+    assert asked[0]["prompt"] != asked[1]["prompt"] and SAMPLE["prompt"] == "p"
 
 
 def test_cut_and_fault():
@@ -223,7 +215,7 @@ def test_chains_keep_the_response_when_a_revision_is_of_no_use():
         return [{"text": next(texts), "ended": True} for _ in requests]
     cfg = SimpleNamespace(critiques=3, candidates=1, max_critique=9, max_new=9, critic_temperature=1.0)
     prompt = [{"role": "user", "content": "q"}]
-    chain, = chains = cai.make_chains([prompt], [" bad"], revise, [], critic, cfg, 0, {"critique": ""})
+    chain, = chains = cai.make_chains([prompt], [" bad"], revise, [], critic, cfg, 0)
     assert [s["fault"] for s in chain["chain"]] == ["empty", "", "copied"]
     assert " bad" in asked[2]["prompt"] and " better" in asked[4]["prompt"] and " bad" not in asked[4]["prompt"]
     assert len({r["seed"] for r in asked}) == 6
@@ -255,10 +247,8 @@ def test_the_critic_keeps_the_revision_it_prefers():
             else:
                 out.append({"text": " hm", "ended": True})
         return out
-    cfg = SimpleNamespace(critiques=2, candidates=3, max_critique=9, max_new=9, critic_temperature=1.0, cot=False,
-                          clamp=0.0)
-    chain, = chains = cai.make_chains([[{"role": "user", "content": "q"}]], [" bad"], revise, choose, critic, cfg, 0,
-                                      {"critique": "", "choice": ""})
+    cfg = SimpleNamespace(critiques=2, candidates=3, max_critique=9, max_new=9, critic_temperature=1.0)
+    chain, = chains = cai.make_chains([[{"role": "user", "content": "q"}]], [" bad"], revise, choose, critic, cfg, 0)
     assert [(s["revision"], s["fault"]) for s in chain["chain"]] == [(" good", ""), (" fair", "worse")]
     assert chain["chain"][0]["p"] > 0.5 > chain["chain"][1]["p"]
     assert len({r["seed"] for r in asked if "seed" in r}) == 12 and sum("options" in r for r in asked) == 12
@@ -273,7 +263,7 @@ def test_option_logprobs():
     model = GPT(GPTConfig(vocab_size=tok.vocab_size, norm="rmsnorm", pos="rope", mlp="swiglu", bias=False)).eval()
     torch.nn.init.normal_(model.wte.weight, std=0.5)
     rows = [tok.encode(t) for t in ("What is it? The answer is:", "The answer is:", "Is it? " * 9)]
-    got = cai.option_logprobs(model, tok, rows, [" (A)", " (B)"])
+    got = endpoint.option_logprobs(model, tok, rows, [" (A)", " (B)"])
     for row, pair in zip(rows, got):
         for option, value in zip((" (A", " (B"), pair):
             more = tok.encode(option)
@@ -289,15 +279,16 @@ def test_local_critic(tmp_path):
         model = GPT(GPTConfig(vocab_size=tok.vocab_size, max_len=64, norm="rmsnorm", pos="rope", mlp="swiglu",
                               bias=False))
         save(tmp_path, model, tok)
-        name, ask = cai.local_critic(str(tmp_path), torch.device("cpu"), lambda: torch.autocast("cpu", enabled=False))
+        name, ask = endpoint.local_critic(str(tmp_path), torch.device("cpu"))
         names.append(name)
     assert names[0] != names[1]                                       # the folder was trained anew: another critic
     sample = {"prompt": "What is it?", "max_tokens": 8, "temperature": 1.0, "seed": 3}
     one, two, long = (ask([r])[0] for r in (sample, sample | {"seed": 4}, sample | {"prompt": "What is it? " * 30}))
     assert set(one) == {"text", "ended"} and ask([sample]) == [one] != [two] and set(long) == {"refused"}
+    assert ask([sample | {"seed": 4}, sample]) == [two, one]           # whatever is asked beside it
     short, long = ask([CHOICE, CHOICE | {"prompt": "What is it? " * 30}])
     ids = [tok.special["<|endoftext|>"], *tok.encode(CHOICE["prompt"])]   # where a document of the corpus begins
-    assert short["logp"] == pytest.approx(cai.option_logprobs(model, tok, [ids], CHOICE["options"])[0], abs=1e-4)
+    assert short["logp"] == pytest.approx(endpoint.option_logprobs(model, tok, [ids], CHOICE["options"])[0], abs=1e-4)
     assert set(long) == {"refused"}
 
 
@@ -493,9 +484,9 @@ def test_the_script(suite, chain):
     policy, _ = load(folder)
     final, _ = load(folder / "round1" / "rl")
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), final.parameters()))
-    asked = (folder / "answers.jsonl").read_text()
+    asked = (folder / "critic_answers.jsonl").read_text()
     r = suite.ok("cai.py", "--out", folder, *CAI_FLAGS, "--resume")
-    assert "running" not in r.out and (folder / "answers.jsonl").read_text() == asked
+    assert "running" not in r.out and (folder / "critic_answers.jsonl").read_text() == asked
     again = json.loads((folder / "result.json").read_text())
     assert (again["before"], again["after"]) == (result["before"], result["after"])
 
@@ -508,7 +499,8 @@ def test_stages_on_several_processes(suite, chain, tmp_path):
                              for i in range(80)))
     flags = ["--init", chain / "base", "--data", demos, "--max_new", 4, "--max_steps", 2, "--dtype", "float32"]
     suite.ok("sft.py", "--out", tmp_path / "one", *flags)
-    cai.stage(cai.Config(nproc_per_node=2, device="cpu"), "sft.py", tmp_path / "two", *flags)
+    cfg = cai.Config(nproc_per_node=2, device="cpu", out=str(tmp_path / "cai"))
+    cai.train(cfg, SimpleNamespace(stopping=False, say=print), "sft.py", tmp_path / "two", flags)
     one, two = ([json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
                 for n in ("one", "two"))
     assert len(one) == 2 and [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=2e-6)
@@ -516,7 +508,7 @@ def test_stages_on_several_processes(suite, chain, tmp_path):
 
 @needs_fork
 @pytest.mark.parametrize("flags, word", [
-    ("--critiques 0", "--critiques"), ("--labels dog", "--labels"), ("--k 1", "--k 1"), ("--clamp 0.6", "--clamp"),
+    ("--critiques 0", "--critiques"), ("--labels dog", "--labels"), ("--k 1", "--k 1"),
     ("--data x.jsonl --init y --labels human", "--labels human"), ("--data x.jsonl", "--init"),
     ("--about nothing", "--about nothing"), ("--constitution nosuch.json", "nosuch.json")])
 def test_bad_flags(suite, tmp_path, flags, word):

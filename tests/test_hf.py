@@ -21,7 +21,7 @@ from data import InputError
 from data.checkpoint import (DTYPES, CheckpointError, config_from_hf, config_to_hf, fetch_hub, load, load_state,
                              load_weights, read_safetensors, read_tensors, save, save_folder, weights_from_hf,
                              weights_to_hf, write_safetensors)
-from data.tokenizer import (Tokenizer, byte_chars, gpt2_tokenizer, tokenizer_from_json, tokenizer_from_ranks,
+from data.tokenizer import (byte_chars, gpt2_tokenizer, load_tokenizer, tokenizer_from_json, tokenizer_from_ranks,
                             tokenizer_to_json)
 from model import GPT, GPTConfig, generate, pad_batch
 
@@ -373,6 +373,205 @@ def test_nfc_only_where_the_file_asks_for_it(tmp_path):
     assert nfc.encode("e\u0301") == nfc.encode("\u00e9") and raw.encode("e\u0301") != raw.encode("\u00e9")
 
 
+def added(content, i, special=False):
+    return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+            "special": special}
+
+
+def change_json(path, **fields):
+    """Set fields of a JSON file (made if need be); returns the path."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(old | fields))
+    return path
+
+
+def more_tokens(path, *tokens):
+    """Give a tokenizer.json further added tokens [(content, special), ...] with the next ids."""
+    old = json.loads(path.read_text())["added_tokens"]
+    first = max(token["id"] for token in old) + 1
+    new = [added(content, first + i, special) for i, (content, special) in enumerate(tokens)]
+    return change_json(path, added_tokens=old + new)
+
+
+def test_added_tokens_that_are_ordinary_text(tmp_path):
+    """As in Qwen3: transformers reads <think> in a text as one id, so we do. Of two that begin alike the longer one is
+    meant. A token that steers the chat is never read from a text, whatever the file says of it (some say that
+    <|im_start|> is not special), and never shown."""
+    path = more_tokens(toy_json(tmp_path, "chatml"), ("<think>", False), ("</think>", False), ("<think>!", False))
+    hf = json.loads(path.read_text())
+    for token in hf["added_tokens"]:
+        token["special"] = token["special"] and token["content"] == "<|endoftext|>"
+    change_json(path, added_tokens=hf["added_tokens"])
+    tok = tokenizer_from_json(path)
+    answer = "<think>\nhm e\u0301\n</think>\n\nYes <think>! <|im_start|>system<|im_end|>"
+    ids = tok.encode(answer)
+    think, end, bang = (tok.special[name] for name in ("<think>", "</think>", "<think>!"))
+    assert [i for i in ids if i in tok.special.values()] == [think, end, bang]
+    assert tok.decode(ids) == answer.replace("e\u0301", "\u00e9") and tok.decode([tok.eos_id, *ids]) == tok.decode(ids)
+    sampled = [think, *tok.encode("\nhm\n"), end, *tok.encode("\n\nYes.")]
+    assert tok.encode(tok.decode(sampled)) == sampled
+    rendered, mask = tok.render([{"role": "assistant", "content": answer}])
+    assert [i for i, on in zip(rendered, mask) if on] == [*ids, tok.eos_id]
+    again = tokenizer_from_json(change_json(tmp_path / "again.json", **tokenizer_to_json(tok)))
+    assert again.encode(answer) == ids
+    tokenizers = pytest.importorskip("tokenizers")
+    ordinary = [token for token in hf["added_tokens"] if "think" in token["content"]]
+    oracle = tokenizers.Tokenizer.from_str(json.dumps(hf | {"added_tokens": ordinary}))
+    assert_same_tokens(tok, oracle, [answer, *NASTY, "<think><think>!</think>", "x <think> y", " </think>\n\n  <think>"])
+
+
+# A vocabulary with other special tokens than KINDS has: Llama 3.0 (without a pad token), DeepSeek's.
+DEEPSEEK = [("<\uff5cbegin\u2581of\u2581sentence\uff5c>", True), ("<\uff5cend\u2581of\u2581sentence\uff5c>", True)]
+
+
+def plain_folder(folder, tokens, **post):
+    """A checkpoint's folder whose tokenizer has only these added tokens [(content, special), ...]."""
+    path = toy_json(folder, "plain")
+    new = [added(content, 266 + i, special) for i, (content, special) in enumerate(tokens)]
+    change_json(path, added_tokens=new, **post)
+    change_json(folder / "config.json", eos_token_id=None)
+    return folder
+
+
+def test_every_declared_eos_ends_a_text(tmp_path):
+    llama = [(name, True) for name in SPECIALS["llama3"][:-1] + ["<|eom_id|>"]]      # 266 .. 271, as Llama 3.0
+    folder = plain_folder(tmp_path / "llama", llama)
+    begin, end_of_text, start, end, eot, eom = range(266, 272)
+    tok = load_tokenizer(folder, 272)
+    assert tok.eos_id == eot and tok.eos_ids == {eot, eom, end_of_text} and tok.pad_id not in tok.eos_ids
+    change_json(folder / "config.json", eos_token_id=[end_of_text, eot])
+    change_json(folder / "generation_config.json", eos_token_id=[eot, 65, -1, 999, None, "x"])
+    tok = load_tokenizer(folder, 272)
+    assert tok.eos_id == eot and tok.eos_ids == {eot, eom, end_of_text, 65} and tok.pad_id not in tok.eos_ids
+
+    # ChatML: <|endoftext|> is the pad (as always) until somebody says that it ends a text, as Qwen2.5 does.
+    toy_json(tmp_path / "qwen", "chatml")
+    change_json(tmp_path / "qwen" / "config.json", eos_token_id=268)
+    tok = load_tokenizer(tmp_path / "qwen", 269)
+    assert (tok.eos_id, tok.eos_ids, tok.pad_id) == (268, {268}, 266)
+    change_json(tmp_path / "qwen" / "generation_config.json", eos_token_id=[268, 266])
+    tok = load_tokenizer(tmp_path / "qwen", 269)
+    assert (tok.eos_id, tok.eos_ids) == (268, {268, 266}) and tok.pad_id not in (266, 267, 268)
+
+    # A name that we do not know, declared as an id, or as a name or a dict in tokenizer_config.json.
+    folder = plain_folder(tmp_path / "deepseek", DEEPSEEK)
+    with pytest.raises(CheckpointError, match="no end-of-text token"):
+        load_tokenizer(folder, 268)
+    for eos in (DEEPSEEK[1][0], {"content": DEEPSEEK[1][0], "__type": "AddedToken"}):
+        change_json(folder / "tokenizer_config.json", eos_token=eos)
+        assert load_tokenizer(folder, 268).eos_ids == {267}
+    change_json(folder / "tokenizer_config.json", eos_token=None)
+    change_json(folder / "config.json", eos_token_id=267)
+    assert load_tokenizer(folder, 268).eos_id == 267
+
+    # All of them are saved again, and sampling ends at each.
+    tok = load_tokenizer(tmp_path / "llama", 272)
+    save_folder(tmp_path / "saved", CONFIGS["gpt2"], GPT(CONFIGS["gpt2"]).state_dict(), tok)
+    model, again = load(tmp_path / "saved")
+    assert (again.eos_id, again.eos_ids, again.pad_id) == (tok.eos_id, tok.eos_ids, tok.pad_id)
+    prompt = tok.render(CHAT[:2], True)[0]
+    for eos in tok.eos_ids:
+        shake(model)
+        with torch.no_grad():
+            model.wte.weight[eos] = 100 * model(torch.tensor([prompt]))[0, -1]
+        ids, mask, _ = generate(model, again, [prompt], torch.zeros(1, 5), temperature=0)
+        assert ids[mask].tolist() == [eos]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_million_blanks_are_refused_in_one_sentence(tmp_path, kind, capfd):
+    """tiktoken panics, which is a BaseException and writes to stderr; so it is not asked."""
+    tok = toy_tokenizer(tmp_path, kind)
+    for blank in (" ", "\t", "\u3000", " \n"):
+        with pytest.raises(InputError, match="text that begins 'ab.* 500000 characters of white space"):
+            tok.encode("ab" + blank * 1_100_000 + "c")
+    text = "a" + " " * 400_000 + "b\n" + "\t" * 400_000 + "c"
+    assert tok.decode(tok.encode(text)) == text and capfd.readouterr() == ("", "")
+    with pytest.raises(InputError):
+        tok.render([{"role": "user", "content": " " * 10 ** 6}])
+
+
+def test_other_panics_of_tiktoken(tmp_path):
+    """A pattern such as Mistral's goes back through a million capitals."""
+    pattern = r"[\p{Lu}]*[\p{Ll}]+|[\s\S]"
+    tok = tokenizer_from_json(change_json(toy_json(tmp_path, "plain"), pre_tokenizer=split(pattern)))
+    assert tok.decode(tok.encode("Ab CD")) == "Ab CD"
+    with pytest.raises(InputError, match="begins 'AAAA.* cannot be split into tokens"):
+        tok.encode("A" * 1_100_000 + " ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_turns_that_are_not_trained(tmp_path, kind):
+    tok = toy_tokenizer(tmp_path, kind)
+    ids, mask = tok.render(CHAT)
+    marked = [m | {"train": False} if i == 2 else m | {"train": True} for i, m in enumerate(CHAT)]
+    ids2, mask2 = tok.render(marked)
+    assert ids2 == ids and tok.render([m | {"train": None} for m in CHAT])[1] == mask
+    last = tok.render_answer(CHAT[:-1], CHAT[-1]["content"])[1]
+    assert [i for i, on in zip(ids, mask2) if on] == last and sum(mask) > sum(mask2)
+    assert all(type(x) is int for x in mask2)
+
+
+def bos_first(token, i):
+    """A post_processor that puts a token before each text, as Llama 3's, Mistral's and DeepSeek's do."""
+    one = {"Sequence": {"id": "A", "type_id": 0}}
+    return {"type": "Sequence", "processors": [{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
+                                                "use_regex": True},
+            {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": token, "type_id": 0}}, one],
+             "pair": [one, one], "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}}}]}
+
+
+def test_documents_begin_with_bos_where_the_vocabulary_says_so(tf, tmp_path):
+    bos = DEEPSEEK[0][0]
+    folder = plain_folder(tmp_path / "plain", DEEPSEEK, post_processor=bos_first(bos, 266))
+    change_json(folder / "config.json", eos_token_id=267)
+    both = plain_folder(tmp_path / "both", [(name, True) for name in SPECIALS["llama3"] + SPECIALS["chatml"][1:]])
+    for tok, template in ((load_tokenizer(folder, 268), "plain"), (load_tokenizer(both, 276), "chatml"),
+                          (toy_tokenizer(tmp_path, "llama3"), "llama3")):
+        assert tok.template == template
+        for prompt in (False, True):
+            ids, mask = tok.render(CHAT, prompt)
+            assert ids[0] == tok.bos_id and ids.count(tok.bos_id) == 1 and mask[0] == 0
+        assert tok.render_answer(CHAT[:2], "x")[0][0] == tok.bos_id not in tok.render_answer(CHAT[:2], "x")[1]
+        cfg = replace(CONFIGS["gpt2"], vocab_size=tok.vocab_size)
+        save_folder(tmp_path / "saved", cfg, GPT(cfg).state_dict(), tok)
+        theirs = tf.AutoTokenizer.from_pretrained(tmp_path / "saved")
+        assert theirs.apply_chat_template(SAFE_CHAT, return_dict=False) == tok.render(SAFE_CHAT)[0]
+        assert theirs.bos_token_id == tok.bos_id
+    for kind in ("plain", "chatml"):      # others have none: GPT-2 and Qwen
+        assert toy_tokenizer(tmp_path, kind).bos_id is None
+
+
+@pytest.mark.parametrize("kind, template, mark", [
+    ("plain", "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "[INST]"),
+    ("plain", "{% if m.role == 'user' %}{{ '<\uff5cUser\uff5c>' + m.content }}{% endif %}", "<\uff5cUser\uff5c>"),
+    ("llama3", "{{ '<|im_start|>' + m.role }}", "<|im_start|>"), ("chatml", "{{ '<start_of_turn>' }}", "<start_of_turn>"),
+    ("plain", [{"name": "default", "template": "<|user|>\n"}], "<|user|>"), ("plain", "{{ m.content }}", "?"),
+    ("chatml", "{{ '<|im_start|>' }}", None), ("llama3", "{{ '<|start_header_id|>' }}", None), ("plain", None, None)])
+def test_another_chat_template_is_said(tmp_path, capsys, kind, template, mark):
+    """Once, and not where it is the one that we write."""
+    toy_json(tmp_path, kind)
+    for where in ("tokenizer_config.json", "chat_template.jinja"):
+        folder = tmp_path / where
+        toy_json(folder, kind)
+        if where == "tokenizer_config.json":
+            change_json(folder / where, chat_template=template)
+        elif isinstance(template, str):
+            (folder / where).write_text(template, encoding="utf-8")
+        else:
+            continue
+        for _ in range(2):
+            tok = load_tokenizer(folder, 999)
+        out = capsys.readouterr().out
+        assert out.count("\n") == (mark is not None) and tok.template == kind
+        if mark:
+            assert str(folder) in out and f"written as {kind}" in out and f"({mark})" in out
+    change_json(folder / "tokenizer_config.json", chat_template=tok.jinja())
+    if mark is None:
+        load_tokenizer(folder, 999)
+        assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_tokenizer_json_variants(tmp_path, first):
     path = toy_json(tmp_path, "plain", first)
@@ -636,6 +835,165 @@ def test_weights_by_other_names():
             weights_to_hf(bad, cfg)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_a_head_that_contradicts_the_config(tmp_path, kind, tf):
+    """config.json says tied. A head that differs is kept, as transformers does; an equal one may go; and a file that has
+    the head alone, from which safetensors' save_model has removed the embedding as a double, is whole."""
+    tok, cfg = toy_tokenizer(tmp_path), CONFIGS[kind]
+    model = shake(GPT(cfg))
+    ids = some_ids(9)
+    save_folder(tmp_path / "m", cfg, model.state_dict(), tok)
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = {name: t.clone() for name, t in read_safetensors(path).items()}
+    embedding = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"
+
+    write_safetensors(path, tensors | {"lm_head.weight": tensors[embedding] + 1})
+    got = load(tmp_path / "m")[0]
+    assert not got.cfg.tie and torch.equal(got.lm_head.weight, model.wte.weight + 1)
+    theirs = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        torch.testing.assert_close(got.logits(got(ids)), theirs.eval()(ids).logits, rtol=0, atol=1e-4)
+    save(tmp_path / "again", got, tok)
+    assert torch.equal(load(tmp_path / "again")[0].lm_head.weight, model.wte.weight + 1)
+    assert load(tmp_path / "m", head="new")[0].cfg.scalar_head
+
+    for head in (tensors[embedding], tensors[embedding].double()):
+        write_safetensors(path, tensors | {"lm_head.weight": head})
+        assert load(tmp_path / "m")[0].cfg.tie
+    alone = {name: t for name, t in tensors.items() if name != embedding}
+    write_safetensors(path, alone | {"lm_head.weight": tensors[embedding]})
+    got = load(tmp_path / "m")[0]
+    assert got.cfg.tie and torch.equal(got.wte.weight, model.wte.weight)
+    for bad, words in (({"lm_head.weight": torch.ones(3, 48)}, "lm_head.weight"), ({}, embedding)):
+        write_safetensors(path, (tensors if bad else alone) | bad)
+        with pytest.raises(CheckpointError, match=words):
+            load(tmp_path / "m")
+
+
+def test_what_a_model_is_needed_for(tmp_path):
+    """A reward model that is asked must have its head: one drawn at random would be another judge for every seed."""
+    tok, cfg = toy_tokenizer(tmp_path), replace(CONFIGS["qwen2"], reward_mean=0.5)
+    lm, rm, headless = tmp_path / "lm", tmp_path / "rm", tmp_path / "headless"
+    save(lm, GPT(cfg), tok)
+    trained = shake(GPT(replace(cfg, scalar_head=True)))
+    for folder in (rm, headless):
+        save(folder, trained, tok)
+    tensors = {k: t.clone() for k, t in read_safetensors(rm / "model.safetensors").items() if k != "score.weight"}
+    write_safetensors(headless / "model.safetensors", tensors)
+
+    model, _ = load(lm)
+    assert not model.cfg.scalar_head and hasattr(model, "lm_head")
+    for folder in (rm, headless):
+        with pytest.raises(InputError, match="is a reward model; a language model is needed"):
+            load(folder)
+    model, _ = load(rm, head="score")
+    assert torch.equal(model.score.weight, trained.score.weight) and model.cfg == trained.cfg
+    with pytest.raises(CheckpointError, match="lm is a language model; a reward model is needed"):
+        load(lm, head="score")
+    with pytest.raises(CheckpointError, match=r"headless: tensor 'score.weight' \(1, 48\) is missing"):
+        load(headless, head="score")
+    for folder in (lm, rm, headless):
+        heads = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            model, _ = load(folder, head="new")
+            assert torch.equal(model.ln_f.weight, load_weights(folder)[1]["ln_f.weight"] if folder != headless
+                               else trained.ln_f.weight)
+            heads.append(model.score.weight)
+        assert torch.equal(*heads) == (folder == rm) and heads[0].std() > 0
+
+
+def test_training_state_beside_a_checkpoint(tmp_path):
+    tok, folder = toy_tokenizer(tmp_path), tmp_path / "lr=1e-5,seed=0" / "2025-01-31_12:30"
+    assert load_state(folder) == {}
+    model = shake(GPT(CONFIGS["llama"]))
+    state = {"step": 7, "models": {"policy": model.state_dict()}, "beta": 0.1, "names": ["a"]}
+    save(folder, model, tok, state)
+    got, _ = load(str(folder))        # a folder that exists is one, whatever its name has in it
+    assert all(torch.equal(t, got.state_dict()[name]) for name, t in model.state_dict().items())
+    back = load_state(folder)
+    assert back.keys() == state.keys() and back["step"] == 7
+    assert torch.equal(back["models"]["policy"]["wte.weight"], model.wte.weight)
+    save(folder, model, tok)
+    assert load_state(folder)["step"] == 7
+    (folder / "state.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match="state.pt: no training state of ours"):
+        load_state(folder)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 988097824\n"
+HTML = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head>" + b" " * 999
+UNCLEAR = {   # what a folder holds: {file: its bytes, or the name of the file it was before, or None}, and what is said
+    "lfs": ({"model.safetensors": LFS}, ["model.safetensors: a Git LFS pointer", "git lfs pull"]),
+    "lfs tokenizer": ({"tokenizer.json": LFS}, ["tokenizer.json: a Git LFS pointer", "git lfs pull"]),
+    "html": ({"model.safetensors": HTML}, ["model.safetensors: a web page", "download"]),
+    "html config": ({"config.json": b"\n" + HTML}, ["config.json: a web page", "download"]),
+    "pickle": ({"model.safetensors": b"PK\3\4\0\0\x08\x08" + b"\0" * 99}, ["pickled", "safetensors"]),
+    "bin": ({"pytorch_model.bin": "model.safetensors"}, ["pytorch_model.bin but no model.safetensors", "never opened"]),
+    "bin shards": ({"pytorch_model-00001-of-00002.bin": "model.safetensors", "pytorch_model.bin.index.json": b"{}"},
+                   ["pytorch_model-00001-of-00002.bin but no model.safetensors"]),
+    "gguf": ({"m.Q4_K.gguf": "model.safetensors"}, ["m.Q4_K.gguf but no model.safetensors", "save_pretrained"]),
+    "adapter": ({"config.json": None, "adapter_model.safetensors": "model.safetensors",
+                 "adapter_config.json": b'{"peft_type": "LORA", "base_model_name_or_path": "org/base"}'},
+                ["a LoRA adapter of org/base", "merge"]),
+    "adapter with a config": ({"adapter_model.safetensors": "model.safetensors", "adapter_config.json": b"{}"},
+                              ["a LoRA adapter", "merge"]),
+    "slow tokenizer": ({"tokenizer.json": None, "vocab.json": b"{}", "merges.txt": b"#version: 0.2\n"},
+                       ["has vocab.json and merges.txt but no tokenizer.json", "AutoTokenizer"]),
+    "sentencepiece": ({"tokenizer.json": None, "tokenizer.model": b"x"}, ["has tokenizer.model but no tokenizer.json"]),
+    "no tokenizer": ({"tokenizer.json": None}, ["has no tokenizer.json", "AutoTokenizer"]),
+    "no config": ({"config.json": None}, ["has no config.json"]),
+    "no weights": ({"model.safetensors": None}, ["has no model.safetensors"]),
+    "gemma": ({"config.json": b'{"model_type": "gemma3_text"}'}, ["config.json: model_type 'gemma3_text'", "llama"])}
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_folders_that_are_no_checkpoint_say_what_they_are(tmp_path, case):
+    folder, (files, words) = tmp_path / "folder", UNCLEAR[case]
+    save(folder, GPT(CONFIGS["llama"]), toy_tokenizer(tmp_path))
+    for name, content in files.items():
+        if content is None:
+            (folder / name).unlink()
+        elif isinstance(content, str):
+            (folder / content).rename(folder / name)
+        else:
+            (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError) as e:
+        load(folder)
+    assert str(e.value).startswith(str(folder)) and "\n" not in str(e.value)
+    assert all(word in str(e.value) for word in words), e.value
+
+
+def test_a_tensor_is_named_as_in_the_file(tmp_path):
+    """trl's value head; a name without the prefix that all others of the file lack too."""
+    tok, cfg = toy_tokenizer(tmp_path), CONFIGS["llama"]
+    save(tmp_path / "m", GPT(cfg), tok)
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = {name: t.clone() for name, t in read_safetensors(path).items()}
+    write_safetensors(path, tensors | {"v_head.summary.weight": torch.ones(1, 48)})
+    with pytest.raises(CheckpointError, match=r"m: tensor 'v_head.summary.weight' \(1, 48\) is not of this model"):
+        load(tmp_path / "m")
+    bare = {name.removeprefix("model."): t for name, t in tensors.items()}
+    write_safetensors(path, bare | {"norm.weight": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"tensor 'norm.weight' is torch.float32 \(3,\)"):
+        load(tmp_path / "m")
+
+
+def test_paths_that_are_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen").mkdir()
+    with pytest.raises(CheckpointError, match="Qwen/Qwen2.5-0.5B: no such folder .*hub.* rename the folder Qwen"):
+        load("Qwen/Qwen2.5-0.5B")
+    with pytest.raises(CheckpointError, match="no such folder$"):
+        load(tmp_path / "Qwen" / "x")
+    (tmp_path / "Qwen" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="a file; give the folder"):
+        load("Qwen/model.safetensors")
+    for name in ("runs/2025-01-31_12:30/reward", "C:\\models\\x", "a:b", "a,b"):
+        with pytest.raises(CheckpointError, match="neither a folder nor the name of a hub model"):
+            load(name)
+
+
 def test_configs_in_either_style_and_unsupported_ones(tmp_path):
     tok = toy_tokenizer(tmp_path)
     base = {k: json.loads(json.dumps(config_to_hf(c, tok))) for k, c in CONFIGS.items()}
@@ -774,17 +1132,26 @@ def test_killed_while_saving(tmp_path):
 
 class Hub(http.server.BaseHTTPRequestHandler):
     files, log, hashes, lie, cut, ranges, code = {}, [], True, 0, None, True, None
+    cdn, tokens, gate, moved = "", None, None, None    # where files are; (host, path, token) of each request; the one it wants; where config.json is now
 
     def do_GET(self):
         self.log.append((self.path, self.headers.get("Range")))
+        self.tokens.append((self.headers["Host"], self.path, self.headers.get("Authorization")))
         if self.path.startswith("/cdn/"):
             return self.send_file(self.files[self.path.removeprefix("/cdn/")])
-        name = self.path.partition("/resolve/main/")[2]
+        if self.gate and self.headers.get("Authorization") != f"Bearer {self.gate}":
+            return self.send_error(401)
+        if self.moved and self.path.endswith("/resolve/main/config.json"):
+            self.send_response(307)
+            self.send_header("Location", f"{self.moved}/api/resolve-cache/config.json")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        name = self.path.partition("/resolve/main/")[2] or self.path.rpartition("/resolve-cache/")[2]
         if self.code or name not in self.files:
             return self.send_error(self.code or 404)
         if name.endswith(".safetensors"):   # like the hub: size and hash come with a redirect
             self.send_response(302)
-            self.send_header("Location", f"/cdn/{name}")
+            self.send_header("Location", f"{self.cdn}/cdn/{name}")
             if self.hashes:
                 digest = hashlib.sha256(self.files[name]).hexdigest() if self.hashes is True else self.hashes
                 self.send_header("X-Linked-ETag", f'"{digest}"')
@@ -819,7 +1186,7 @@ def hub(tmp_path, monkeypatch):
     state = shake(GPT(cfg)).state_dict()
     save_folder(tmp_path / "src", cfg, state, tok)
     files = {p.name: p.read_bytes() for p in (tmp_path / "src").iterdir() if p.name != "tokenizer_config.json"}
-    handler = type("H", (Hub,), {"files": files, "log": []})
+    handler = type("H", (Hub,), {"files": files, "log": [], "tokens": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -915,3 +1282,118 @@ def test_hub_offline(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="by hand") as e:
         load_weights("org/toy")
     assert str(tmp_path / "org--toy") in str(e.value)
+
+
+def test_hub_token_goes_to_the_hub_alone(hub, monkeypatch):
+    """A gated model: the hub gets the token, the host that it sends us to for the weights does not, nor does the same
+    host along with a redirect. Only a page of the hub's own that refuses is asked with it."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Other", (hub,), {}))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        hub.cdn, hub.gate = f"http://127.0.0.1:{server.server_port}", "hf_example"
+        for token in ("", "hf_wrong"):
+            monkeypatch.setenv("HF_TOKEN", token)
+            with pytest.raises(CheckpointError, match="401.*accept its licence on the hub and set HF_TOKEN"):
+                fetch_hub("org/toy")
+        monkeypatch.setenv("HF_TOKEN", "hf_example\n")
+        hub.tokens.clear()
+        assert all(torch.equal(v, hub.state[k]) for k, v in load_weights("org/toy")[1].items())
+        sent = {(path.startswith("/cdn/"), token) for _, path, token in hub.tokens}
+        assert sent == {(False, "Bearer hf_example"), (True, None)}
+
+        # The hub moves a small file to another page of its own, or to another host.
+        for moved, wanted in (("", [None, "Bearer hf_example"]), (hub.cdn, [None])):
+            (hub.folder / "config.json").unlink()
+            hub.moved = moved or os.environ["HF_ENDPOINT"]
+            hub.tokens.clear()
+            if moved:
+                with pytest.raises(CheckpointError, match="401"):
+                    fetch_hub("org/toy")
+                (hub.folder / "config.json").write_bytes(hub.files["config.json"])
+            else:
+                fetch_hub("org/toy")
+            assert [token for _, path, token in hub.tokens if "resolve-cache" in path] == wanted
+        for bad in ("a\nb", "\u2019"):
+            monkeypatch.setenv("HF_TOKEN", bad)
+            (hub.folder / "config.json").unlink(missing_ok=True)
+            with pytest.raises(CheckpointError, match="HF_TOKEN"):
+                fetch_hub("org/toy")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def hf_cache(root, name, files, revision="0123abc"):
+    """Files of a model as Hugging Face's libraries keep them: snapshots of links to blobs."""
+    repo = root / f"models--{name.replace('/', '--')}"
+    for folder in ("blobs", "refs", f"snapshots/{revision}"):
+        (repo / folder).mkdir(parents=True, exist_ok=True)
+    (repo / "refs" / "main").write_text(revision)
+    for file, content in files.items():
+        (repo / "blobs" / hashlib.sha256(content).hexdigest()).write_bytes(content)
+        (repo / "snapshots" / revision / file).symlink_to(f"../../blobs/{hashlib.sha256(content).hexdigest()}")
+    return repo / "snapshots" / revision
+
+
+@pytest.mark.parametrize("where", ["HF_HOME", "HF_HUB_CACHE", "HOME"])
+@pytest.mark.parametrize("shards", [False, True])
+def test_hub_model_in_the_cache_of_other_libraries(hub, tmp_path, monkeypatch, where, shards):
+    """Read there, links and shards included, without a request."""
+    root = {"HF_HOME": tmp_path / "x" / "hub", "HF_HUB_CACHE": tmp_path / "x",
+            "HOME": tmp_path / "x" / ".cache" / "huggingface" / "hub"}[where]
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv(where, str(tmp_path / "x"))
+    files = dict(hub.files)
+    if shards:
+        tensors = read_safetensors(tmp_path / "src" / "model.safetensors")
+        names = sorted(tensors)
+        for shard, part in (("a.safetensors", names[:9]), ("b.safetensors", names[9:])):
+            write_safetensors(tmp_path / shard, {name: tensors[name] for name in part})
+            files[shard] = (tmp_path / shard).read_bytes()
+        where_is = {name: "ab"[i >= 9] + ".safetensors" for i, name in enumerate(names)}
+        files["model.safetensors.index.json"] = json.dumps({"weight_map": where_is}).encode()
+        del files["model.safetensors"]
+    snapshot = hf_cache(root, "org/toy", files)
+    assert (snapshot / "config.json").is_symlink()
+    for path in ("org/toy", snapshot):
+        assert all(torch.equal(v, hub.state[k]) for k, v in load_weights(path)[1].items())
+    assert hub.log == []
+    (snapshot / "tokenizer.json").unlink()      # incomplete, as after AutoConfig.from_pretrained: fetched to ours
+    load_weights("org/toy")
+    assert hub.log and (hub.folder / "tokenizer.json").exists()
+
+
+def test_hub_offline_by_request(hub, monkeypatch):
+    for value in ("1", "true", "YES", "on"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+        with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set.*by hand"):
+            load_weights("org/toy")
+    assert hub.log == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    load_weights("org/toy")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    load_weights("org/toy")
+
+
+def test_hub_files_that_may_be_missing(hub):
+    """EOS ids and the chat template are fetched where the hub has them, and asked for once where it has not."""
+    hub.files["generation_config.json"] = b'{"eos_token_id": [266, 267]}'
+    tok = load_weights("org/toy")[2]
+    assert tok.eos_ids == {266, 267} and (hub.folder / "generation_config.json").exists()
+    asked = [path.rpartition("/")[2] for path, _ in hub.log if "/resolve/" in path]
+    assert sorted(asked) == sorted(["config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json",
+                                    "chat_template.jinja", "model.safetensors"])
+    del hub.files["tokenizer.json"]
+    (hub.folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="tokenizer.json: HTTP Error 404.*no such model, or one without"):
+        load_weights("org/toy")
+
+
+def test_no_home_folder(hub, monkeypatch):
+    """As in a container whose user has neither HOME nor a name."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.delenv("HF_HOME")
+    load_weights("org/toy")
+    monkeypatch.delenv("NANORLHF_CACHE")
+    with pytest.raises(CheckpointError, match="no home folder.*set NANORLHF_CACHE"):
+        load_weights("org/toy")

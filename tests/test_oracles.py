@@ -1,6 +1,7 @@
 """Every number the stages train on against an independent oracle: plain loops, float64 NumPy, sums over everything that
 can happen, and one task whose optimum is known in closed form. All on one CPU core."""
 import copy
+import functools
 import itertools
 import math
 import os
@@ -24,8 +25,12 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
 from data import world  # noqa: E402
+from data.parallel import in_chunks, micro_batches  # noqa: E402
+from data.run import adamw, batches, set_lr  # noqa: E402
 from data.tokenizer import Tokenizer, tokenizer_from_ranks  # noqa: E402
-from model import GPT, GPTConfig, generate, optimizer_for, pad_batch, sample, token_logprobs  # noqa: E402
+from model import (GPT, GPTConfig, answer_rewards, attention, attention_bias, compare_policies, frozen,  # noqa: E402
+                   generate, last_token, merged, pad_batch, refresh, sample, sampling_copy, token_logprobs,
+                   token_values, with_lora)
 
 torch.set_num_threads(1)
 f64 = torch.float64
@@ -44,6 +49,15 @@ def tiny(dialect, seed=0, **changes):
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=g) * 0.4 + (1 if p.dim() == 1 else 0))
     return model
+
+
+def tok_of(*eos, pad=0):
+    """What `generate` asks of a tokenizer."""
+    return SimpleNamespace(eos_ids=set(eos), pad_id=pad)
+
+
+def draws(B, N, seed=0):
+    return torch.rand(B, N, dtype=f64, generator=torch.Generator().manual_seed(seed))
 
 
 def np64(*xs):
@@ -270,7 +284,7 @@ def test_sft_loss_does_not_depend_on_batching(dialect, monkeypatch):
     n = sum(sum(mask[1:]) for _, mask in examples)
 
     def run(name, examples, micro, pad_id=30):
-        parts = [sft.nll(model, examples[i: i + micro], SimpleNamespace(pad_id=pad_id), "cpu")
+        parts = [sft.nll(model, examples[i: i + micro], SimpleNamespace(pad_id=pad_id))
                  for i in range(0, len(examples), micro)]
         assert sum(p[1] for p in parts) == n
         loss = sum(p[0] for p in parts) / n
@@ -299,8 +313,10 @@ def test_reward_loss_does_not_depend_on_batching(dialect, monkeypatch):
         total = 0.0
         for k in range(0, len(groups), micro):
             part, tok = groups[k: k + micro], SimpleNamespace(pad_id=pad_id)
-            r, (i, j), p, m, _, w, _ = reward.group_scores(model, part, tok, "cpu")
-            loss = (w * reward.preference_loss(r[i], r[j], p, m, 0.05)).sum() / len(groups)
+            ids, mask, pairs = reward.batch_of(part, tok, "cpu")
+            r = answer_rewards(model, ids, mask)
+            losses = reward.preference_loss(r[pairs.a], r[pairs.b], pairs.p, pairs.margin, 0.05)
+            loss = (pairs.weight * losses).sum() / len(groups)
             loss.backward()
             total += loss.item()
         return name, total, grad_of(model)
@@ -338,7 +354,7 @@ def test_ppo_losses_do_not_depend_on_batching(dialect):
     g = torch.Generator().manual_seed(0)
     noise, adv, ret, dv = torch.randn(4, *ids.shape, generator=g)
     old = token_logprobs(policy, ids, mask, 0.7).detach() + 0.2 * noise * mask
-    old_v = ppo.token_values(value, ids).detach() + 0.5 * dv
+    old_v = token_values(value, ids, mask).detach() + 0.5 * dv
     n = mask.sum()
 
     def run(name, pieces, extra=0, garbage=False):
@@ -356,70 +372,32 @@ def test_ppo_losses_do_not_depend_on_batching(dialect):
             logp = token_logprobs(policy, x[rows, :t], m[rows, :t], 0.7)
             part, _ = ppo.policy_loss(logp, o[rows, :t], a[rows, :t], m[rows, :t], 0.2, n)
             part.backward()
-            v = ppo.value_loss(ppo.token_values(value, x[rows, :t]), ov[rows, :t], rt[rows, :t], m[rows, :t], 0.3, n)
+            v = token_values(value, x[rows, :t], m[rows, :t])
+            v = ppo.value_loss(v, ov[rows, :t], rt[rows, :t], m[rows, :t], 0.3, n)
             v.backward()
             loss_p, loss_v = loss_p + part.item(), loss_v + v.item()
         return (name, loss_p, grad_of(policy)), (name, loss_v, grad_of(value))
 
-    every, cfg = torch.arange(len(ids)), lambda size, group=1: ppo.Config(micro_batch=size, group=group)   # noqa: E731
+    every = torch.arange(len(ids))
+    by_length = [torch.tensor(rows) for rows in micro_batches(every.tolist(), width.tolist(), 2)]
     variants = [run("whole", [every]), run("micro 1", every.split(1)), run("micro 3", every.split(3)),
-                run("by length", [rows for rows, *_ in ppo.by_length(width, cfg(2))]), run("reversed", [every.flip(0)]),
+                run("by length", by_length), run("reversed", [every.flip(0)]),
                 run("more padding", [every], extra=6), run("garbage", every.split(4), extra=6, garbage=True)]
     for column in zip(*variants):
         same(column)
-    assert sorted(torch.cat([rows for rows, *_ in ppo.by_length(width, cfg(2))]).tolist()) == every.tolist()
-    for rows, prompt, real in (cut := ppo.by_length(torch.tensor([9, 1, 3, 3, 2, 2, 8, 8]), cfg(5, 2))):
-        assert real == 1.0 and prompt.tolist() == (rows // 2).tolist() and len(rows) == 4
-    assert [rows.tolist() for rows, *_ in cut] == [[4, 5, 2, 3], [6, 7, 0, 1]]
-    long = ppo.Config(micro_batch=5, group=2, max_prompt=8, max_new=9)       # longer than prompts: by themselves
-    assert [prompt for _, prompt, _ in ppo.by_length(torch.tensor([9, 1, 3, 3]), long)] == [None]
-
-
-@both
-def test_shared_prompts_change_nothing(dialect):
-    """Otherwise an answer sees its neighbours, stands at other positions, or a prompt's gradient is lost or doubled."""
-    model, value, rng = tiny(dialect), tiny(dialect, 1, scalar_head=True), random.Random(0)
-    rows, prompt, start = [], [], []
-    for n, k in enumerate((3, 1, 2, 4, 1)):                            # prompt 3 has four answers
-        x = ragged(rng, 1, 6, 20)[0]
-        rows, prompt, start = rows + [x + y for y in ragged(rng, k, 1, 9)], prompt + [n] * k, start + [len(x)] * k
-    (ids, real), prompt = pad_batch(rows, 30), torch.tensor(prompt)
-    mask = real & (torch.arange(ids.shape[1]) >= torch.tensor(start)[:, None])
-    weight = torch.randn(3, *ids.shape, generator=torch.Generator().manual_seed(0))
-
-    def run(name, x, m, prompt, at=slice(None)):
-        seen = []
-        hooks = [m_.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
-                 for m_ in (model, value)]
-        logp, ent = token_logprobs(model, x, m, 0.7, entropy=True, prompt=prompt)
-        v = ppo.token_values(value, x, m, prompt) * m
-        r = reward.final_scores(value, x, real.sum(1)[at], m, prompt)
-        [hook.remove() for hook in hooks]
-        w = weight[:, at]
-        (w[0] * logp + w[1] * ent).sum().backward()
-        ((w[2] * v).sum() + (r * w[0, :, 0]).sum()).backward()
-        outs = torch.cat([y.detach().double().flatten()
-                          for y in (logp.sort(0).values, v.sort(0).values, r.sort().values)])
-        return (name, outs.abs().sum().item(), torch.cat([outs, grad_of(model), grad_of(value)])), seen
-
-    plain, seen = run("alone", ids, mask, None)
-    shared, fewer = run("shared", ids, mask, prompt)
-    rows_of = [(prompt == n).nonzero()[:, 0].tolist() for n in range(5)]
-    order = [i for n in (3, 0, 4, 2, 1) for i in rng.sample(rows_of[n], len(rows_of[n]))]
-    moved, _ = run("another order", ids[order], mask[order], prompt[order], order)
-    garbage, _ = run("garbage", torch.where(real, ids, torch.randint(V, ids.shape)), mask, prompt)
-    same([plain, shared, moved, garbage])
-    assert max(fewer) < min(seen)
-    one = model_py.with_shared_prompts(model, ids[:3], mask[:3], prompt[:3])                       # a single prompt
-    torch.testing.assert_close(one[real[:3]], model(ids[:3])[real[:3]], atol=1e-5, rtol=1e-5)
+    assert sorted(torch.cat(by_length).tolist()) == every.tolist() and max(map(len, by_length)) == 2
+    assert micro_batches(range(8), [9, 1, 3, 3, 2, 2, 8, 8], 5) == [[1, 4, 5, 2, 3], [6, 7, 0]]
+    assert micro_batches([7, 0, 3], [9, 1, 3, 3, 2, 2, 8, 8], 5) == [[3, 7, 0]]
 
 
 @both
 def test_token_values_are_those_before_each_token(dialect):
     """Otherwise the baseline of a token has already seen that token, and the policy gradient is biased."""
     value = tiny(dialect, scalar_head=True, reward_mean=0.7)
-    ids, _, width = rollouts()
-    got = ppo.token_values(value, ids)
+    ids, response, width = rollouts()
+    real = torch.arange(ids.shape[1]) < width[:, None]
+    got = token_values(value, ids, real)
+    assert (got[~real] == 0).all() and torch.equal(token_values(value, ids, response), got * response)
     for b in range(len(ids)):
         assert got[b, 0] == 0
         for t in range(1, int(width[b])):
@@ -455,7 +433,8 @@ def test_token_logprobs_against_full_logits(dialect, temperature, monkeypatch):
     n = int(mask[:, 1:].sum())
     for chunk in (1, 3, n - 1, n, 4096):
         calls.clear()
-        got, got_ent = token_logprobs(model, ids, mask, temperature, entropy=True, chunk=chunk)
+        monkeypatch.setattr(model_py, "LOGITS", chunk * V)            # that many rows of logits at a time
+        got, got_ent = token_logprobs(model, ids, mask, temperature, entropy=True)
         assert len(calls) == (math.ceil(n / chunk) if chunk < n else 0)
         assert (got[~mask] == 0).all() and (got_ent[~mask] == 0).all() and got[0, 0] == 0
         torch.testing.assert_close(got.double(), logp, atol=2e-5, rtol=0)
@@ -463,9 +442,34 @@ def test_token_logprobs_against_full_logits(dialect, temperature, monkeypatch):
         loss = (weight * got + bonus * got_ent).sum()
         loss.backward()
         variants.append((f"chunk {chunk}", loss.item(), grad_of(model)))
-        torch.testing.assert_close(token_logprobs(model, ids, mask, temperature, chunk=chunk), got)
+        torch.testing.assert_close(token_logprobs(model, ids, mask, temperature), got)
     same(variants, tol=5e-5)
     assert (token_logprobs(model, ids, torch.zeros_like(mask)) == 0).all()
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.03)], ids=str)
+@pytest.mark.parametrize("T, S", [(1, 9), (5, 9), (9, 9)])
+def test_grouped_heads_under_a_mask_are_repeated_ones(dtype, tol, T, S, monkeypatch):
+    """But for the order of sums; and the kernel never hears of groups, which under a mask none but cuDNN's knows."""
+    g, asked, B, H, D = torch.Generator().manual_seed(0), [], 3, 6, 8
+    q = torch.randn(B, H, T, D, generator=g).to(dtype)
+    k, v = torch.randn(2, B, 2, S, D, generator=g).to(dtype)
+    mask = torch.rand(B, 1, T, S, generator=g) < 0.6
+    mask[..., 0] = True                                               # no query looks at nothing
+    bias, kernel = attention_bias(mask, dtype), torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q, k, v, *args, **kwargs):
+        asked.append((q.shape[1], k.shape[1], kwargs.get("enable_gqa", False)))
+        return kernel(q, k, v, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+        got = attention(q, k, v, bias)
+        assert asked == ([] if dtype == torch.bfloat16 and T > 1 else [(2, 2, False)])
+    want = attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), bias)
+    torch.testing.assert_close(got, want, atol=tol, rtol=0)
+    x, y, z = (a.double() for a in (q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1)))
+    by_hand = (x @ y.transpose(-1, -2) / D ** 0.5).masked_fill(~mask, -math.inf).softmax(-1) @ z
+    torch.testing.assert_close(got.double(), by_hand, atol=tol, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,7 +507,8 @@ def test_greedy_decoding_from_the_cache(greedy, monkeypatch):
     model, prompts, free, eos = greedy
     sizes, forward = [], GPT.forward
     monkeypatch.setattr(GPT, "forward", lambda self, ids, *a: sizes.append(tuple(ids.shape)) or forward(self, ids, *a))
-    ids, mask, logp = generate(model, prompts, 16, eos, pad_id=29, temperature=0)
+    tok = tok_of(eos, pad=29)
+    ids, mask, logp = generate(model, tok, prompts, draws(9, 16), temperature=0)
     steps = sizes[1:]
     assert all(t == 1 for _, t in steps) and min(b for b, _ in steps) < len(prompts)    # rows have really been dropped
     monkeypatch.undo()
@@ -518,7 +523,7 @@ def test_greedy_decoding_from_the_cache(greedy, monkeypatch):
         assert mask[b].tolist() == [len(p) <= t < end for t in range(ids.shape[1])]
         np.testing.assert_allclose(logp[b, len(p): end], want, atol=1e-4)
         assert (logp[b][~mask[b]] == 0).all()
-        alone = generate(model, [p], 16, eos, pad_id=29, temperature=0)
+        alone = generate(model, tok, [p], draws(1, 16), temperature=0)
         assert alone[0][0].tolist() == p + answer
         torch.testing.assert_close(alone[2][0], logp[b, :end], atol=1e-4, rtol=0)
     assert ids.shape[1] == longest
@@ -530,12 +535,11 @@ def test_sampling_is_the_naive_loop_with_the_same_noise(dialect):
     model, prompts, n, seen = tiny(dialect), ragged(random.Random(1), 5, 1, 9), 12, []
     prompts = [prompts[i] for i in (0, 1, 2, 1, 3, 4, 1)]              # one of them three times, read once
     hook = model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    ids, mask, logp = generate(model, prompts, n, -1, 0, 0.8, generator=torch.Generator().manual_seed(7))
+    ids, mask, logp = generate(model, tok_of(-1), prompts, draws(7, n, seed=7), 0.8)
     hook.remove()
     assert seen == [5] + [7] * (n - 1)
-    g, rows = torch.Generator().manual_seed(7), [list(p) for p in prompts]
+    rows, u = [list(p) for p in prompts], draws(7, n, seed=7).numpy()
     with torch.no_grad():
-        u = torch.rand(len(rows), n, dtype=torch.float64, generator=g).numpy()
         for i in range(n):
             for b, row in enumerate(rows):
                 total = full_logits(model, row, 0.8)[-1].softmax(-1).double().numpy().cumsum()
@@ -554,7 +558,7 @@ def test_sampled_log_probs_are_those_of_training(dialect, truncation):
     model, prompts = tiny(dialect), ragged(random.Random(2), 24, 1, 9)
 
     def run(eos):
-        return generate(model, prompts, 14, eos, 30, 1.3, generator=torch.Generator().manual_seed(0), **truncation)
+        return generate(model, tok_of(eos, pad=30), prompts, draws(24, 14), 1.3, **truncation)
 
     free, free_mask, _ = run(-1)
     eos = [t for t, n in Counter(free[free_mask].tolist()).most_common() if n < 40][0]      # comes often, not always
@@ -583,8 +587,8 @@ def test_sample_support_and_frequencies(top_k, top_p):
         total += p[i] / p[order].sum()
     want = np.array([p[i] * (i in kept) for i in range(7)])
     u = torch.rand(40000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    draws = sample(logits.expand(40000, 7), u, top_k, top_p)
-    freq = np.bincount(draws.numpy(), minlength=7) / 40000
+    tokens = sample(logits.expand(40000, 7), u, top_k, top_p)
+    freq = np.bincount(tokens.numpy(), minlength=7) / 40000
     assert set(freq.nonzero()[0]) == set(kept)
     assert abs(freq - want / want.sum()).sum() / 2 < 0.01
 
@@ -592,8 +596,26 @@ def test_sample_support_and_frequencies(top_k, top_p):
 def test_generation_is_seeded():
     """Otherwise a run cannot be repeated, or every run is the same."""
     model, prompts = tiny("llama"), ragged(random.Random(0), 6, 1, 9)
-    a, b, c = (generate(model, prompts, 10, 4, generator=torch.Generator().manual_seed(s))[0] for s in (1, 1, 2))
+    a, b, c = (generate(model, tok_of(4), prompts, draws(6, 10, seed))[0] for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@both
+def test_generation_stops_at_each_of_several_ends(dialect):
+    """Otherwise a model that ends its turns with <|im_end|> and its texts with <|endoftext|> talks on after one of them."""
+    model, prompts = tiny(dialect), ragged(random.Random(2), 24, 1, 9)
+    free, mask, _ = generate(model, tok_of(-1), prompts, draws(24, 14))
+    free = [row[m].tolist() for row, m in zip(free, mask)]
+    counts = Counter(itertools.chain(*free))
+    ends = [token for token, n in counts.most_common() if n < 40][:3]
+    ids, mask, _ = generate(model, tok_of(*ends), prompts, draws(24, 14))
+    last = Counter()
+    for row, m, whole in zip(ids, mask, free):
+        at = [t for t, token in enumerate(whole) if token in ends]
+        answer = row[m].tolist()
+        assert answer == whole[: at[0] + 1 if at else 14]             # up to the first of any of them, and no further
+        last[answer[-1]] += 1
+    assert all(last[end] > 1 for end in ends)
 
 
 @both
@@ -601,10 +623,10 @@ def test_generation_refuses_what_it_cannot_do(dialect):
     """Otherwise an empty prompt reads another row's last token, or positions run past the context."""
     model = tiny(dialect)
     with pytest.raises(ValueError, match="empty"):
-        generate(model, [[1], []], 4, 0)
+        generate(model, tok_of(0), [[1], []], draws(2, 4))
     with pytest.raises(ValueError, match="context"):
-        generate(model, [[1], [1] * 60], 5, 0)
-    assert generate(model, [[1] * 60], 4, -1)[0].shape == (1, 64)
+        generate(model, tok_of(0), [[1], [1] * 60], draws(2, 5))
+    assert generate(model, tok_of(-1), [[1] * 60], draws(1, 4))[0].shape == (1, 64)
     with pytest.raises(ValueError, match="context"):
         model(torch.zeros(1, 65, dtype=torch.long))
 
@@ -633,20 +655,22 @@ def test_preference_loss_against_numpy():
 
 
 @both
-def test_final_scores_read_the_last_real_token(dialect):
+def test_answer_rewards_read_the_last_real_token(dialect):
     """Otherwise the reward is read at padding, or one token before the EOS."""
     model = tiny(dialect, scalar_head=True, reward_mean=1.5)
     rows = ragged(random.Random(0), 6, 1, 12)
     ids, real = pad_batch(rows, 7)
     lens = real.sum(1)
-    got = reward.final_scores(model, ids, lens)
+    got = answer_rewards(model, ids, real)
     for b, row in enumerate(rows):
         h = model(torch.tensor([row]))[0, -1].double()
         assert got[b].item() == pytest.approx((h @ model.score.weight[0].double()).item() - 1.5, abs=1e-5)
     last = ids.clone()
     last[torch.arange(6), lens - 1] = (last[torch.arange(6), lens - 1] + 1) % V
-    assert ((reward.final_scores(model, last, lens) - got).abs() > 1e-3).all()
-    torch.testing.assert_close(reward.final_scores(model, torch.where(real, ids, 19), lens), got, atol=1e-5, rtol=0)
+    assert ((answer_rewards(model, last, real) - got).abs() > 1e-3).all()
+    torch.testing.assert_close(answer_rewards(model, torch.where(real, ids, 19), real), got, atol=1e-5, rtol=0)
+    only_end = torch.arange(ids.shape[1]) == lens[:, None] - 1         # the mask of an answer is enough
+    torch.testing.assert_close(answer_rewards(model, ids, only_end), got, atol=1e-5, rtol=0)
 
 
 def chatml_like(messages, generation_prompt=False):
@@ -655,7 +679,7 @@ def chatml_like(messages, generation_prompt=False):
     return (ids, [0] * len(ids)) if generation_prompt else (ids + [2, 10], [1] * len(ids) + [1, 0])
 
 
-def test_group_scores_each_answer_once():
+def test_each_answer_is_scored_once():
     """Otherwise prompts with many pairs dominate, answers are scored again for every pair, or EOS is not the last."""
     tok = SimpleNamespace(render=chatml_like, pad_id=0)
     tok.render_answer = MethodType(Tokenizer.render_answer, tok)
@@ -674,13 +698,15 @@ def test_group_scores_each_answer_once():
     named = {(answers[i], answers[j], p, m, c) for i, j, p, m, c in pairs}
     text = lambda s: tuple(chatml_like(prompt("who") + prompt(s))[0][:-1])   # noqa: E731
     assert named == {(text(a), text(b), 0.9, 0.5, 0.8) for a, b in itertools.combinations(["x", "yy", "zzz", "w"], 2)}
-    model, seen = tiny("llama", scalar_head=True), []
-    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    r, (i, j), p, m, c, w, lens = reward.group_scores(model, groups, tok, "cpu")
-    assert seen == [2] and len(r) == len(lens) == 6 and len(i) == 7            # 2 prompts, 4 + 2 answers, 6 + 1 pairs
-    assert w.sum().item() == pytest.approx(2) and set(np.round(w.tolist(), 6)) == {1.0, round(1 / 6, 6)}
-    flat = [a for answers, _ in groups for a in answers]
-    assert all((flat[x][:3] == flat[y][:3]) for x, y in zip(i.tolist(), j.tolist()))      # pairs stay in their prompt
+    ids, mask, pairs = reward.batch_of(groups, tok, "cpu")
+    assert len(ids) == 6 and len(pairs.a) == len(pairs.p) == 7                 # 2 prompts, 4 + 2 answers, 6 + 1 pairs
+    assert sorted(row[m].tolist() for row, m in zip(ids, mask)) == sorted(
+        list(answer) for answers, _ in groups for answer in answers)
+    weights = pairs.weight.tolist()
+    assert sum(weights) == pytest.approx(2) and set(np.round(weights, 6)) == {1.0, round(1 / 6, 6)}
+    assert (ids[pairs.a, :3] == ids[pairs.b, :3]).all()                        # pairs stay in their prompt
+    assert {(tuple(ids[a][mask[a]].tolist()), tuple(ids[b][mask[b]].tolist()))
+            for a, b in zip(pairs.a, pairs.b)} >= {(a, b) for a, b, *_ in named}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -719,19 +745,19 @@ def test_ppo_finds_the_known_optimum(kind):
     start = [(q * r).sum() for q, r in zip(p_ref, table)]
     assert all(b - s > 0.25 and abs(q - r).sum() / 2 > 0.4 for b, s, q, r in zip(best, start, p_star, p_ref))
 
-    optimizer, value_optimizer = (optimizer_for(m, 0.0, 0.0, (0.9, 0.95), 1e-5) for m in (policy, value))
+    optimizer, value_optimizer = (adamw(m, 0.0, eps=1e-5) for m in (policy, value))
     g, n_steps, B = torch.Generator().manual_seed(0), 300, 256
     for step in range(n_steps):
         lr = 2e-3 * (1 - step / n_steps)
         prompts = [p for p in PROMPTS for _ in range(B // 2)]
-        ids, mask, _ = generate(policy, prompts, 2, EOS, 5, generator=g)
-        width = torch.tensor([len(p) for p in prompts]) + mask.sum(1)
-        old_logp, ref_logp, _, _ = ppo.compare(policy, ref, ids, mask, 1.0)
+        u = torch.rand(B, 2, dtype=f64, generator=g)
+        ids, mask, _ = generate(policy, tok_of(EOS, pad=5), prompts, u)
+        old_logp, ref_logp, _, _ = compare_policies(policy, ref, ids, mask)
         rewards = -BETA * (old_logp - ref_logp)
         scores = torch.tensor([table[b // (B // 2), index[tuple(ids[b][mask[b]].tolist())]] for b in range(B)]).float()
-        rewards[torch.arange(B), width - 1] += scores
+        rewards[torch.arange(B), last_token(mask)] += scores
         with torch.no_grad():
-            old_v = ppo.token_values(value, ids) * mask
+            old_v = token_values(value, ids, mask)
         if kind == "gae":
             adv, ret = ppo.gae(rewards, old_v, mask, 1.0, 0.95)
             adv = ppo.whiten(adv, mask)
@@ -742,12 +768,11 @@ def test_ppo_finds_the_known_optimum(kind):
             ppo.policy_loss(token_logprobs(policy, ids[rows], mask[rows]), old_logp[rows], adv[rows], mask[rows], 0.2,
                             n)[0].backward()
             if kind == "gae":
-                v = ppo.token_values(value, ids[rows])
+                v = token_values(value, ids[rows], mask[rows])
                 ppo.value_loss(v, old_v[rows], ret[rows], mask[rows], 0.5, n).backward()
             for m, opt in ((policy, optimizer), (value, value_optimizer)):
                 torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
-                for group in opt.param_groups:
-                    group["lr"] = lr
+                set_lr(opt, lr)
                 opt.step()
                 opt.zero_grad()
     for prompt, q, r, star, top, low in zip(PROMPTS, p_ref, table, p_star, best, start):
@@ -766,31 +791,29 @@ def test_before_the_first_update_nothing_differs(dialect):
     """Otherwise PPO starts off-policy: a ratio other than 1 or a KL to its own copy."""
     policy, prompts = tiny(dialect), ragged(random.Random(3), 12, 1, 9)
     ref = copy.deepcopy(policy).requires_grad_(False)
-    ids, mask, sampled = generate(policy, prompts, 9, 4, 30, 0.7, generator=torch.Generator().manual_seed(0))
-    old, ref_logp, kl, _ = ppo.compare(policy, ref, ids, mask, 0.7)
+    ids, mask, sampled = generate(policy, tok_of(4, pad=30), prompts, draws(12, 9), 0.7)
+    old, ref_logp, kl, _ = compare_policies(policy, ref, ids, mask, 0.7)
     assert torch.equal(old, ref_logp) and (kl == 0).all()
     logp = token_logprobs(policy, ids, mask, 0.7)
     torch.testing.assert_close(logp, old, atol=1e-5, rtol=0)
     torch.testing.assert_close(sampled, old, atol=1e-4, rtol=0)
     _, stats = ppo.policy_loss(logp, old, torch.randn(ids.shape), mask, 0.2, mask.sum())
     assert abs(stats["approx_kl"]) < 1e-6 and stats["clipfrac"] == 0
-    width = torch.tensor([len(p) for p in prompts]) + mask.sum(1)
-    cfg = SimpleNamespace(temperature=0.7, micro_batch=5, group=1, max_new=9, max_prompt=9)
-    off = lambda: torch.autocast("cpu", enabled=False)   # noqa: E731
-    ppo.self_check(policy, ids, mask, width, sampled, old, ref_logp, cfg, off)
+    cfg = SimpleNamespace(temperature=0.7, micro_batch=5)
+    ppo.self_check(policy, ids, mask, sampled, old, ref_logp, cfg)
     off_by = 0.01 * mask
     for broken in ((sampled - off_by, old, ref_logp), (sampled, old - off_by, ref_logp), (sampled, old, old + 0.01)):
         with pytest.raises(RuntimeError, match="self-check failed"):
-            ppo.self_check(policy, ids, mask, width, *broken, cfg, off)
+            ppo.self_check(policy, ids, mask, *broken, cfg)
 
 
 @both
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_exact_kl_and_pieces(dialect, temperature):
+def test_exact_kl_and_chunks(dialect, temperature, monkeypatch):
     """Otherwise the logged KL has the wrong direction or temperature, or rows are put back in the wrong place."""
     policy, ref = tiny(dialect), tiny(dialect, 1)
     ids, mask, width = rollouts(4, B=9)
-    got = ppo.compare(policy, ref, ids, mask, temperature)
+    got = compare_policies(policy, ref, ids, mask, temperature)
     want = torch.zeros(4, *ids.shape, dtype=f64)
     with torch.no_grad():
         for b in range(len(ids)):
@@ -803,12 +826,17 @@ def test_exact_kl_and_pieces(dialect, temperature):
                 want[:, b, t] = torch.tensor([p[row[t]], q[row[t]], kl, ent])
     assert want[2].sum() > 1 and (got[:, ~mask] == 0).all()
     torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
+    both_policies = functools.partial(compare_policies, policy, ref, temperature=temperature)
+    one_policy = functools.partial(token_logprobs, policy, temperature=temperature)
     for size in (1, 2, 4, 9, 100):
-        cfg = ppo.Config(micro_batch=size, group=1)
-        parts = ppo.in_pieces(lambda i, m, _: ppo.compare(policy, ref, i, m, temperature), ids, mask, width, cfg)
-        torch.testing.assert_close(parts, got, atol=2e-5, rtol=0)
-        one = ppo.in_pieces(lambda i, m, _: token_logprobs(policy, i, m, temperature).detach(), ids, mask, width, cfg)
+        monkeypatch.setattr(model_py, "LOGITS", 2 * size * V)         # so many tokens are compared at a time
+        torch.testing.assert_close(in_chunks(both_policies, ids, mask, size), got, atol=2e-5, rtol=0)
+        one = in_chunks(one_policy, ids, mask, size)
+        assert not one.requires_grad
         torch.testing.assert_close(one, got[0], atol=2e-5, rtol=0)                               # (b, t) as well
+    value = tiny(dialect, 2, scalar_head=True)
+    last = in_chunks(functools.partial(answer_rewards, value), ids, mask, 2)                     # and (b,)
+    torch.testing.assert_close(last, answer_rewards(value, ids, mask), atol=2e-5, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -978,11 +1006,11 @@ def test_batches_cover_every_example_once():
     rng = random.Random(0)
     examples = [([0] * rng.randint(2, 60), None) for _ in range(1003)]
     lengths = [len(e[0]) for e in examples]
-    plans = [model_py.batches(lengths, 8, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    plans = [batches(lengths, 8, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     for plan in plans:
         assert sorted(i for b in plan for i in b) == list(range(1003))
         assert sorted(map(len, plan)) == [3] + [8] * 125
-    assert plans[0] == model_py.batches(lengths, 8, 0, 0) and plans[0] != plans[1] != plans[2] != plans[0]
+    assert plans[0] == batches(lengths, 8, 0, 0) and plans[0] != plans[1] != plans[2] != plans[0]
     padded = lambda plan: sum(max(len(examples[i][0]) for i in b) * len(b) for b in plan)   # noqa: E731
     shuffled = rng.sample(range(1003), 1003)
     assert padded(plans[0]) < 0.75 * padded([shuffled[i: i + 8] for i in range(0, 1003, 8)])
@@ -995,8 +1023,8 @@ def test_encode_supervises_the_assistant_only():
     tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken")
     rows = [r for r in world.rows("demos") if len(r["messages"]) == 4][:40] + world.rows("demos")[:40]
     rows[0]["messages"].insert(0, {"role": "system", "content": "Be brief."})
-    examples = sft.encode(rows, tok, 256)
-    assert len(examples) == len(rows)
+    examples, n_cut, n_left_out = sft.encode(rows, tok, 256)
+    assert len(examples) == len(rows) and n_cut == n_left_out == 0
     for row, (ids, mask) in zip(rows, examples):
         assert len(ids) == len(mask)
         runs = [[i for i, _ in run] for m, run in itertools.groupby(zip(ids, mask), key=lambda x: x[1]) if m]
@@ -1010,15 +1038,20 @@ def test_encode_supervises_the_assistant_only():
         assert tok.decode(prompt) == asked
     full, mask = examples[0]
     starts = [t for t in range(1, len(full)) if mask[t] and not mask[t - 1]]
-    assert sft.encode(rows[:1], tok, starts[0]) == []                 # nothing to learn from within the limit
-    one = sft.encode(rows[:1], tok, starts[0] + 2)[0]
+    assert sft.encode(rows[:1], tok, starts[0]) == ([], 0, 1)         # nothing to learn from within the limit
+    (one,), n_cut, _ = sft.encode(rows[:1], tok, starts[0] + 2)
+    assert n_cut == 1
     assert one == (full[: starts[0] + 2], mask[: starts[0] + 2]) and tok.eos_id not in one[0] and sum(one[1]) == 2
-    two = sft.encode(rows[:1], tok, starts[1] + 1)[0]                 # the first turn ended, the second is cut
+    (two,), *_ = sft.encode(rows[:1], tok, starts[1] + 1)             # the first turn ended, the second is cut
     assert two[0].count(tok.eos_id) == 1 and two[0][-1] != tok.eos_id and two[1][-1] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11. Adapters.
+# 12. Models made of models.
+
+
+def names_of_trained(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 @both
@@ -1026,53 +1059,77 @@ def test_lora_starts_as_its_trunk_trains_apart_and_merges(dialect):
     """Policy and value model share the trunk's very weights; training one changes neither the trunk nor the other."""
     trunk = tiny(dialect)
     before = {k: v.clone() for k, v in trunk.state_dict().items()}
-    assert model_py.frozen(trunk, lambda: torch.autocast("cpu", enabled=False)) is trunk
-    policy, value = model_py.with_lora(trunk, 3), model_py.with_lora(trunk, 3, scalar_head=True)
+    assert frozen(trunk) is trunk
+    policy, value = with_lora(trunk, 3), with_lora(trunk, 3, scalar_head=True)
     ids = torch.randint(V, (3, 11), generator=torch.Generator().manual_seed(0))
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
     h = trunk(ids)
     assert torch.equal(policy(ids), h) and torch.equal(value(ids), h)
     shared = {p.data_ptr() for p in trunk.parameters()}
     assert shared <= {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in value.parameters()}
-    assert set(model_py.trained(policy)) == {f"h.{i}.{x}.{m}" for i in range(2) for m in "ab"
-                                             for x in ("attn.qkv", "attn.proj", "mlp.up", "mlp.down")}
-    assert set(model_py.trained(value)) == {*model_py.trained(policy), "score.weight"}
-    optimizer = optimizer_for(policy, 1e-2, 0.0)
+    assert names_of_trained(policy) == {f"h.{i}.{x}.{m}.weight" for i in range(2) for m in "ab"
+                                        for x in ("attn.qkv", "attn.proj", "mlp.up", "mlp.down")}
+    assert names_of_trained(value) == {*names_of_trained(policy), "score.weight"}
+    optimizer = adamw(policy)
+    set_lr(optimizer, 1e-2)
     for _ in range(3):
-        token_logprobs(policy, ids, torch.ones_like(ids)).sum().backward()
+        token_logprobs(policy, ids, everywhere).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     moved = policy(ids)
     assert (moved - h).abs().max() > 0.01 and torch.equal(trunk(ids), h) and torch.equal(value(ids), h)
     assert all(torch.equal(v, before[k]) for k, v in trunk.state_dict().items())
     plain = GPT(trunk.cfg)
-    plain.load_state_dict(model_py.merged(policy.state_dict()))
+    plain.load_state_dict(merged(policy.state_dict()))
     assert (plain(ids) - moved).abs().max() < 2e-5 * moved.abs().max()
-    assert all(torch.equal(v, before[k]) for k, v in model_py.merged(trunk.state_dict()).items())
+    assert all(torch.equal(v, before[k]) for k, v in merged(trunk.state_dict()).items())
 
 
 @both
 @pytest.mark.parametrize("rank", [0, 2])
-def test_the_decoding_twin_gives_the_same_numbers(dialect, rank):
-    """Bit for bit, and the model itself is left alone: otherwise answers come from another policy than the trained."""
-    model = tiny(dialect) if not rank else model_py.with_lora(tiny(dialect), rank)
+@pytest.mark.parametrize("compute", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_sampling_copy_gives_the_same_numbers(dialect, rank, compute, monkeypatch):
+    """Bit for bit, also after the model has moved on, in the same memory, and the model itself is left alone: otherwise
+    answers come from another policy than the trained one, or CUDA graphs replay an old one."""
+    monkeypatch.setattr(model_py.Linear, "compute", compute)
+    model = with_lora(frozen(tiny(dialect)), rank) if rank else tiny(dialect)
     before, ids = {k: v.clone() for k, v in model.state_dict().items()}, torch.randint(V, (3, 11))
-    assert model_py.for_decoding(model) is model                       # fp32: nothing to do
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        twin = model_py.for_decoding(model)
-        assert twin.h[0].attn.proj is not model.h[0].attn.proj and twin.lm_head.weight.dtype == torch.bfloat16
-        assert twin.wte.weight is model.wte.weight and twin.wte.weight.dtype == torch.float32
-        assert torch.equal(twin.logits(twin(ids)), model.logits(model(ids)))
+    trained, sampler = names_of_trained(model), sampling_copy(model)
+    assert not names_of_trained(sampler) and names_of_trained(model) == trained
+    assert all(p.dtype == (compute or torch.float32) for p in (sampler.h[0].attn.proj.linear if rank else
+                                                               sampler.h[0].attn.proj).parameters())
+    assert sampler.lm_head.weight.dtype == (compute or torch.float32)
+
+    def told(m):
+        with torch.no_grad():
+            return m.logits(m(ids))
+    assert torch.equal(told(sampler), told(model))
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(v, before[k]) for k, v in after.items())
+    where = [p.data_ptr() for p in sampler.parameters()]
+    old = told(sampler)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in trained:
+                p += 0.1 * torch.randn(p.shape)
+    assert torch.equal(told(sampler), old)                             # it is a copy
+    refresh(sampler, model)
+    assert torch.equal(told(sampler), told(model)) and not torch.equal(told(sampler), old)
+    assert [p.data_ptr() for p in sampler.parameters()] == where
+    if rank:    # what is frozen is there once
+        assert sampler.h[0].attn.qkv.linear.weight is model.h[0].attn.qkv.linear.weight and sampler.wte is not model.wte
+        assert sampler.wte.weight is model.wte.weight
 
 
 @both
-def test_a_frozen_model_in_bf16_gives_the_same_numbers(dialect):
-    """Under autocast, bit for bit: otherwise the KL to the reference would not start at 0."""
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16)   # noqa: E731
+def test_a_frozen_model_in_bf16_gives_the_same_numbers(dialect, monkeypatch):
+    """Bit for bit: otherwise the KL to the reference would not start at 0."""
+    monkeypatch.setattr(model_py.Linear, "compute", torch.bfloat16)
     model = tiny(dialect)
-    half, ids = model_py.frozen(copy.deepcopy(model), autocast), torch.randint(V, (3, 11))
+    half, ids = frozen(copy.deepcopy(model)), torch.randint(V, (3, 11))
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
     assert half.h[0].attn.qkv.weight.dtype == torch.bfloat16 and half.wte.weight.dtype == torch.float32
-    with autocast(), torch.no_grad():
-        a, b = (token_logprobs(m, ids, torch.ones_like(ids)) for m in (model, half))
+    assert model.h[0].attn.qkv.weight.dtype == torch.float32
+    with torch.no_grad():
+        a, b = (token_logprobs(m, ids, everywhere) for m in (model, half))
         assert torch.equal(a, b)
