@@ -294,11 +294,16 @@ def gold_by_revision(chains, rows):
 # The two stages. What is there already they keep, so that a run that was broken off goes on.
 
 
+def stop_if_asked(run):
+    """End the program after Ctrl-C or a polite kill."""
+    if run.stopping:
+        raise KeyboardInterrupt("; the same command goes on from there")
+
+
 def train(cfg, run, script, out, flags):
     """Run another script to its end, with what cai.py's own flags say of every run. One that is finished ends
     at once, one that was broken off goes on. Returns its folder, `out`."""
-    if run.stopping:
-        raise KeyboardInterrupt("; the same command goes on from there")
+    stop_if_asked(run)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()      # what the critic took is the script's now
     flags = list(flags) + ["--compile", cfg.compile, "--recompute", cfg.recompute]
@@ -307,7 +312,11 @@ def train(cfg, run, script, out, flags):
     if cfg.save_every != Config.save_every:
         flags += ["--save_every", cfg.save_every]
     run.say(f"running {script} --out {out}")
-    run_script(cfg, [script], out, flags, cfg.nproc_per_node)
+    try:
+        run_script(cfg, [script], out, flags, cfg.nproc_per_node)
+    except InputError:
+        stop_if_asked(run)      # the script was stopped as well
+        raise
     return str(out)
 
 

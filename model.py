@@ -1,9 +1,9 @@
-"""A GPT in one file: GPT-2 and the Llama family, LoRA, the KV cache and sampling, and the numbers that RLHF is made of:
-log-probs of tokens, values of tokens, rewards of answers.
+"""A GPT in one file: GPT-2 and the Llama family, LoRA, the KV cache and sampling, and the numbers that RLHF
+is made of: log-probs of tokens, values of tokens, rewards of answers.
 
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary, P prompt, S positions of the cache.
-Index t of a tensor (B, T) always means token t. A `mask` (B, T) is True on the tokens of an answer, its EOS included.
-"""
+Index t of a tensor (B, T) always means token t. A `mask` (B, T) is True on the tokens of an answer, its EOS
+included. """
 import copy
 import math
 from dataclasses import dataclass, replace
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
-# The model. GPT-2 (Radford et al. 2019) and the Llama family (Touvron et al. 2023) differ only in these fields.
+# The model. GPT-2 (Radford et al. 2019) and the Llama family (Touvron et al. 2023) differ only in these
+# fields.
 
 
 @dataclass
@@ -37,14 +38,15 @@ class GPTConfig:
     tie: bool = True              # the output head is the token embedding
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None   # llama3 rule: factor, low_freq_factor, high_freq_factor, original_max_...
+    rope_scaling: dict | None = None   # Llama 3.1's rule and its four numbers (rope_tables)
     scalar_head: bool = False     # reward and value models: one number per position instead of V logits
     reward_mean: float = 0.0      # subtracted from every score, so that reference answers average 0
 
 
 class Linear(nn.Linear):
-    """A linear layer whose products run in `Linear.compute`, for all layers alike: bfloat16 where the hardware has it.
-    Weights, gradients and the optimizer stay in fp32; None leaves products in the precision of the weights."""
+    """A linear layer whose products run in `Linear.compute`, for all layers alike: bfloat16 where the
+    hardware has it. Weights, gradients and the optimizer stay in fp32; None leaves products in the precision
+    of the weights."""
     compute = None
 
     def forward(self, x):
@@ -72,13 +74,14 @@ def make_norm(cfg, size):
 
 
 def rope_tables(cfg, device=None):
-    """cos and sin of every position's rotary angles, (max_len, 1, D) each. The sign of the rotation stands in the first
-    half of sin (arXiv:2104.09864, the two halves of a head rotated together)."""
-    freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim)   # (D/2,)
+    """cos and sin of every position's rotary angles, (max_len, 1, D) each. The sign of the rotation stands in
+    the first half of sin (arXiv:2104.09864, the two halves of a head rotated together)."""
+    exponents = torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim     # (D/2,)
+    freq = cfg.rope_theta ** -exponents
     if cfg.rope_scaling:
         # Llama 3.1: stretch slow waves by `factor`, keep fast ones, blend in between
         s = cfg.rope_scaling
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)   # full turns within the old context
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # full ones in the old context
         blend = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         blend = blend.clamp(0, 1)
         freq = freq * (blend + (1 - blend) / s["factor"])
@@ -93,11 +96,12 @@ def rotate(x, cos, sin):
 
 
 def attention(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(D) + bias) v; q (B, H, T, D), k and v (B, Hkv, S, D). The bias (B, 1, T, S) is 0 where a query
-    may look and -inf elsewhere. Without one, attention is causal and S = T."""
+    """softmax(q k^T / sqrt(D) + bias) v; q (B, H, T, D), k and v (B, Hkv, S, D). The bias (B, 1, T, S) is 0
+    where a query may look and -inf elsewhere. Without one, attention is causal and S = T."""
     B, H, T, D = q.shape
     group = H // k.shape[1]
-    # On the CPU the fused bf16 kernels are 2 to 5 times slower than the three lines below, but for a single query.
+    # On the CPU the fused bf16 kernels are 2 to 5 times slower than the three lines below, but for a single
+    # query.
     written_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T > 1
     if written_out and bias is None:
         bias = attention_bias(torch.ones(T, T, dtype=torch.bool).tril()[None, None], q.dtype)
@@ -122,7 +126,8 @@ def attention_bias(mask, dtype):
 
 
 class Attention(nn.Module):
-    """Self-attention (B, T, C) -> (B, T, C), with rotary positions, grouped queries and the cache if there are any."""
+    """Self-attention (B, T, C) -> (B, T, C), with rotary positions, grouped queries and the cache if there
+    are any."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -190,13 +195,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer. `model(ids)` gives hidden states; `logits` and `scores` turn them into outputs, so that
-    a caller pays for the head only at the positions it needs."""
+    """Decoder-only transformer. `model(ids)` gives hidden states; `logits` and `scores` turn them into
+    outputs, so that a caller pays for the head only at the positions it needs."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.recompute = False    # keep only each layer's input for the backward pass, and run the layer again there
+        self.recompute = False    # run layers again in the backward pass, for less memory
         self.kept_cache = None    # see new_cache
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.pos == "learned":
@@ -227,40 +232,43 @@ class GPT(nn.Module):
             self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids, cache=None, pos=None, mask=None):
-        """Hidden states (B, T, C) of ids (B, T). Rows are right-padded with anything: causal attention hides it.
+        """Hidden states (B, T, C) of ids (B, T). Rows are right-padded with anything: causal attention hides
+        it.
 
-        cache, one (keys, values) a layer: what is computed for these tokens is stored there too. With pos (B, 1) as
-        well, T is 1 and row b's token stands at position pos[b]: it is written there and looks at all up to there.
-        Without a cache, pos (B, T) and mask (B, 1, T, T) say where each token stands and which others it looks at."""
+        cache, one (keys, values) a layer: what is computed for these tokens is stored there too. With pos (B,
+        1) as well, T is 1 and row b's token stands at position pos[b]: it is written there and looks at all
+        up to there. Without a cache, pos (B, T) and mask (B, 1, T, T) say where each token stands and which
+        others it looks at."""
         T = ids.shape[1]
         if pos is None and T > self.cfg.max_len:
-            raise ValueError(f"a sequence of {T} tokens is longer than the model's context of {self.cfg.max_len}")
+            raise ValueError(f"{T} tokens are longer than the model's context of {self.cfg.max_len}")
         if cache is not None and pos is not None:
             S = cache[0][0].shape[2]
-            mask = (torch.arange(S, device=ids.device) <= pos)[:, None, None]                       # (B, 1, 1, S)
+            mask = (torch.arange(S, device=ids.device) <= pos)[:, None, None]   # (B, 1, 1, S)
 
         # Token embeddings, and where each token stands: added here (GPT-2), or turned into q and k (Llama).
-        x, rope = self.wte(ids), None                                                               # (B, T, C)
+        x, rope = self.wte(ids), None   # (B, T, C)
         if self.cfg.pos == "learned":
             x = x + (self.wpe.weight[:T] if pos is None else self.wpe.weight[pos])
         elif pos is None:
-            rope = self.cos[:T], self.sin[:T]                                                       # (T, 1, D)
+            rope = self.cos[:T], self.sin[:T]   # (T, 1, D)
         else:
-            rope = self.cos[pos], self.sin[pos]                                                     # (B, T, 1, D)
+            rope = self.cos[pos], self.sin[pos]   # (B, T, 1, D)
 
         bias = None
         if mask is not None:
             bias = attention_bias(mask, Linear.compute or x.dtype)
         for i, block in enumerate(self.h):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, bias, use_reentrant=False)                           # arXiv:1604.06174
+                x = checkpoint(block, x, rope, bias, use_reentrant=False)   # arXiv:1604.06174
             else:
                 x = block(x, rope, bias, cache[i] if cache else None, pos)
         return self.ln_f(x)
 
     def head(self):
-        """The matrix (V', C) whose rows the logits are products with, in the precision of products. In bf16, V' is V
-        rounded up to a multiple of 64 by rows of 0, which hardware multiplies with faster (50,257 tokens: 50,304)."""
+        """The matrix (V', C) whose rows the logits are products with, in the precision of products. In bf16,
+        V' is V rounded up to a multiple of 64 by rows of 0, which hardware multiplies with faster (50,257
+        tokens: 50,304)."""
         w = self.wte.weight if self.cfg.tie else self.lm_head.weight
         w = w.to(Linear.compute or w.dtype)
         if w.dtype == torch.bfloat16 and len(w) % 64:
@@ -273,15 +281,19 @@ class GPT(nn.Module):
         return F.linear(hidden.to(w.dtype), w)[..., : self.cfg.vocab_size]
 
     def scores(self, hidden):
-        """One number per position (...,) of hidden states (..., C), fp32: a reward at the last token, a value anywhere."""
+        """One number per position (...,) of hidden states (..., C), fp32: a reward at the last token, a value
+        anywhere."""
         return self.score(hidden).squeeze(-1).float() - self.cfg.reward_mean
 
     def new_cache(self, B, S):
-        """An empty cache: one (keys, values) a layer, (B, Hkv, S, D) each. With compiled decoding it is kept from call to
-        call and may be larger than asked for: CUDA graphs want their tensors where they were."""
+        """An empty cache: one (keys, values) a layer, (B, Hkv, S, D) each. With compiled decoding it is kept
+        from call to call and may be larger than asked for: CUDA graphs want their tensors where they were."""
         kept = self.kept_cache
-        if kept and len(kept[0][0]) >= B and kept[0][0].shape[2] >= S:
-            return kept
+        if kept:
+            rows, positions = len(kept[0][0]), kept[0][0].shape[2]
+            if rows >= B and positions >= S:
+                return kept
+            B, S = max(B, rows), max(S, positions)   # else calls of different shapes would replace it in turn
         c, w = self.cfg, self.wte.weight
         shape, dtype = (B, c.n_kv_head, S, c.head_dim), Linear.compute or w.dtype
         cache = []
@@ -306,8 +318,9 @@ def init_score(weight):
 
 
 def frozen(model):
-    """The model without gradients, its layers kept in the precision of their products, which they would be cast to
-    anyway: half the memory, the same numbers. For what is never trained: reference, reward model, LoRA's trunk."""
+    """The model without gradients, its layers kept in the precision of their products, which they would be
+    cast to anyway: half the memory, the same numbers. For what is never trained: reference, reward model,
+    LoRA's trunk."""
     for layer in model.h.modules():
         if isinstance(layer, Linear) and Linear.compute:
             layer.to(Linear.compute)
@@ -315,8 +328,9 @@ def frozen(model):
 
 
 def sampling_copy(model):
-    """A frozen copy of the model to sample from. Decoding reads every weight once per token, so they are cast once, not
-    for every token, and the head too. `refresh` brings it up to date. What is frozen in the model is shared."""
+    """A frozen copy of the model to sample from. Decoding reads every weight once per token, so they are cast
+    once, not for every token, and the head too. `refresh` brings it up to date. What is frozen in the model
+    is shared."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     sampler = frozen(copy.deepcopy(model, shared))
     head = sampler.head().detach().clone()
@@ -328,19 +342,21 @@ def sampling_copy(model):
 
 @torch.no_grad()
 def refresh(sampler, model):
-    """Copy the weights of a model into its sampling copy, in place, so that CUDA graphs find them where they were."""
+    """Copy the weights of a model into its sampling copy, in place, so that CUDA graphs find them where they
+    were."""
     weights = dict(model.named_parameters())
     for name, p in sampler.named_parameters():
         tied = name == "lm_head.weight" and model.cfg.tie
         new = weights["wte.weight" if tied else name]
-        if hasattr(new, "full_tensor"):     # cut over several processes (FSDP2): gathered, one tensor at a time
+        if hasattr(new, "full_tensor"):   # cut over several processes (FSDP2): gathered, one tensor at a time
             new = new.full_tensor()
         if new is not p:
             p[: len(new)].copy_(new)        # the head may have more rows (GPT.head)
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer plus a trained low-rank one: W x + 2 B A x, B = 0 at first (arXiv:2106.09685, eq. 3)."""
+    """A frozen linear layer plus a trained low-rank one: W x + 2 B A x, B = 0 at first (arXiv:2106.09685, eq.
+    3)."""
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -356,8 +372,8 @@ class LoRA(nn.Module):
 
 
 def with_lora(trunk, rank, scalar_head=False):
-    """A model of its own adapters on the weights of a frozen `trunk`, which are shared, not copied: the trunk itself is
-    the reference, and policy and value model cost little more than nothing beside it."""
+    """A model of its own adapters on the weights of a frozen `trunk`, which are shared, not copied: the trunk
+    itself is the reference, and policy and value model cost little more than nothing beside it."""
     model = copy.deepcopy(trunk, {id(p): p for p in trunk.parameters()})
     for block in model.h:
         block.attn.qkv, block.attn.proj = LoRA(block.attn.qkv, rank), LoRA(block.attn.proj, rank)
@@ -370,8 +386,8 @@ def with_lora(trunk, rank, scalar_head=False):
 
 
 def merged(state):
-    """The state of a plain GPT, {name: tensor} in fp32, of one that may have adapters: they are added into the weights
-    they belong to."""
+    """The state of a plain GPT, {name: tensor} in fp32, of one that may have adapters: they are added into
+    the weights they belong to."""
     out = {}
     for name, x in state.items():
         if name.endswith((".a.weight", ".b.weight")):
@@ -400,9 +416,9 @@ def pad_batch(rows, pad_id, device="cpu", length=None):
 
 
 def sample(logits, u, top_k=0, top_p=1.0):
-    """One token per row of logits (B, V), already divided by the temperature, where u (B,), uniform in [0, 1), falls in
-    the cumulative distribution: nothing waits for the host. Truncation: the top_k largest (0: all), then the smallest
-    set whose probability reaches top_p (nucleus, arXiv:1904.09751)."""
+    """One token per row of logits (B, V), already divided by the temperature, where u (B,), uniform in [0,
+    1), falls in the cumulative distribution: nothing waits for the host. Truncation: the top_k largest (0:
+    all), then the smallest set whose probability reaches top_p (nucleus, arXiv:1904.09751)."""
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -417,8 +433,8 @@ def sample(logits, u, top_k=0, top_p=1.0):
 
 
 def draw(logits, u, how):
-    """Tokens (n,) drawn from logits (n, V), or the likeliest ones at temperature 0, and their log-probs (n,) under
-    softmax(logits / temperature). how: (temperature, top_k, top_p)."""
+    """Tokens (n,) drawn from logits (n, V), or the likeliest ones at temperature 0, and their log-probs (n,)
+    under softmax(logits / temperature). how: (temperature, top_k, top_p)."""
     temperature, top_k, top_p = how
     logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                                 # (n, V)
     token = sample(logp, u, top_k, top_p) if temperature else logp.argmax(-1)
@@ -426,9 +442,9 @@ def draw(logits, u, how):
 
 
 def decode(model, token, cache, S, pos, u, how):
-    """One step of `generate`: reads tokens (n,) at positions pos (n,) and S positions of the cache, and draws the next
-    tokens (n,), with their log-probs (n,). Its shapes depend on n and S alone and nothing in it waits for the host, so
-    that on a GPU each such pair can become a CUDA graph (compile_decoding)."""
+    """One step of `generate`: reads tokens (n,) at positions pos (n,) and S positions of the cache, and draws
+    the next tokens (n,), with their log-probs (n,). Its shapes depend on n and S alone and nothing in it
+    waits for the host, so that on a GPU each such pair can become a CUDA graph (compile_decoding)."""
     window = []
     for keys, values in cache:
         window.append((keys[: len(token), :, :S], values[: len(token), :, :S]))
@@ -451,16 +467,17 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
     """Continue ragged prompts (B lists of ids) until one of tok.eos_ids, by at most N tokens.
 
     draws (B, N): a uniform number in [0, 1) for every token that may be drawn. temperature 0 is greedy.
-    Returns ids (B, T): prompt, answer, padding, in that order without gaps; mask (B, T): True on the answer, EOS
-    included; logp (B, T): log-prob of each token of the answer under softmax(logits / temperature), 0 elsewhere - also
-    with top_k or top_p, because that is the distribution training uses. ValueError: an empty or too long prompt."""
+    Returns ids (B, T): prompt, answer, padding, in that order without gaps; mask (B, T): True on the answer,
+    EOS included; logp (B, T): log-prob of each token of the answer under softmax(logits / temperature), 0
+    elsewhere - also with top_k or top_p, because that is the distribution training uses. ValueError: an empty
+    or too long prompt."""
     device, how = model.wte.weight.device, (temperature, top_k, top_p)
     B, N = draws.shape
     P = max(len(prompt) for prompt in prompts)
     if min(len(prompt) for prompt in prompts) == 0:
         raise ValueError("an empty prompt: generation needs at least one token to start from")
     if P + N > model.cfg.max_len:
-        raise ValueError(f"a prompt of {P} + {N} new tokens exceeds the model's context of {model.cfg.max_len}")
+        raise ValueError(f"a prompt of {P} + {N} new tokens exceeds the context of {model.cfg.max_len}")
     draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
     eos = torch.tensor(sorted(tok.eos_ids), device=device)
     lens = torch.tensor([len(prompt) for prompt in prompts], device=device)                        # (B,)
@@ -480,7 +497,7 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
     token, lp = draw(model.logits(hidden[which, lens - 1]), draws[:, 0], how)                      # (B,)
     new, logp = torch.zeros(B, N, dtype=torch.long, device=device), torch.zeros(B, N, device=device)
     wrote = torch.zeros(B, N, dtype=torch.bool, device=device)
-    row = torch.arange(B, device=device)       # (n,) the rows still being written; the cache holds them in this order
+    row = torch.arange(B, device=device)       # (n,) the rows still being written, in the cache's order
     done = torch.zeros(B, dtype=torch.bool, device=device)
     for i in range(N):
         new[row, i], logp[row, i], wrote[row, i] = token, lp, ~done
@@ -492,7 +509,7 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
             keep = (~done).nonzero()[:, 0]
             if len(keep) == 0:
                 break
-            n = 1 << (len(keep) - 1).bit_length() if GRAPHS else len(keep)     # graphs: powers of two, few shapes
+            n = 1 << (len(keep) - 1).bit_length() if GRAPHS else len(keep)     # graphs: powers of two
             if n <= 0.75 * len(row):
                 keep = torch.cat((keep, done.nonzero()[: n - len(keep), 0]))
                 row, token, done = row[keep], token[keep], done[keep]
@@ -532,8 +549,9 @@ def width_of(mask):
 
 
 def head_logprobs(hidden, w, ids, V, temperature, entropy):
-    """(log softmax(hidden w^T / temperature)[ids],), or with entropy=True also the entropy of that distribution in nats;
-    (N,) each in fp32, for hidden (N, C), the first V rows of a head w (V', C), and ids (N,)."""
+    """(log softmax(hidden w^T / temperature)[ids],), or with entropy=True also the entropy of that
+    distribution in nats; (N,) each in fp32, for hidden (N, C), the first V rows of a head w (V', C), and ids
+    (N,)."""
     logp = (F.linear(hidden.to(w.dtype), w)[:, :V].float() / temperature).log_softmax(-1)         # (N, V)
     chosen = logp.gather(1, ids[:, None])[:, 0]                                                    # (N,)
     return (chosen, -(logp.exp() * logp).sum(-1)) if entropy else (chosen,)
@@ -542,8 +560,9 @@ def head_logprobs(hidden, w, ids, V, temperature, entropy):
 def logprobs_from(model, hidden, ids, mask, temperature=1.0, entropy=False):
     """`token_logprobs` of hidden states (B, T, C) that the model has computed already."""
     B, T = ids.shape
-    at = mask[:, 1:].bool().flatten().nonzero()[:, 0].to(ids.device)     # (N,): row x (T - 1) + position of the token - 1
-    h, y = hidden[:, :-1].flatten(0, 1)[at], ids[:, 1:].flatten()[at]    # (N, C), (N,): token t is predicted at t - 1
+    # Token t is predicted at t - 1. at (N,) numbers the masked tokens: row x (T - 1) + t - 1.
+    at = mask[:, 1:].bool().flatten().nonzero()[:, 0].to(ids.device)
+    h, y = hidden[:, :-1].flatten(0, 1)[at], ids[:, 1:].flatten()[at]    # (N, C), (N,)
     w, V = model.head(), model.cfg.vocab_size
 
     # Some rows at a time; where there are many, again in the backward pass.
@@ -552,7 +571,10 @@ def logprobs_from(model, hidden, ids, mask, temperature=1.0, entropy=False):
     parts = []
     for h_part, y_part in zip(h.split(rows), y.split(rows)):
         inputs = (h_part, w, y_part, V, temperature, entropy)
-        parts.append(checkpoint(head_logprobs, *inputs, use_reentrant=False) if again else head_logprobs(*inputs))
+        if again:
+            parts.append(checkpoint(head_logprobs, *inputs, use_reentrant=False))
+        else:
+            parts.append(head_logprobs(*inputs))
 
     # Back to where the tokens stand.
     out = []
@@ -563,11 +585,13 @@ def logprobs_from(model, hidden, ids, mask, temperature=1.0, entropy=False):
 
 
 def token_logprobs(model, ids, mask, temperature=1.0, entropy=False):
-    """Log-prob (B, T) of every token under the model where mask is True, 0 elsewhere; fp32. ids, mask: (B, T).
+    """Log-prob (B, T) of every token under the model where mask is True, 0 elsewhere; fp32. ids, mask: (B,
+    T).
 
-    logp[b, t] = log softmax(logits[b, t - 1] / temperature)[ids[b, t]]: SFT, DPO, PPO and CAI all train on this number.
-    The head runs on the masked positions only, so that no (B, T, V) tensor ever exists. entropy=True also returns the
-    entropy (B, T) in nats of each distribution. A mask on the CPU spares a wait for the GPU."""
+    logp[b, t] = log softmax(logits[b, t - 1] / temperature)[ids[b, t]]: SFT, DPO, PPO and CAI all train on
+    this number. The head runs on the masked positions only, so that no (B, T, V) tensor ever exists.
+    entropy=True also returns the entropy (B, T) in nats of each distribution. A mask on the CPU spares a wait
+    for the GPU."""
     T = width_of(mask)
     out = logprobs_from(model, model(ids[:, :T]), ids[:, :T], mask[:, :T], temperature, entropy)
     if entropy:
@@ -576,8 +600,8 @@ def token_logprobs(model, ids, mask, temperature=1.0, entropy=False):
 
 
 def token_values(model, ids, mask):
-    """Values (B, T) of a value model where mask is True, 0 elsewhere. Entry t is the value of the state before token t,
-    read at token t - 1. ids, mask: (B, T)."""
+    """Values (B, T) of a value model where mask is True, 0 elsewhere. Entry t is the value of the state
+    before token t, read at token t - 1. ids, mask: (B, T)."""
     T = width_of(mask)
     v = model.scores(model(ids[:, :T]))                                                            # (B, T)
     return F.pad(v[:, :-1], (1, ids.shape[1] - T)) * mask
@@ -591,10 +615,10 @@ def answer_rewards(model, ids, mask):
 
 @torch.no_grad()
 def compare_policies(policy, reference, ids, mask, temperature=1.0):
-    """Four (B, T) tensors, 0 outside the mask: log-probs of policy and reference, the exact KL(policy || reference) over
-    the whole vocabulary, and the policy's entropy, in nats."""
+    """Four (B, T) tensors, 0 outside the mask: log-probs of policy and reference, the exact KL(policy ||
+    reference) over the whole vocabulary, and the policy's entropy, in nats."""
     T = width_of(mask)
-    rows, before = mask[:, 1:T].nonzero(as_tuple=True)                   # (N,) each; `before` is where token t is predicted
+    rows, before = mask[:, 1:T].nonzero(as_tuple=True)   # (N,) each; `before` is where token t is predicted
     hidden, ref_hidden = policy(ids[:, :T])[rows, before], reference(ids[:, :T])[rows, before]     # (N, C)
     y = ids[rows, before + 1][:, None]                                                             # (N, 1)
     out = torch.zeros(4, *ids.shape, device=ids.device)

@@ -1,49 +1,50 @@
 """PPO: reinforcement learning from human feedback, with the four models of InstructGPT.
 
-    python ppo.py                                            the tiny world; makes base, sft and reward if missing
-    python ppo.py --init SFT --reward RM --data prompts.jsonl --lr 1e-6 --value_lr 1e-5      your models, your prompts
-    python ppo.py --reward mymodule:score                    any Python function(rows, responses) -> list of floats
-    python ppo.py --inspect                                  every number of one response, before and after an update
+    python ppo.py                              the tiny world; makes base, sft and reward if missing
+    python ppo.py --init SFT --reward RM --data prompts.jsonl --lr 1e-6 --value_lr 1e-5      your own
+    python ppo.py --reward mymodule:score      any Python function(rows, responses) -> list of floats
+    python ppo.py --inspect                    every number of one response, before and after an update
 
-Objective (arXiv:2203.02155, eq. 2):   max_pi  E[ r(x, y) ] - beta KL(pi || pi_ref) + ptx_coef E[ log pi(text) ]
+Objective (arXiv:2203.02155, eq. 2): max_pi  E[ r(x, y) ] - beta KL(pi || pi_ref) + ptx_coef E[ log pi(text) ]
 
 One iteration:
   1. rollout    y ~ pi(. | x) at --temperature; no top-k or top-p: pi_old is what is sampled from
   2. score      r(x, y) by the reward model, read at EOS; a response without EOS gets -eos_penalty instead
-  3. reward     R_t = -beta (log pi(y_t) - log pi_ref(y_t))  +  [t is the last token] r       (k1 estimate, no gradient)
+  3. reward     R_t = -beta (log pi(y_t) - log pi_ref(y_t)) + [t is the last token] r       (k1, no gradient)
   4. advantage  delta_t = R_t + gamma V_t+1 - V_t,   A_t = delta_t + gamma lam A_t+1,   V after the end = 0
-                (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; then A is whitened over the response tokens
+                (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; then A is whitened over response tokens
   5. update     epochs x minibatches:  ratio = pi / pi_old,
-                L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)                            (arXiv:1707.06347, eq. 7)
+                L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)                (arXiv:1707.06347, eq. 7)
                 L_V = max((V - ret)^2, (clip(V, V_old - eps_v, V_old + eps_v) - ret)^2) / 2
   6. relabel    the annotator compares the answers to each prompt, and the reward model learns from that
 
-Step 6 in every iteration, the default, is iterated RLHF (arXiv:2204.05862, 4.5). --relabel 0 is the paper's loop, whose
-reward model stays as it is. All means are over response tokens, EOS included, of the whole minibatch.
+Step 6 in every iteration, the default, is iterated RLHF (arXiv:2204.05862, 4.5; data/relabel.py). --relabel 0
+is the paper's loop, whose reward model stays as it is. All means are over response tokens, EOS included, of
+the whole minibatch.
 
-Four models: policy (trained), reference (frozen policy), reward model, value model (trained, starts as the reward model).
---advantage rloo or grpo needs no value model: the other answers to the same prompt are the baseline.
+Four models: policy (trained), reference (frozen policy), reward model, value model (trained, starts as the
+reward model). --advantage rloo or grpo needs no value model: the other answers to a prompt are the baseline.
 """
 import copy
-import random
 import typing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from data import InputError, formats, report, world
 from data.checkpoint import load, save
 from data.parallel import RANK, WORLD, all_sum, in_chunks, micro_batches, prepare, sample
 from data.pretrain import read_corpus
-from data.run import (MEASURE, RELABEL, Run, RunFlags, adamw, chain_columns, function_of, need, program, result_of,
-                      seeded, set_lr, setup, sibling)
-from data.sample import all_pairs, annotated, rewards as sample_rewards, short_enough
-from model import (answer_rewards, compare_policies, frozen, last_token, pad_batch, refresh, sampling_copy,
-                   token_logprobs, token_values, with_lora)
+from data.relabel import Relabelling
+from data.rewards import Rewards, names_in
+from data.run import (MEASURE, RELABEL, Run, RunFlags, adamw, chain_columns, need, program, seeded, set_lr,
+                      setup, sibling)
+from data.sample import short_enough
+from model import (compare_policies, frozen, last_token, refresh, sampling_copy, token_logprobs, token_values,
+                   with_lora)
 
 
 @dataclass
@@ -53,11 +54,11 @@ class Config(RunFlags):
     init: str = ""                # policy to start from and to stay close to (default: sft)
     reward: str = ""              # a reward model, or "gold", or module:function; or several of them, A,B,C
                                   # (default: reward)
-    ensemble: typing.Literal["mean", "min"] = "mean"   # what several rewards become: their mean or the smallest
+    ensemble: typing.Literal["mean", "min"] = "mean"   # what several rewards become
     reward_weights: str = ""      # weights of several rewards, such as 1,0.5 (default: equal)
     data: str = ""                # prompts (default: the tiny world's)
     max_prompt: int = 128         # tokens; longer prompts are left out and counted
-    lora: int = 0                 # rank of adapters of policy and value model on one frozen trunk (0: train all)
+    lora: int = 0   # rank of adapters of policy and value model on one frozen trunk (0: train all)
     inspect: bool = False         # do not train: print one response of the next iteration, token by token
     # Rollout
     iterations: int = 70          # rollout + update
@@ -67,18 +68,18 @@ class Config(RunFlags):
     temperature: float = 1.0      # of sampling and of every log-prob
     # Reward and advantage
     kl_coef: float = 0.1          # beta (the initial one if adaptive)
-    kl: typing.Literal["fixed", "adaptive"] = "fixed"   # adaptive: steer beta to --kl_target (arXiv:1909.08593)
+    kl: typing.Literal["fixed", "adaptive"] = "fixed"   # adaptive: beta is steered to --kl_target
     kl_target: float = 4.0        # nats per response, for --kl adaptive
     kl_horizon: float = 10000.0   # responses over which beta may change e-fold, roughly, for --kl adaptive
     kl_budget: float = 0.0        # stop where the exact KL reaches so many nats per response (0: no limit)
     eos_penalty: float = 4.0      # a response that does not end gets minus this instead of its score
-    advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"   # gae uses the value model, the others --group answers
+    advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"   # the latter two compare --group answers
     gamma: float = 1.0            # discount
     lam: float = 0.95             # lambda of GAE
     # Update
     epochs: int = 1               # passes over each batch of rollouts
     minibatches: int = 4          # optimizer steps per pass
-    micro_batch: int = 32         # sequences per forward pass; smaller needs less memory and changes nothing else
+    micro_batch: int = 32   # sequences per forward pass; smaller needs less memory and changes nothing else
     lr: float = 2e-4              # of the policy, falling linearly to a third (1e-6 to 1e-5 for real models)
     value_lr: float = 5e-4        # of the value model, likewise
     value_warmup: int = 4         # first iterations that train only the value model
@@ -86,11 +87,12 @@ class Config(RunFlags):
     value_clip: float = 0.5       # eps_v of the values, in units of reward
     entropy_coef: float = 0.0     # weight of an entropy bonus
     ptx_coef: float = 0.0         # weight of the pretraining loss mixed into every step (against forgetting)
-    ptx_data: str = ""            # its text, documents separated by <|endoftext|> (default: the tiny world's corpus)
+    ptx_data: str = ""   # its text, documents separated by <|endoftext|> (default: the tiny world's corpus)
     grad_clip: float = 1.0        # largest gradient norm, for each model by itself
     # Relabelling
-    relabel: int = 1              # every N iterations the annotator compares new answers and the reward model learns
-                                  # from that (0: never); needs the tiny world and one reward model made by reward.py
+    relabel: int = 1   # every N iterations the annotator compares new answers and the reward model learns
+                                  # from that (0: never); needs the tiny world and one reward model made by
+                                  # reward.py
     reward_lr: float = 1e-3       # learning rate of the reward model then
     # The run itself (the same in every script)
     save_every: int = 25          # iterations between checkpoints
@@ -101,8 +103,9 @@ class Config(RunFlags):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Advantages and returns (B, T) from rewards and values (value of the state before token t). What lies outside the
-    mask is ignored and comes out 0; the value after the last response token is 0 (arXiv:1506.02438, eq. 16)."""
+    """Advantages and returns (B, T) from rewards and values (value of the state before token t). What lies
+    outside the mask is ignored and comes out 0; the value after the last response token is 0
+    (arXiv:1506.02438, eq. 16)."""
     rewards, values = rewards * mask, values * mask
     advantages, last = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     next_value = torch.zeros_like(last)
@@ -115,8 +118,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def group_advantages(scores, group, kind):
-    """Advantages (B,) of sequence rewards (B,) in consecutive groups of answers to one prompt.
-    rloo: minus the mean of the others (arXiv:2402.14740, eq. 7). grpo: (r - mean) / std (arXiv:2402.03300, 4.1.2)."""
+    """Advantages (B,) of sequence rewards (B,) in consecutive groups of answers to one prompt. rloo: minus
+    the mean of the others (arXiv:2402.14740, eq. 7). grpo: (r - mean) / std (arXiv:2402.03300, 4.1.2)."""
     r = scores.view(-1, group)
     if kind == "rloo":
         return ((r - r.mean(1, keepdim=True)) * group / (group - 1)).flatten()
@@ -132,8 +135,9 @@ def whiten(x, mask):
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip, n_tokens):
-    """Clipped surrogate (arXiv:1707.06347, eq. 7), summed over response tokens, divided by n_tokens. Returns the loss
-    and sums over tokens for the log: approx_kl = (ratio - 1) - log ratio (joschu.net/blog/kl-approx.html), clipfrac."""
+    """Clipped surrogate (arXiv:1707.06347, eq. 7), summed over response tokens, divided by n_tokens. Returns
+    the loss and sums over tokens for the log: approx_kl = (ratio - 1) - log ratio
+    (joschu.net/blog/kl-approx.html), clipfrac."""
     logratio = ((logp - old_logp) * mask).clamp(-20, 20)
     ratio = logratio.exp()
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -144,14 +148,16 @@ def policy_loss(logp, old_logp, advantages, mask, clip, n_tokens):
 
 
 def value_loss(values, old_values, returns, mask, clip, n_tokens):
-    """Clipped value loss: the worse of the plain and the clipped squared error, halved, per response token."""
+    """Clipped value loss: the worse of the plain and the clipped squared error, halved, per response
+    token."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     worse = torch.max((values - returns) ** 2, (clipped - returns) ** 2)
     return 0.5 * (worse * mask).sum() / n_tokens
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns) over response tokens: 1 is perfect, 0 no better than a constant."""
+    """1 - Var(returns - values) / Var(returns) over response tokens: 1 is perfect, 0 no better than a
+    constant."""
     n = mask.sum()
     error, mean = returns - values, (returns * mask).sum() / n
     error_var = ((error - (error * mask).sum() / n) ** 2 * mask).sum()
@@ -160,168 +166,16 @@ def explained_variance(values, returns, mask):
 
 def kl_estimators(logp, ref_logp):
     """Three estimates of KL(pi || pi_ref) from samples of pi (joschu.net/blog/kl-approx.html), elementwise:
-    k1 = log pi - log ref, unbiased but noisy; k2 = k1^2 / 2, biased; k3 = ref / pi - 1 + k1, unbiased and never < 0."""
+    k1 = log pi - log ref, unbiased but noisy; k2 = k1^2 / 2, biased; k3 = ref / pi - 1 + k1, unbiased and
+    never < 0."""
     k1 = logp - ref_logp
     return k1, k1 ** 2 / 2, torch.expm1(-k1.clamp(min=-20)) + k1
 
 
 def adapt_kl_coef(beta, kl, target, n, horizon):
-    """Proportional controller in log space (arXiv:1909.08593, section 2.2): beta grows while kl is above target."""
+    """Proportional controller in log space (arXiv:1909.08593, section 2.2): beta grows while kl is above
+    target."""
     return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Rewards: one or several of a reward model, a function, or the gold judge.
-
-
-def reward_names(text):
-    """The parts of --reward A,B. A folder that exists is one name, whatever characters it has."""
-    return [text] if Path(text).is_dir() else text.split(",")
-
-
-def load_reward(name, tok):
-    """One part of --reward: (its reward model, None) or (None, its function(rows, texts) -> list of floats)."""
-    if name == "gold":
-        return None, world.gold
-    if ":" in name and not Path(name).is_dir():
-        return None, function_of(name, "--reward")
-    model, reward_tok = load(name, head="score")
-    if not tok.same_as(reward_tok):
-        raise InputError(f"{name} has another tokenizer than the policy")
-    return model, None
-
-
-def call_function(name, function, rows, texts, device):
-    """Rewards (B,) of a Python function, which the first rank asks. InputError: not one finite number a response."""
-    if RANK:
-        return all_sum(torch.zeros(len(rows), device=device))
-    try:
-        out = torch.as_tensor(function(rows, texts), dtype=torch.float, device=device)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise InputError(f"--reward {name}: expected a list of {len(rows)} numbers ({type(e).__name__}: {e})") from None
-    if out.shape != (len(rows),) or not out.isfinite().all():
-        raise InputError(f"--reward {name}: expected {len(rows)} finite numbers for as many responses")
-    return all_sum(out)
-
-
-def score_answers(rewards, rows, texts, ids, mask, cfg):
-    """Scores (B,) of responses: texts, and the same as tokens ids (B, T) where mask (B, T) is True. rewards: {name: (model,
-    None) or (None, function)}."""
-    each = []
-    for name, (model, function) in rewards.items():
-        if model is None:
-            each.append(call_function(name, function, rows, texts, ids.device))
-        else:
-            each.append(in_chunks(partial(answer_rewards, model), ids, mask, cfg.micro_batch))
-    return combined(torch.stack(each), cfg)                                            # (K, B) -> (B,)
-
-
-def score_texts(rewards, rows, texts, tok, cfg):
-    """The same of finished texts, a list of floats."""
-    each = []
-    for name, (model, function) in rewards.items():
-        if model is None:
-            each.append(call_function(name, function, rows, texts, "cpu"))
-        else:
-            each.append(torch.tensor(sample_rewards(model, tok, [row["prompt"] for row in rows], texts)))
-    return combined(torch.stack(each), cfg).tolist()
-
-
-def combined(each, cfg):
-    """Several rewards (K, B) as one (B,): their weighted mean, or the smallest of them (arXiv:2310.02743, eq. 4-5)."""
-    each = each * weights_of(cfg, len(each)).to(each.device)[:, None]                  # weights are 1 on average
-    return each.min(0).values if cfg.ensemble == "min" else each.mean(0)
-
-
-def weights_of(cfg, n):
-    """--reward_weights as (n,) with mean 1. InputError: not n numbers, of which one is above 0."""
-    try:
-        weights = torch.tensor([float(w) for w in cfg.reward_weights.split(",")] if cfg.reward_weights else [1.0] * n)
-    except ValueError:
-        weights = torch.zeros(0)
-    if len(weights) != n or not 0 < weights.sum() < torch.inf:
-        raise InputError(f"--reward_weights {cfg.reward_weights}: expected {n} numbers with commas between")
-    return weights * n / weights.sum()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Relabelling: comparisons of what the policy says by now, and a reward model that learns from them.
-
-
-def encode_pairs(rows, tok):
-    """Preference rows -> [(prompt, chosen answer, rejected answer, P(chosen))], tuples of ids."""
-    pairs = []
-    for row in rows:
-        prompt, chosen = tok.render_answer(row["prompt"], row["chosen"])
-        _, rejected = tok.render_answer(row["prompt"], row["rejected"])
-        pairs.append((tuple(prompt), tuple(chosen), tuple(rejected), row["label"]))
-    return pairs
-
-
-class Relabelling:
-    """Step 6. The annotator that made the reward model's first comparisons compares what the policy says by now, and the
-    reward model learns from that, with some older comparisons mixed in so that it does not forget."""
-
-    def __init__(self, run, folder, model):
-        told, rows = result_of(folder)["config"], formats.load(Path(folder) / "comparisons.jsonl", "preference")[0]
-        rows = random.Random(run.cfg.seed).sample(rows, min(2000, len(rows)))
-        self.run, self.tok, self.model = run, run.tok, model
-        self.annotator, self.center = world.annotator_of(told), told["center"]
-        self.first_pairs, self.later_pairs = encode_pairs(rows, run.tok), run.state.get("later_pairs", [])
-
-    @staticmethod
-    def possible(cfg, folder):
-        """Whether there is such an annotator: the tiny world's, and a reward model that reward.py made with it."""
-        made_here = (Path(folder) / "comparisons.jsonl").exists() and result_of(folder)
-        return bool(cfg.relabel and not cfg.data and made_here)
-
-    def step(self, it, rows, answers, optimizer):
-        """answers: some to the prompt of each row, lists of lists of ids. Returns the loss and the accuracy on the new
-        comparisons, before the steps that learn from them."""
-        draw, texts = random.Random(f"{self.run.cfg.seed} {it}"), []
-        for said in answers:
-            finished = [self.tok.decode(ids).strip() for ids in said if ids[-1] in self.tok.eos_ids]
-            texts.append([text for text in dict.fromkeys(finished) if text])
-        new = encode_pairs(annotated(all_pairs(rows, texts), self.annotator, draw), self.tok)
-        old = self.first_pairs + self.later_pairs
-        n_old = 64 + -len(new) % (8 * self.run.cfg.minibatches)    # steps that divide evenly over up to 8 processes
-        figures = self.learn(new, draw.sample(old, min(n_old, len(old))), optimizer)
-        self.later_pairs = (self.later_pairs + new)[-10000:]
-        return figures
-
-    def learn(self, new, old, optimizer):
-        """--minibatches steps of the reward model on the loss of reward.py:
-        L = - p log sigmoid(r_a - r_b) - (1 - p) log sigmoid(r_b - r_a) + c (r_a + r_b)^2 / 2"""
-        cfg, device = self.run.cfg, self.model.wte.weight.device
-        pairs = [(*pair, 1.0) for pair in new] + [(*pair, 0.0) for pair in old]
-        size = -(-len(pairs) // cfg.minibatches)
-        loss_sum, right = torch.zeros((), device=device), torch.zeros((), device=device)
-        for start in range(0, len(pairs), size):
-            batch = pairs[start: start + size]
-            batch = batch[: len(batch) // WORLD * WORLD]
-            lengths = [len(prompt) for prompt, *_ in batch]     # keeps the pairs of a prompt side by side
-            for part in micro_batches(range(len(batch)), lengths, cfg.micro_batch):
-                # Every different answer is scored once, r (N,); i and j say which are compared.
-                number, i, j = {}, [], []
-                for k in part:
-                    prompt, chosen, rejected, *_ = batch[k]
-                    i.append(number.setdefault(prompt + chosen, len(number)))
-                    j.append(number.setdefault(prompt + rejected, len(number)))
-                ids, real = pad_batch(list(number), self.tok.pad_id, device)           # (N, T)
-                r = answer_rewards(self.model, ids, real)                              # (N,)
-                p, is_new = torch.tensor([batch[k][3:] for k in part], device=device).T
-
-                d = r[i] - r[j]
-                loss = -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + self.center * (r[i] + r[j]) ** 2 / 2
-                (loss.sum() / len(batch)).backward()
-                loss_sum += loss.detach().sum()
-                hit = torch.where(p == 0.5, 0.5, ((d > 0) == (p > 0.5)).float())
-                right += (is_new * hit).sum()
-            norm = clip_grad_norm_(self.model.parameters(), cfg.grad_clip)
-            if self.run.finite(norm, self.model, range(start, start + size)):
-                optimizer.step()
-            optimizer.zero_grad()
-        return {"rm_loss": loss_sum / max(1, len(pairs)), "rm_accuracy": right / max(1, len(new))}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -331,7 +185,7 @@ class Relabelling:
 def check_flags(cfg):
     """InputError for flags that do not fit one another."""
     if cfg.advantage != "gae" and cfg.group < 2:
-        raise InputError(f"--advantage {cfg.advantage} compares answers to one prompt: --group must be at least 2")
+        raise InputError(f"--advantage {cfg.advantage} compares answers: --group must be at least 2")
     for name, n in (("group", cfg.group), ("minibatches x processes", cfg.minibatches * WORLD)):
         if cfg.rollouts % n:
             raise InputError(f"--rollouts {cfg.rollouts} must be a multiple of --{name}, which is {n}; "
@@ -341,14 +195,17 @@ def check_flags(cfg):
 
 
 def load_prompts(run, tok, longest, cfg):
-    """Prompt rows of --data or of the tiny world, and their ids; those longer than `longest` tokens are left out."""
+    """Prompt rows of --data or of the tiny world, and their ids; those longer than `longest` tokens are left
+    out."""
     path = cfg.data or world.TINY / "rl.jsonl"
     rows, dropped = formats.load(path, "prompt")
     run.say(formats.describe(rows, dropped, path))
     fitting = short_enough(tok, rows, longest)
-    run.say(f"{len(rows) - len(fitting)} prompts longer than {longest} tokens left out (--max_prompt, --max_new, context)")
+    n_long = len(rows) - len(fitting)
+    run.say(f"{n_long} prompts longer than {longest} tokens left out (--max_prompt, --max_new)")
     if not fitting:
-        raise InputError(f"{path}: no prompt of at most {longest} tokens (--max_prompt, --max_new, the models' context)")
+        raise InputError(f"{path}: no prompt of at most {longest} tokens (--max_prompt, --max_new, and the "
+                         "models' context)")
     if "gold" in cfg.reward.split(",") and not all("family" in row for row in rows):
         raise InputError(f"{path}: --reward gold judges the tiny world's prompts only")
     return fitting, [tok.render(row["prompt"], generation_prompt=True)[0] for row in fitting]
@@ -361,9 +218,11 @@ def pick(n_rows, n, rng):
 
 
 def self_check(policy, ids, mask, sampled_logp, old_logp, ref_logp, cfg):
-    """What must hold before the first update, as lines of text: the largest deviation at any response token. bf16 products
-    differ in the third digit between a cached step and a whole sequence, so it gets a wide tolerance."""
-    again = in_chunks(partial(token_logprobs, policy, temperature=cfg.temperature), ids, mask, cfg.micro_batch)
+    """What must hold before the first update, as lines of text: the largest deviation at any response token.
+    bf16 products differ in the third digit between a cached step and a whole sequence, so it gets a wide
+    tolerance."""
+    logprobs = partial(token_logprobs, policy, temperature=cfg.temperature)
+    again = in_chunks(logprobs, ids, mask, cfg.micro_batch)
     i = int(last_token(mask).argmin())                      # the shortest row carries the most padding
     T = int(last_token(mask)[i]) + 1
     with torch.no_grad():
@@ -381,13 +240,14 @@ def self_check(policy, ids, mask, sampled_logp, old_logp, ref_logp, cfg):
 
 
 def check_finite(at, **tensors):
-    """InputError if a tensor (B, ..) has an entry that is not finite. at: the rows of --data that the responses are to."""
+    """InputError if a tensor (B, ..) has an entry that is not finite. at: the rows of --data that the
+    responses are to."""
     for name, x in tensors.items():
         good = x.reshape(len(x), -1).isfinite().all(1)
         if not good.all():
             bad = [i for i, fine in zip(at, good.tolist()) if not fine]
-            raise InputError(f"the {name.replace('_', ' ')} is not finite for the prompts in rows {bad[:8]}; nothing was "
-                             "updated. Look at that model's weights, and try --dtype float32")
+            raise InputError(f"the {name} is not finite for the prompts in rows {bad[:8]}; nothing was updated. "
+                             "Look at that model's weights, and try --dtype float32")
 
 
 def add(sums, n, **figures):
@@ -396,12 +256,12 @@ def add(sums, n, **figures):
         sums[name] = sums.get(name, 0.0) + value.detach() / n
 
 
-def load_models(policy, init, reward_models, cfg, device):
-    """(policy, reference, value model or None, copies that sample: of the policy and of the reference)."""
+def load_models(policy, init, reward_models, cfg):
+    """(policy, reference, value model or None), on the CPU, of a policy that was loaded from init."""
     use_value, value = cfg.advantage == "gae", None
     if cfg.lora:
-        # One frozen trunk: the reference is the policy without its adapters, the value model has adapters of its own.
-        reference = frozen(policy).to(device)
+        # One frozen trunk: the reference is the policy without its adapters, the value model has its own.
+        reference = frozen(policy)
         policy = with_lora(reference, cfg.lora)
         if use_value:
             value = with_lora(reference, cfg.lora, scalar_head=True)
@@ -409,12 +269,12 @@ def load_models(policy, init, reward_models, cfg, device):
         reference = frozen(copy.deepcopy(policy))
         if use_value:
             value = copy.deepcopy(reward_models[0]) if reward_models else load(init, head="new")[0]
-    return policy, reference, value, sampling_copy(policy).to(device), sampling_copy(reference).to(device)
+    return policy, reference, value
 
 
 def prepare_models(policy, reference, value, reward_models, teaches, cfg, device):
-    """Put all models where and how the flags want them. Returns what is trained, {name: (model, optimizer)}: the policy, a
-    value model, and a reward model that the annotator goes on teaching."""
+    """Put all models where and how the flags want them. Returns what is trained, {name: (model, optimizer)}:
+    the policy, the value model if there is one, and a reward model that the annotator goes on teaching."""
     trained = {"policy": (prepare(policy, cfg, device), adamw(policy, eps=1e-5))}
     if value is not None:
         trained["value"] = (prepare(value, cfg, device), adamw(value, eps=1e-5))
@@ -428,7 +288,8 @@ def prepare_models(policy, reference, value, reward_models, teaches, cfg, device
 
 
 def rollout(sampler, tok, prompts, cfg, step):
-    """Answers to prompts (lists of ids): ids (B, T), mask, logp as `model.generate` returns them, and lists of ids."""
+    """Answers to prompts (lists of ids): ids (B, T), mask, logp as `model.generate` returns them, and lists
+    of ids."""
     draws = torch.rand(len(prompts), cfg.max_new, dtype=torch.float64, generator=seeded(cfg.seed, step))
     ids, mask, logp = sample(sampler, tok, prompts, draws, cfg.temperature)
     return ids, mask, logp, [x[m].tolist() for x, m in zip(ids.cpu(), mask.cpu())]
@@ -445,23 +306,27 @@ def main(cfg):
     """Train a policy against a reward; or --inspect one iteration."""
     check_flags(cfg)
     device = setup(cfg)
-    init, reward_path = cfg.init or sibling(cfg, "sft"), cfg.reward or sibling(cfg, "reward")
+    init, reward = cfg.init or sibling(cfg, "sft"), cfg.reward or sibling(cfg, "reward")
     need(cfg, *[name for name, own in (("sft", cfg.init), ("reward", cfg.reward)) if not own])
-    run = Run(cfg, "ppo", [init, *reward_names(reward_path), cfg.data or world.TINY / "rl.jsonl"], dry=cfg.inspect)
+    run = Run(cfg, "ppo", [init, *names_in(reward), cfg.data or world.TINY / "rl.jsonl"], dry=cfg.inspect)
 
-    # Prompts to learn from and to be measured on, rewards, and the models.
+    # The models, on the CPU still; prompts to learn from, and to be measured on.
     policy, tok = load(init)
-    rewards = {name: load_reward(name, tok) for name in reward_names(reward_path)}
-    reward_models = [model for model, _ in rewards.values() if model is not None]
+    rewards = Rewards("--reward", reward, tok, cfg.reward_weights, cfg.ensemble)
+    reward_models = rewards.models()
+    policy, reference, value = load_models(policy, init, reward_models, cfg)
     longest = min(model.cfg.max_len for model in [policy, *reward_models]) - cfg.max_new
     rows, prompts = load_prompts(run, tok, min(cfg.max_prompt, longest), cfg)
     tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, cfg.data)
     corpus = ptx_windows(cfg, tok, policy.cfg.max_len) if cfg.ptx_coef else None
-    teaches = len(reward_models) == 1 and Relabelling.possible(cfg, reward_path)
-    policy, reference, value, sampler, ref_sampler = load_models(policy, init, reward_models, cfg, device)
+
+    # Copies that sample, because decoding reads every weight for every token; then all models to their
+    # device.
+    sampler, ref_sampler = sampling_copy(policy).to(device), sampling_copy(reference).to(device)
+    teaches = len(reward_models) == 1 and Relabelling.possible(cfg, reward)
     trained = prepare_models(policy, reference, value, reward_models, teaches, cfg, device)
     run.begin(cfg.iterations, tok, **trained)
-    relabelling = Relabelling(run, reward_path, reward_models[0]) if teaches else None
+    relabelling = Relabelling(run, reward, *trained["reward"]) if teaches else None
     beta, inspected = run.state.get("beta", cfg.kl_coef), run.state.get("inspected", {})
 
     def measure(title):
@@ -479,42 +344,45 @@ def main(cfg):
         # Everything random follows from (seed, iteration). Learning rates fall to a third.
         rng, decay, sums = seeded(cfg.seed, it), 1 - 2 / 3 * it / cfg.iterations, {}
 
-        # 1. Rollout: `group` answers to each prompt. ids (B, T) is prompt, answer, padding; mask (B, T) is True on the
-        #    answer and its EOS. Index t is token t in every tensor below.
+        # 1. Rollout: `group` answers to each prompt. ids (B, T) is prompt, answer, padding; mask (B, T) is
+        # True
+        #    on the answer and its EOS. Index t is token t in every tensor below.
         refresh(sampler, policy)
         asked = pick(len(rows), cfg.rollouts // cfg.group, rng)
         at = torch.tensor(asked).repeat_interleave(cfg.group).tolist()
         ids, mask, sampled_logp, said = rollout(sampler, tok, [prompts[i] for i in at], cfg, it)
-        texts = [tok.decode(answer) for answer in said]
-        ended = torch.tensor([answer[-1] in tok.eos_ids for answer in said], device=device)          # (B,)
+        texts, batch_rows = [tok.decode(answer) for answer in said], [rows[i] for i in at]
+        ended = torch.tensor([answer[-1] in tok.eos_ids for answer in said], device=device)      # (B,)
 
-        # 2. What the models say of these answers, before any of them changes. An answer that does not end is fined.
-        scores = score_answers(rewards, [rows[i] for i in at], texts, ids, mask, cfg)                # (B,)
+        # 2. What the models say of these answers, before any of them changes. One that does not end is fined.
+        scores = rewards.score(batch_rows, texts, ids, mask, cfg.micro_batch)                    # (B,)
         scores = torch.where(ended, scores, -cfg.eos_penalty)
         both = partial(compare_policies, policy, reference, temperature=cfg.temperature)
-        old_logp, ref_logp, exact_kl, entropy = in_chunks(both, ids, mask, cfg.micro_batch)          # (B, T) each
+        old_logp, ref_logp, exact_kl, entropy = in_chunks(both, ids, mask, cfg.micro_batch)      # (B, T) each
         old_values = torch.zeros_like(old_logp)
         if value is not None:
-            old_values = in_chunks(partial(token_values, value), ids, mask, cfg.micro_batch)         # (B, T)
+            old_values = in_chunks(partial(token_values, value), ids, mask, cfg.micro_batch)     # (B, T)
         check_finite(at, score=scores, policy=old_logp, reference=ref_logp, value=old_values)
         if it == 0 and not cfg.inspect:
             run.say(self_check(policy, ids, mask, sampled_logp, old_logp, ref_logp, cfg))
 
-        # 3. Reward: each token pays for being likelier than under the reference; the score comes with the last one.
-        kl, _, kl_k3 = kl_estimators(old_logp, ref_logp)                                             # (B, T)
+        # 3. Reward: each token pays for being likelier than under the reference; the score comes with the
+        # last.
+        kl, _, kl_k3 = kl_estimators(old_logp, ref_logp)                                         # (B, T)
         token_rewards = -beta * kl
         token_rewards[torch.arange(len(ids)), last_token(mask)] += scores
 
-        # 4. Advantage: how much better than expected, by the value model or by the other answers to the prompt.
+        # 4. Advantage: how much better than expected, by the value model or by the other answers to the
+        # prompt.
         if value is not None:
-            raw_advantages, returns = gae(token_rewards, old_values, mask, cfg.gamma, cfg.lam)       # (B, T) each
+            raw_advantages, returns = gae(token_rewards, old_values, mask, cfg.gamma, cfg.lam)   # (B, T) each
             advantages = whiten(raw_advantages, mask)
         else:
             advantages = group_advantages(token_rewards.sum(1), cfg.group, cfg.advantage)[:, None] * mask
             raw_advantages, returns = advantages, torch.zeros_like(advantages)
 
-        # 5. Update. A minibatch is one optimizer step. Micro-batches only bound the memory: every loss is divided by
-        #    the tokens of the whole minibatch, so that their gradients add up to the same sum however it is cut.
+        # 5. Update. A minibatch is one optimizer step. Micro-batches only bound the memory: every loss is
+        #    divided by the tokens of the whole minibatch, so that their gradients add up to the same sum.
         over_budget = bool(cfg.kl_budget and exact_kl.sum(1).mean() >= cfg.kl_budget)
         trains_policy = it >= cfg.value_warmup or value is None or cfg.inspect
         widths, n_updates = (last_token(mask) + 1).tolist(), cfg.epochs * cfg.minibatches
@@ -522,16 +390,12 @@ def main(cfg):
             for mini in torch.randperm(len(ids), generator=rng).chunk(cfg.minibatches):
                 n_tokens = mask[mini].sum()
                 for part in micro_batches(mini.tolist(), widths, cfg.micro_batch):
-                    x, m = ids[part], mask[part]                                                     # (b, T)
+                    x, m = ids[part], mask[part]                                                 # (b, T)
                     if trains_policy:
-                        bonus = 0.0
-                        if cfg.entropy_coef:
-                            logp, ent = token_logprobs(policy, x, m, cfg.temperature, entropy=True)
-                            bonus = cfg.entropy_coef * ent.sum() / n_tokens
-                        else:
-                            logp = token_logprobs(policy, x, m, cfg.temperature)
-                        loss, stats = policy_loss(logp, old_logp[part], advantages[part], m, cfg.clip, n_tokens)
-                        (loss - bonus).backward()
+                        logp, ent = token_logprobs(policy, x, m, cfg.temperature, entropy=True)
+                        old, adv = old_logp[part], advantages[part]
+                        loss, stats = policy_loss(logp, old, adv, m, cfg.clip, n_tokens)
+                        (loss - cfg.entropy_coef * ent.sum() / n_tokens).backward()
                         add(sums, n_updates, policy_loss=loss, **stats)
                     if value is not None:
                         v = token_values(value, x, m)
@@ -540,7 +404,8 @@ def main(cfg):
                         add(sums, n_updates, value_loss=loss)
                 if corpus is not None and trains_policy:
                     # L_ptx = - mean log pi(x_t | x_<t) over 8 windows of text
-                    x = corpus[torch.randint(len(corpus), (8,), generator=rng)[RANK::WORLD]].to(device)     # (8, T)
+                    window = torch.randint(len(corpus), (8,), generator=rng)[RANK::WORLD]
+                    x = corpus[window].to(device)                                                # (8, T)
                     loss = -token_logprobs(policy, x, torch.ones_like(x)).sum() / (8 * (x.shape[1] - 1))
                     (cfg.ptx_coef * loss).backward()
                     add(sums, n_updates, ptx_loss=loss)
@@ -553,13 +418,12 @@ def main(cfg):
                             optimizer.step()
                         optimizer.zero_grad()
 
-        # 6. Relabel (iterated RLHF): the annotator compares the answers to each prompt, one of the reference among
-        #    them, and the reward model learns from that.
+        # 6. Relabel (iterated RLHF): the annotator compares the answers to each prompt, one of the reference
+        #    among them, and the reward model learns from that.
         if relabelling and not over_budget and (it + 1) % cfg.relabel == 0:
             *_, others = rollout(ref_sampler, tok, [prompts[i] for i in asked], cfg, RELABEL + it)
             answers = [said[k * cfg.group: (k + 1) * cfg.group] + [other] for k, other in enumerate(others)]
-            set_lr(trained["reward"][1], cfg.reward_lr * decay)
-            sums |= relabelling.step(it, [rows[i] for i in asked], answers, trained["reward"][1])
+            sums |= relabelling.step(it, [rows[i] for i in asked], answers, cfg.reward_lr * decay)
 
         # 7. Write the log, keep some numbers to look at, steer beta, save.
         figures = {"reward": scores.mean(), "kl": kl.sum(1).mean(), "kl_k3": kl_k3.sum(1).mean(),
@@ -569,14 +433,15 @@ def main(cfg):
         if value is not None:
             figures["explained_var"] = explained_variance(old_values, returns, mask)
         if tests.graded:    # gold is shown, never trained on
-            figures |= world.report([rows[i] for i in at], texts)
+            figures |= world.report(batch_rows, texts)
+        run.log(it, tokens=sum(widths), show=("reward", "gold", "kl", "length", "eos_rate"), **figures)
         if cfg.inspect or it in (cfg.value_warmup, run.n_steps - 1):
-            numbers = {"logp": old_logp, "ref_logp": ref_logp, "reward": token_rewards, "value": old_values,
-                       "advantage": raw_advantages, "whitened": advantages, "return": returns, "score": scores}
+            numbers = {"score": scores, "logp": old_logp, "ref_logp": ref_logp, "reward": token_rewards,
+                       "value": old_values, "advantage": raw_advantages, "whitened": advantages,
+                       "return": returns}
             page = report.inspection(policy, value, tok, ids, mask, numbers, cfg)
             page |= {"iteration": it + 1, "beta": beta}
             inspected = {"first": inspected.get("first", page), "last": page}
-        run.log(it, tokens=sum(widths), show=("reward", "gold", "kl", "length", "eos_rate"), **figures)
         if cfg.kl == "adaptive":
             beta = adapt_kl_coef(beta, kl.sum(1).mean().item(), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
         if run.due(it) or over_budget:
@@ -584,7 +449,7 @@ def main(cfg):
             run.save(it, before=before, answers=first_answers, beta=beta, later_pairs=later_pairs,
                      inspected=inspected)
         if over_budget:
-            run.say(f"--kl_budget {cfg.kl_budget:g} is spent: KL {exact_kl.sum(1).mean():.2f} after {it} iterations")
+            run.say(f"--kl_budget {cfg.kl_budget:g} is spent after {it} iterations")
             break
 
     if cfg.inspect:
@@ -592,9 +457,8 @@ def main(cfg):
         return
     after, answers = measure("after")
     after |= {name: run.history[-1][name] for name in ("kl", "entropy") if run.history}
-    for figures, said in ((before, first_answers), (after, answers)):     # both by the reward model as it is now
-        scores = score_texts(rewards, tests.rows, [answer["answer"] for answer in said], tok, cfg)
-        report.add_rewards(figures, said, scores)
+    for figures, said in ((before, first_answers), (after, answers)):  # both by the reward model as it is now
+        report.add_rewards(figures, said, rewards.score_texts(tests.rows, [x["answer"] for x in said]))
     if relabelling:
         save(Path(cfg.out) / "reward", reward_models[0], tok)
     run.write("inspect.json", inspected)

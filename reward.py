@@ -77,8 +77,8 @@ def preference_loss(r_a, r_b, p, margin=0.0, center=0.0):
 
 
 def compare(cfg, path, device, run):
-    """Preference rows (data/formats.py) of the tiny world: the policy at `path` answers each prompt k times and
-    the annotator compares every two different answers."""
+    """Preference rows (data/formats.py) of the tiny world: the policy at `path` answers each prompt k times,
+    and the annotator compares every two different answers."""
     policy, tok = load(path)
     policy = sampling_copy(frozen(policy)).to(device)
     rows = world.rows("preference")
@@ -180,8 +180,8 @@ def calibration_error(d, p):
 
 
 def accuracies(d, p, longer):
-    """Accuracy {name: number} on pairs that are no ties: reward differences d (M,), labels p (M,), and how many tokens
-    answer a is longer than b (M,). longer_wins is what one gets right who always takes the longer answer."""
+    """Accuracy {name: number} on pairs that are no ties, from reward differences d (M,), labels p (M,) and
+    by how many tokens a is longer than b (M,). longer_wins is that of always taking the longer answer."""
     out = {"accuracy": share_right(d, p), "longer_wins": share_right(longer, p)}
     chosen_is = (longer * (p - 0.5)).sign()
     for name, sign in (("shorter", -1), ("same_length", 0), ("longer", 1)):
@@ -196,7 +196,7 @@ def evaluate(model, groups, tok):
     """Figures {name: number} of held-out groups, and the mean reward of all their answers."""
     ids, mask, pairs = batch_of(groups, tok, model.wte.weight.device)
     r = in_chunks(functools.partial(answer_rewards, model), ids, mask, 64)                     # (N,)
-    r_a, r_b, length = r[pairs.a], r[pairs.b], mask.sum(1)                                     # (M,) (M,) (N,)
+    r_a, r_b, length = r[pairs.a], r[pairs.b], mask.sum(1)                                     # (M,) and (N,)
     d, longer, p = r_a - r_b, length[pairs.a] - length[pairs.b], pairs.p                       # (M,) each
     figures = {"loss": preference_loss(r_a, r_b, p, pairs.margin).mean().item()}
 
@@ -236,8 +236,9 @@ def main(cfg):
     train_rows, held_rows = formats.split(rows, cfg.held_out, seed=0)
     train, n_long = group(train_rows, tok, max_len, cfg.margin)
     held, n_held_long = group(held_rows, tok, max_len, cfg.margin)
-    run.say(f"{len(train):,} prompts to train on, {len(held):,} held out; {n_long + n_held_long:,} pairs left "
-            f"out, longer than {max_len} tokens (--max_len)")
+    n_long += n_held_long
+    run.say(f"{len(train):,} prompts to train on, {len(held):,} held out; {n_long:,} pairs longer than "
+            f"{max_len} tokens left out (--max_len)")
     if not train or not held:
         raise InputError(f"{path}: {len(train)} prompts within --max_len {max_len} tokens to train on, "
                          f"{len(held)} held out by --held_out {cfg.held_out}; both need at least one")

@@ -1,19 +1,19 @@
 """Supervised fine-tuning: the base model learns to answer, from demonstrations.
 
-    python sft.py                                           the tiny world, from out/base (made first if missing)
-    python sft.py --init gpt2 --data alpaca.json --lr 2e-5  your model, your data (formats: data/formats.py)
+    python sft.py                                             the tiny world, from out/base
+    python sft.py --init gpt2 --data alpaca.json --lr 2e-5    your model, your data (data/formats.py)
 
 Equation (Ouyang et al. 2022, arXiv:2203.02155, section 3.5), x the conversation so far, y an assistant turn:
 
     L(theta) = - sum_t log p_theta(y_t | x, y_<t) / N
 
-The sum runs over the assistant's tokens only, each turn's EOS included. N is their number in the whole optimizer step,
-so that the loss does not depend on how a step is cut into micro-batches. Long conversations are cut at the end and then
-carry no EOS: a cut is not an end.
+The sum runs over the assistant's tokens only, each turn's EOS included. N is their number in the whole
+optimizer step, so that the loss does not depend on how a step is cut into micro-batches. Long conversations
+are cut at the end and then carry no EOS: a cut is not an end.
 
-Left out: packing (batches of similar length waste little and need no block-diagonal mask), dropout, several workers.
-On the tiny world SFT ends far above the base model and far below the ceiling: it imitates careless demonstrators too.
-"""
+Left out: packing (batches of similar length waste little and need no block-diagonal mask), dropout, several
+workers. On the tiny world SFT ends far above the base model and far below the ceiling: it imitates careless
+demonstrators too. """
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from model import pad_batch, refresh, sampling_copy, token_logprobs
 class Config(RunFlags):
     """The flags of `python sft.py`."""
     # Model and data
-    init: str = ""                # base model: a folder of ours, of Hugging Face, or a hub name (default: base)
+    init: str = ""   # base model: a folder of ours, of Hugging Face, or a hub name (default: base)
     data: str = ""                # demonstrations (default: the tiny world's)
     max_len: int = 256            # tokens a conversation; longer ones are cut
     held_out: float = 0.05        # share of the prompts kept for the held-out loss
@@ -38,7 +38,7 @@ class Config(RunFlags):
     # Training
     epochs: int = 3               # passes over the data
     batch_size: int = 32          # conversations a step
-    micro_batch: int = 32         # conversations per forward pass; smaller needs less memory and changes nothing else
+    micro_batch: int = 32         # conversations per forward pass; changes memory and nothing else
     lr: float = 1e-3              # peak learning rate of AdamW (1e-5 to 2e-5 for real models)
     warmup: int = 20              # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.01    # on matrices only
@@ -46,8 +46,8 @@ class Config(RunFlags):
 
 
 def encode(rows, tok, max_len):
-    """[(ids, mask)] of conversations, cut to max_len tokens, and how many were cut and how many left out, because they
-    have no supervised token within it."""
+    """[(ids, mask)] of conversations, cut to max_len tokens, and how many were cut and how many left out,
+    because they have no supervised token within it."""
     out, n_cut, n_left_out = [], 0, 0
     for row in rows:
         ids, mask = tok.render(row["messages"])
@@ -60,7 +60,8 @@ def encode(rows, tok, max_len):
 
 
 def nll(model, examples, tok):
-    """Summed negative log-likelihood of the supervised tokens of examples [(ids, mask)], and how many they are."""
+    """Summed negative log-likelihood of the supervised tokens of examples [(ids, mask)], and how many they
+    are."""
     device = model.wte.weight.device
     ids, _ = pad_batch([ids for ids, _ in examples], tok.pad_id, device)             # (B, T)
     mask, _ = pad_batch([mask for _, mask in examples], 0)                           # (B, T), on the CPU
@@ -94,8 +95,8 @@ def main(cfg):
     train_rows, held_rows = formats.split(rows, cfg.held_out, seed=0)
     train, n_cut, n_left_out = encode(train_rows, tok, max_len)
     held, held_cut, held_left_out = encode(held_rows, tok, max_len)
-    run.say(f"{len(train)} conversations to train on, {len(held)} held out; {n_cut + held_cut} cut at {max_len} tokens, "
-            f"{n_left_out + held_left_out} left out, which have no answer within them (--max_len)")
+    run.say(f"{len(train)} conversations to train on, {len(held)} held out; {n_cut + held_cut} cut at "
+            f"{max_len} tokens, {n_left_out + held_left_out} left out, which have no answer within them (--max_len)")
     if not train or not held:
         raise InputError(f"{data}: {len(train)} conversations within --max_len {max_len} tokens to train on, "
                          f"{len(held)} held out (--held_out); both need at least one")

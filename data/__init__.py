@@ -18,8 +18,8 @@ class InputError(ValueError):
 
 
 def write_atomic(path, data):
-    """Write bytes so that the file is either the old or the new one, never half of it. Of several processes (torchrun)
-    the first one writes."""
+    """Write bytes so that the file is either the old or the new one, never half of it. Of several processes
+    (torchrun) the first one writes."""
     if int(os.environ.get("RANK", 0)):
         return
     new = Path(path).with_name(Path(path).name + ".new")
@@ -38,8 +38,8 @@ def unique_keys(pairs):
 
 
 def read_json(path, data=None, kind=object):
-    """The JSON value in a file, or in `data` (bytes that were read from it). `kind` is the type it must have, such as
-    dict. InputError: it cannot be read, is no JSON, is of another type, or gives a key twice."""
+    """The JSON value in a file, or in `data` (bytes that were read from it). `kind` is the type it must have,
+    such as dict. InputError: it cannot be read, is no JSON, is of another type, or gives a key twice."""
     try:
         value = json.loads(Path(path).read_bytes() if data is None else data, object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as e:

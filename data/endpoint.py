@@ -73,6 +73,7 @@ def local_answers(model, tok, requests):
             for j, logp in zip(at[i: i + 16], found):
                 answers[j] = {"logp": logp}
     elif rows:
+        # A uniform number for every token that may be drawn.
         n, draws = requests[0]["max_tokens"], []
         for i in at:
             generator = torch.Generator().manual_seed(requests[i]["seed"])
@@ -107,6 +108,7 @@ def option_logprobs(model, tok, rows, options):
     at = mask.sum(1)[:, None] - 1 - torch.arange(n, -1, -1, device=ids.device)                 # (B, n + 1)
     hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))                  # (B, n + 1, C)
     logp = model.logits(hidden).float().log_softmax(-1)                                        # (B, n + 1, V)
+    # log p(" (A") = log p(" (") + log p("A" | " ("), and the same with B.
     shared = torch.zeros(len(rows), device=ids.device)
     for i in range(n):
         shared += logp[:, i, a[i]]
@@ -131,6 +133,7 @@ def letters(answer):
     choice, listed = answer["choices"][0], {}
     if choice.get("finish_reason") == "content_filter":
         return {"refused": "content filter"}
+    # "A", " A" and "A)" are the same letter; the likeliest of them counts.
     for token, logp in choice["logprobs"]["top_logprobs"][0].items():
         letter = token.strip().rstrip(")")
         listed[letter] = max(float(logp), listed.get(letter, -math.inf))
@@ -161,6 +164,7 @@ class Server:
         server cannot be reached, wants a key, or knows no such address."""
         data = None if body is None else json.dumps(body).encode()
         for attempt in range(self.retries + 1):
+            # What comes back, if it can be read, is the answer.
             wait, arrived = 2.0 ** attempt, False
             try:
                 request = urllib.request.Request(self.url.rstrip("/") + path, data, self.headers)
@@ -173,6 +177,7 @@ class Server:
                     raise InputError(f"--critic {self.url}: {e}") from None
                 problem = f"malformed answer ({type(e).__name__}: {e})"
             except urllib.error.HTTPError as e:
+                # It says no for good (refused, or an error), or for now.
                 problem = f"HTTP {e.code} {e.reason}"
                 if e.code in (400, 413, 422):
                     return {"refused": problem}
@@ -183,6 +188,8 @@ class Server:
                     wait = float(after)
             except (OSError, http.client.HTTPException) as e:   # no connection, time-out, half an answer
                 problem = f"{type(e).__name__}: {e}"
+
+            # Wait and ask again; in the end an answer without sense is none, and a silent server is an error.
             if attempt < self.retries:
                 self.counts["retried"] += 1
                 time.sleep(wait)
@@ -194,6 +201,7 @@ class Server:
 
     def answer(self, model, request):
         """One answer of a model to a request."""
+        # The letter of an option is its token after " (".
         body = {"model": model, "prompt": request["prompt"]}
         if "options" in request:
             body |= {"prompt": request["prompt"] + " (", "max_tokens": 1, "temperature": 0, "logprobs": 10}
@@ -247,6 +255,7 @@ class Kept:
 
     def __call__(self, requests):
         """One answer per request, in order; None where none could be got."""
+        # Which answers are known already, each request asked behind the examples for its kind?
         keys, todo = [], {}
         for request in requests:
             kind = "choice" if "options" in request else "critique"

@@ -19,7 +19,8 @@ Every model answers the same prompts once. What is measured:
     best-of-N        mean over prompts of the best of N answers by reward, at KL = log N - (N - 1) / N
                      (arXiv:2009.01325, appendix G.3), estimated without bias from one set of S >= N answers:
                      the i-th smallest of S is the best of N of them with probability C(i - 1, N - 1) / C(S, N)
-At the bottom stands a control that says the same polite nothing to every prompt. A judge it wins with is broken.
+At the bottom stands a control that says the same polite nothing to every prompt. A judge it wins with is
+broken.
 
 Leaves --out with result.json and generations.jsonl (every answer).
 """
@@ -52,15 +53,15 @@ class Config:
     """The flags of `python -m data.evaluate`."""
     # What is compared, on what
     models: str = ""              # policies to compare, A,B,C; may also be written first, with spaces between
-    reference: str = ""           # the KL is to this policy (default: the first that sft.py made, else the first)
+    reference: str = ""   # the KL is to this policy (default: the first that sft.py made, else the first)
     data: str = ""                # prompts (default: the tiny world's test prompts)
     prompts: int = 400            # use the first so many
     corpus: str = ""              # text for bits_per_byte, its last 2 % (default: the tiny world's corpus)
     max_new: int = 48             # longest answer, in tokens
     temperature: float = 1.0      # of sampling
     # Who judges
-    judge: str = "gold"           # gold, annotator, a reward model, or ai:CHECKPOINT: a language model picks A or B
-    reward: str = ""              # reward model for the reward row and --best_of (default: the judge if it is one)
+    judge: str = "gold"   # gold, annotator, a reward model, or ai:CHECKPOINT: a language model picks A or B
+    reward: str = ""   # reward model for the reward row and --best_of (default: the judge if it is one)
     best_of: str = ""             # N or N,N,...: best-of-N answers of the reference by the reward model
     noise: float = 0.05           # of the annotator, as in reward.py
     bias_length: float = 0.0      # annotator: extra utility per ten words
@@ -85,8 +86,9 @@ def bootstrap(prefs, seed=0, draws=1000):
 
 
 def length_controlled(prefs, dlen, ridge=1e-2):
-    """Win rate at equal length (arXiv:2404.04475): fits prefs (N,) in [0, 1] by sigmoid(theta + phi tanh(dlen / std))
-    with Newton's method and returns sigmoid(theta). The ridge keeps theta finite when one side always wins."""
+    """Win rate at equal length (arXiv:2404.04475): fits prefs (N,) in [0, 1] by sigmoid(theta + phi tanh(dlen
+    / std)) with Newton's method and returns sigmoid(theta). The ridge keeps theta finite when one side always
+    wins."""
     prefs, dlen = np.asarray(prefs, dtype=float), np.asarray(dlen, dtype=float)
     x = np.stack([np.ones_like(dlen), np.tanh(dlen / max(dlen.std(), 1e-9))], 1)      # (N, 2)
     w = np.zeros(2)
@@ -98,7 +100,8 @@ def length_controlled(prefs, dlen, ridge=1e-2):
 
 
 def best_of_n(proxy, values, n):
-    """Mean over prompts of `values` (P, S) at the best by `proxy` (P, S) of n answers, over all choices of n from S."""
+    """Mean over prompts of `values` (P, S) at the best by `proxy` (P, S) of n answers, over all choices of n
+    from S."""
     S = proxy.shape[1]
     weights = np.array([math.comb(i, n - 1) / math.comb(S, n) for i in range(S)])     # of the i-th smallest, from 0
     return float((np.take_along_axis(values, proxy.argsort(1, kind="stable"), 1) @ weights).mean())
@@ -123,8 +126,8 @@ def score_by(judge, cfg, device):
 
 
 def choices_of_ai(path, cfg, device):
-    """prefers(rows, a, b) -> P(a preferred to b), a list of floats, by a language model that picks (A) or (B) under a
-    principle of the constitution, averaged over both orders."""
+    """prefers(rows, a, b) -> P(a preferred to b), a list of floats, by a language model that picks (A) or (B)
+    under a principle of the constitution, averaged over both orders."""
     _, ask = local_critic(path, device)
     _, choose = constitution(str(world.HERE / "constitution.json"))
 
@@ -136,7 +139,8 @@ def choices_of_ai(path, cfg, device):
 
 
 def choices(judge, cfg, device):
-    """prefers(rows, a, b, names) -> 1.0 (a), 0.0 (b) or 0.5 (a tie) for two models' answers to each prompt."""
+    """prefers(rows, a, b, names) -> 1.0 (a), 0.0 (b) or 0.5 (a tie) for two models' answers to each
+    prompt."""
     score = score_by(judge, cfg, device)
     ai = choices_of_ai(judge.removeprefix("ai:"), cfg, device) if score is None else None
 
@@ -172,8 +176,8 @@ def tail_of(path, tok, length=128):
 
 
 def hear(model, tok, reference, rows, cfg):
-    """A model's answers (texts) to the prompts, and what can be said of it without a judge: {name: number}. reference:
-    (model, tokenizer) that the KL is to."""
+    """A model's answers (texts) to the prompts, and what can be said of it without a judge: {name: number}.
+    reference: (model, tokenizer) that the KL is to."""
     prompts = [row["prompt"] for row in rows]
     texts, asked, ids = respond(model, tok, prompts, cfg.max_new, seeded(cfg.seed, 0), cfg.temperature)
     ref, ref_tok = reference

@@ -33,8 +33,8 @@ SOME = 60                       # chains, and comparisons of a critic, at most
 
 
 def write_page(out_folder):
-    """Write out_folder/index.html over all runs in it, and return its path. It is cheap: every script calls it
-    at its end. What cannot be read is left out. OSError: the page cannot be written."""
+    """Write out_folder/index.html over all runs in it, and return its path. Cheap: every script calls it at
+    its end. What cannot be read is left out. OSError: the page cannot be written."""
     out = Path(out_folder)
     # The data stands in the page as JSON in a script tag that no browser runs; the page's script reads it.
     # json.dumps writes ASCII alone, so U+2028 is escaped too; without < no text can end the script tag.
@@ -89,8 +89,8 @@ def finite(value):
 
 
 def lines(path, most=sys.maxsize):
-    """The first JSON objects of a .jsonl file, [] if there is none. A broken line is left out, as the last one
-    is while it is being written."""
+    """The first JSON objects of a .jsonl file, [] if there is none. Broken lines are left out: so is the last
+    one while it is being written."""
     found = []
     if not path.is_file():
         return found

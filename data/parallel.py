@@ -1,16 +1,17 @@
 """Several processes: `torchrun --nproc_per_node=8 ppo.py`, one on each GPU.
 
-Every rank draws the same batches and computes an even share of their rows. Models that are trained, and frozen ones, are
-cut over the ranks by PyTorch's FSDP2 (arXiv:2304.11277), which sums their gradients. Losses are normalised over the whole
-step, so the sum is what one process would compute. With one process all of this is the plain thing.
-"""
+Every rank draws the same batches and computes an even share of their rows. Models that are trained, and
+frozen ones, are cut over the ranks by PyTorch's FSDP2 (arXiv:2304.11277), which sums their gradients. Losses
+are normalised over the whole step, so the sum is what one process would compute. With one process all of this
+is the plain thing. """
 import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
 
 from data import InputError
 from model import generate
@@ -20,20 +21,21 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 
 
 def start_processes(device):
-    """Join the group of processes that torchrun started. `device` is what --device says or the best there is; returns
-    the device of this rank. InputError: flags or variables that cannot work."""
+    """Join the group of processes that torchrun started. `device` is what --device says or the best there is;
+    returns the device of this rank. InputError: flags or variables that cannot work."""
     if WORLD == 1:
         return device
     gpu = device.startswith("cuda")
     if gpu:
         if ":" in device:
-            raise InputError(f"--device {device} would put all {WORLD} processes on one GPU; say --device cuda")
+            raise InputError(f"--device {device} puts all {WORLD} processes on one GPU; say --device cuda")
         local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
         if local is None:
-            raise InputError("LOCAL_RANK is not set: start the processes with torchrun, which says which GPU is whose")
+            raise InputError("LOCAL_RANK is not set: start the processes with torchrun, which sets it")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    # numbers and lists travel on the CPU, tensors of the models on the GPU; the first rank may have a chain to make
+    # numbers and lists travel on the CPU, tensors of the models on the GPU; the first rank may have a chain
+    # to make
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=2))
     return device
 
@@ -65,8 +67,9 @@ def all_sum(x):
 
 
 def prepare(model, cfg, device):
-    """The model, loaded on the CPU, as the flags want it: on its device, compiled block by block (--compile), running
-    layers again in the backward pass (--recompute), cut over the ranks. Before its optimizer is made."""
+    """The model, loaded on the CPU, as the flags want it: on its device, compiled block by block (--compile),
+    running layers again in the backward pass (--recompute), cut over the ranks. Before its optimizer is
+    made."""
     model.recompute = cfg.recompute
     if cfg.compile:
         for block in model.h:
@@ -76,7 +79,8 @@ def prepare(model, cfg, device):
 
     from torch.distributed.fsdp import fully_shard
     mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
-    # Adapters share their frozen trunk with other models, so it stays whole on every rank and they alone are cut.
+    # Adapters share their frozen trunk with other models, so it stays whole on every rank and they alone are
+    # cut.
     frozen = {p for p in model.parameters() if not p.requires_grad}
     if len(frozen) == len(list(model.parameters())):
         frozen = set()
@@ -85,13 +89,13 @@ def prepare(model, cfg, device):
     for part in (*model.h, model):
         fully_shard(part, mesh=mesh, ignored_params=frozen)
         part.set_gradient_divide_factor(1.0)             # gradients are summed, not averaged
-        part.set_force_sum_reduction_for_comms(True)     # gloo has no average and says nothing (pytorch#162338)
+        part.set_force_sum_reduction_for_comms(True)   # gloo has no average and says nothing (pytorch#162338)
     return model
 
 
 def full_state(model, trained_only=False):
-    """The whole state dict of a model, {name: tensor} on the CPU, on the first rank; trained_only: without what is
-    frozen, such as the trunk of adapters."""
+    """The whole state dict of a model, {name: tensor} on the CPU, on the first rank; trained_only: without
+    what is frozen, such as the trunk of adapters."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     return get_model_state_dict(model, options=options)
 
@@ -102,8 +106,8 @@ def load_full_state(model, state):
 
 
 def optimizer_state(model, optimizer):
-    """The whole state of a model's optimizer by the names of its parameters, on the first rank; {} before its first step,
-    because asking PyTorch for it then would count as one."""
+    """The whole state of a model's optimizer by the names of its parameters, on the first rank; {} before its
+    first step, because asking PyTorch for it then would count as one."""
     if not optimizer.state:
         return {}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -122,8 +126,9 @@ def load_optimizer_state(model, optimizer, state):
 
 
 def micro_batches(rows, lengths, size):
-    """This rank's share of a step's rows (a list of row numbers), cut into lists of at most `size` rows of similar length.
-    lengths: of every row, by its number. InputError: the rows do not divide evenly over the ranks, which FSDP needs."""
+    """This rank's share of a step's rows (a list of row numbers), cut into lists of at most `size` rows of
+    similar length. lengths: of every row, by its number. InputError: the rows do not divide evenly over the
+    ranks, which FSDP needs."""
     if len(rows) % WORLD:
         n = len(rows) // WORLD * WORLD
         raise InputError(f"{len(rows)} rows a step do not divide evenly over {WORLD} processes; "
@@ -134,11 +139,12 @@ def micro_batches(rows, lengths, size):
 
 
 def in_chunks(f, ids, mask, size):
-    """f(ids, mask) over all rows of ids, mask (B, T), `size` of similar length at a time, each rank its share. f returns
-    (b,), (b, T) or (k, b, T); the result is the same with b = B, in fp32 and without gradients, on every rank."""
+    """f(ids, mask) over all rows of ids, mask (B, T), `size` of similar length at a time, each rank its
+    share. f returns (b,), (b, T) or (k, b, T); the result is the same with b = B, in fp32 and without
+    gradients, on every rank."""
     lengths = mask.shape[1] - mask.flip(1).long().argmax(1)                  # (B,) up to the last True
     order = lengths.argsort().tolist()
-    order += order[: -len(order) % WORLD]      # all ranks get as many rows; some are computed twice, and averaged
+    order += order[: -len(order) % WORLD]  # all ranks get as many rows; some are computed twice, and averaged
     mine = torch.tensor(order[RANK::WORLD], device=ids.device)
     total, times = None, torch.zeros(len(ids), device=ids.device)
     for rows in mine.split(size):
@@ -156,8 +162,8 @@ def in_chunks(f, ids, mask, size):
 
 
 def sample(model, tok, prompts, draws, temperature=1.0):
-    """`model.generate`, each rank a share of the prompts: the same tensors on every rank. The numbers that decide a row
-    are in draws, so who samples it plays no part."""
+    """`model.generate`, each rank a share of the prompts: the same tensors on every rank. The numbers that
+    decide a row are in draws, so who samples it plays no part."""
     if WORLD == 1:
         return generate(model, tok, prompts, draws, temperature)
     mine, parts = range(RANK, len(prompts), WORLD), [None] * WORLD

@@ -20,6 +20,7 @@ def constitution(paths, about=""):
     list of strings). `about` selects ours. InputError: a principle of no known format."""
     revise, choose = [], []
     for path in paths.split(","):
+        # A list of principles has no names: they are called by the file and their place in it.
         rows = read_json(path, kind=(list, dict))
         if isinstance(rows, list):
             rows = {f"{Path(path).stem} {i}": row for i, row in enumerate(rows)}
@@ -29,7 +30,7 @@ def constitution(paths, about=""):
                     choose.append({"key": key, "choice": row, "head": "\n\n", "left": "[[[", "right": "]]]"})
                 elif "edit_request" in row:         # Anthropic's for stage 1
                     revise.append({"key": key, "critique": row["prompt"][0], "revision": row["edit_request"]})
-                elif not about or row["about"] == about:
+                elif not about or row["about"] == about:   # ours, for both
                     revise.append({"key": key,
                                    "critique": f"\n\nCritiqueRequest: {row['critique']}\n\nCritique:",
                                    "revision": f"\n\nRevisionRequest: {row['revision']}\n\nRevision:"})
@@ -58,6 +59,7 @@ def few_shots(paths, principles):
                 better, worse = shot["corrects"][0].strip(), shot["incorrects"][0].strip()
             except (KeyError, TypeError, AttributeError, IndexError):
                 raise InputError(f"{path}: example {i} is of no known format") from None
+            # As (A) or as (B) in turn, so that the examples teach no favourite letter.
             a, b = (worse, better) if n % 2 else (better, worse)
             shots["choice"] += comparison_prompt(talk, principles[n % len(principles)], a, b) + OPTIONS[n % 2]
             n += 1
@@ -87,6 +89,7 @@ def soft_label(logp, swapped):
     """P(a over b), and the same in either order, from log-probs [l_A, l_B] of the options with a as (A), and
     `swapped` with b as (A):  p = ( s(l_A - l_B) + s(l'_B - l'_A) ) / 2,  s = sigmoid  (arXiv:2309.00267,
     section 2)."""
+    # a is (A) in the first question and (B) in the second.
     orders = []
     for gap in (logp[0] - logp[1], swapped[1] - swapped[0]):
         orders.append(1 / (1 + math.exp(-max(-50.0, min(50.0, gap)))))
@@ -98,6 +101,7 @@ def compare(pairs, principles, critic, rng):
     draws and in both orders: {"p": P(a over b), "orders": the same in each, "mass", "principle": key}; None:
     there is no answer. mass: what both options have of the critic's probability; next to nothing means that
     it answered something else."""
+    # Two questions a pair.
     requests, keys = [], []
     for messages, a, b in pairs:
         principle = rng.choice(principles)
@@ -106,7 +110,7 @@ def compare(pairs, principles, critic, rng):
             text = comparison_prompt(transcript(messages), principle, first, second)
             requests.append({"prompt": text, "options": OPTIONS})
 
-    # Two answers a pair: one in each order.
+    # And their answers.
     answers, labels = critic(requests), []
     for key, one, two in zip(keys, answers[::2], answers[1::2]):
         if not one or not two or "logp" not in one or "logp" not in two:
@@ -130,6 +134,8 @@ def critic_figures(labels, pairs):
             kept.append(label)
             if len(a) != len(b):
                 longer_wins.append(label["p"] if len(a) > len(b) else 1 - label["p"])
+
+    # first_wins: mean probability of what stands as (A), 0.5 for a critic who likes no letter.
     n = max(1, len(kept))
     return {"compared": len(kept), "no_answer": len(labels) - len(kept),
             "neither": sum(label["mass"] < 0.01 for label in kept),
@@ -166,6 +172,7 @@ def agreement(labels, pairs, annotator, rng):
         u, v = world.utility(row, a), world.utility(row, b)
         if label is None or abs(u - v) < 1e-6:
             continue
+        # Who prefers a?
         ai, gold = label["p"] > 0.5, u > v
         human = world.annotate(u, v, annotator.noise, rng) > 0.5
         hits["ai_gold"].append(ai == gold)

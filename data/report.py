@@ -1,5 +1,5 @@
-"""What a run measured: answers to test prompts and their figures, tables, health in words, one PPO iteration token by
-token, and the page."""
+"""What a run measured: answers to test prompts and their figures, tables, health in words, one PPO iteration
+token by token, and the page."""
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,8 @@ def samples_text(title, prompts, answers):
 
 
 def write_page(folder):
-    """Write out/index.html over all runs beside a folder. Returns a sentence that says where it is; a page is never a
-    reason to fail."""
+    """Write out/index.html over all runs beside a folder. Returns a sentence that says where it is; a page is
+    never a reason to fail."""
     try:
         from data.page import write_page as write
         return f"all runs on one page: {write(Path(folder).parent)}"
@@ -52,7 +52,8 @@ def write_page(folder):
 
 @dataclass
 class Tests:
-    """The prompts a policy is measured on: the tiny world's test prompts, which gold can judge, or some of one's own."""
+    """The prompts a policy is measured on: the tiny world's test prompts, which gold can judge, or some of
+    one's own."""
     rows: list          # prompt rows
     graded: bool        # whether gold can judge the answers
     max_new: int        # longest answer, in tokens
@@ -63,8 +64,8 @@ class Tests:
 
 
 def test_prompts(model, tok, max_new, own_rows=None, path=""):
-    """The tiny world's test prompts, or 32 different prompts of rows of one's own, that leave room for an answer in the
-    model's context. InputError: none does."""
+    """The tiny world's test prompts, or 32 different prompts of rows of one's own, that leave room for an
+    answer in the model's context. InputError: none does."""
     graded = own_rows is None
     rows = world.rows("test") if graded else [{"prompt": p} for p in formats.prompts_of(own_rows, 32)]
     max_new = MEASURED if graded else max_new
@@ -115,8 +116,8 @@ def answer_rows(tests, before, after):
 
 
 def distinct_n(responses, n):
-    """Different n-grams / all n-grams over responses (lists of ids): near 0 when the model says one thing to everybody
-    (Li et al. 2016, arXiv:1510.03055)."""
+    """Different n-grams / all n-grams over responses (lists of ids): near 0 when the model says one thing to
+    everybody (Li et al. 2016, arXiv:1510.03055)."""
     grams = []
     for ids in responses:
         grams += [tuple(ids[i: i + n]) for i in range(len(ids) - n + 1)]
@@ -124,8 +125,8 @@ def distinct_n(responses, n):
 
 
 def mean_kl(policy, reference, tok, prompts, answers, batch=16):
-    """Mean KL(policy || reference) per answer and mean entropy per token, in nats, exact over the vocabulary at every
-    token of answers (lists of ids), which follow prompts (lists of ids)."""
+    """Mean KL(policy || reference) per answer and mean entropy per token, in nats, exact over the vocabulary
+    at every token of answers (lists of ids), which follow prompts (lists of ids)."""
     device, kl, entropy = policy.wte.weight.device, 0.0, 0.0
     for i in range(0, len(prompts), batch):
         rows, answer = [], []
@@ -142,7 +143,8 @@ def mean_kl(policy, reference, tok, prompts, answers, batch=16):
 
 @torch.no_grad()
 def bits_per_byte(model, ids, n_bytes, length=128, batch=32):
-    """Compression of a text: total -log2 p of its ids (N,), cut into windows, divided by its length in bytes."""
+    """Compression of a text: total -log2 p of its ids (N,), cut into windows, divided by its length in
+    bytes."""
     ids = ids[: len(ids) // length * length].view(-1, length)
     nll = 0.0
     for x in ids.split(batch):
@@ -164,8 +166,9 @@ def means(rows):
 
 
 def health(history, cfg=None):
-    """What is wrong with a PPO run, {name: sentence}, from its log rows so far (list of dicts). Compares the last five with
-    the first five, and says nothing while there are fewer than ten. No advice names what cfg has on already."""
+    """What is wrong with a PPO run, {name: sentence}, from its log rows so far (list of dicts). Compares the
+    last five with the first five, and says nothing while there are fewer than ten. No advice names what cfg
+    has on already."""
     if len(history) < 10:
         return {}
     old, now, said = means(history[:5]), means(history[-5:]), {}
@@ -209,7 +212,8 @@ def health(history, cfg=None):
 
 
 def reward_hacking(history, now, cfg):
-    """A sentence where gold has fallen since its best five iterations in a row while the reward rose; else ""."""
+    """A sentence where gold has fallen since its best five iterations in a row while the reward rose; else
+    ""."""
     golds = [row["gold"] for row in history]
     starts = range(len(golds) - 4)
     at = max(starts, key=lambda i: sum(golds[i: i + 5]))
@@ -231,15 +235,16 @@ INSPECTED = 3     # responses
 
 
 def inspection(policy, value, tok, ids, mask, numbers, cfg):
-    """The numbers of the first responses of an iteration, for inspect.json. ids, mask: (B, T). numbers: {"score": (B,), and
-    (B, T) tensors of before the update: "logp", "ref_logp", "reward", "value", "advantage", "whitened", "return"}; the
-    models are those of after the update."""
+    """The numbers of the first responses of an iteration, for inspect.json. ids, mask: (B, T). numbers:
+    {"score": (B,), and (B, T) tensors of before the update: "logp", "ref_logp", "reward", "value",
+    "advantage", "whitened", "return"}; the models are those of after the update."""
     ids, mask = ids[:INSPECTED], mask[:INSPECTED]
     with torch.no_grad():
         logp = token_logprobs(policy, ids, mask, cfg.temperature)                     # (n, T)
         values = torch.zeros_like(logp) if value is None else token_values(value, ids, mask)
     ratio = (logp - numbers["logp"][:INSPECTED]).exp()
-    # clipped: clip(ratio) A is the smaller one in min(ratio A, clip(ratio) A), so that the token has no gradient
+    # clipped: clip(ratio) A is the smaller one in min(ratio A, clip(ratio) A), so that the token has no
+    # gradient
     up = numbers["whitened"][:INSPECTED] > 0
     clipped = torch.where(up, ratio > 1 + cfg.clip, ratio < 1 - cfg.clip)
 

@@ -1,9 +1,9 @@
-"""One run of a script: its flags and command line, device and precision, the links of the chain it starts from, and the
-folder it leaves, with lock, log, progress line, save and resume.
+"""One run of a script: its flags and command line, device and precision, the links of the chain it starts
+from, and the folder it leaves, with lock, log, progress line, save and resume.
 
     cfg = ...                            program(main, Config, doc) fills it from the command line
     device = setup(cfg)                  seeds, precision, processes
-    run = Run(cfg, "sft", [data])        locks the folder; goes on where an unfinished run with the same flags stopped
+    run = Run(cfg, "sft", [data])        locks the folder; an unfinished run with the same flags goes on
     run.begin(n_steps, tok, policy=(model, optimizer))
     for step in run.steps():
         ...
@@ -33,8 +33,10 @@ import typing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")   # large tensors in huge pages: GPT-2 124M trains 1.2x faster
-try:   # glibc keeps freed memory instead of fetching it anew from the system, page by page, in every step (LOG.md)
+# Large tensors in huge pages: GPT-2 124M trains 1.2x faster. And glibc keeps freed memory instead of fetching
+# it anew from the system, page by page, in every step (LOG.md).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+try:
     for option, value in ((-3, 2 ** 25), (-1, 2 ** 30)):   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         ctypes.CDLL("libc.so.6").mallopt(option, value)
 except (OSError, AttributeError):   # another system
@@ -45,8 +47,8 @@ import torch   # noqa: E402
 import model as gpt   # noqa: E402
 from data import InputError, read_json, report, write_atomic   # noqa: E402
 from data.checkpoint import load_state, save   # noqa: E402
-from data.parallel import (RANK, WORLD, all_sum, barrier, child_environment, full_state, load_full_state,   # noqa: E402
-                           load_optimizer_state, optimizer_state, start_processes)
+from data.parallel import (RANK, WORLD, all_sum, barrier, child_environment, full_state,   # noqa: E402
+                           load_full_state, load_optimizer_state, optimizer_state, start_processes)
 
 try:
     import fcntl
@@ -63,10 +65,10 @@ ROOT = Path(__file__).parents[1]
 class RunFlags:
     """The flags that every script shares; a script's own Config adds its groups before them."""
     # The run itself (the same in every script)
-    out: str = ""                 # folder for checkpoint, log and samples (default: out/ and the script's name; with
+    out: str = ""   # folder for checkpoint, log and samples (default: out/ and the script's name; with
                                   # data or a model of your own out/mine/ and the name)
     overwrite: bool = False       # begin anew where --out holds a run with other flags
-    resume: bool = False          # go on from the checkpoint in --out; an unfinished run with the same flags does so
+    resume: bool = False   # go on from the checkpoint in --out; an unfinished run with the same flags does so
                                   # by itself
     max_steps: int = 0            # stop after this many steps (0: run all)
     save_every: int = 100         # steps between checkpoints
@@ -74,19 +76,19 @@ class RunFlags:
     device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
     compile: bool = False         # torch.compile every layer and, on a GPU, decode in CUDA graphs
-    recompute: bool = False       # activation checkpointing: layers run again in the backward pass, for less memory
+    recompute: bool = False       # run layers again in the backward pass, for less memory
 
 
-MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora")   # other whole numbers count from 1
-MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")   # cost memory
+MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora")   # others count from 1
+MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")
 SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate")   # between 0 and 1
 FREE = ("out", "overwrite", "resume", "max_steps", "save_every", "device", "compile", "recompute", "micro_batch",
         "inspect", "nproc_per_node", "parallel", "timeout", "retries")   # a run that goes on may change these
 
 
 def described_fields(Config):
-    """[(group, field name, comment)] of a Config, in the order of its source, what it inherits last. A group is named by
-    a comment line of its own."""
+    """[(group, field name, comment)] of a Config, in the order of its source, what it inherits last. A group
+    is named by a comment line of its own."""
     found = []
     for cls in (c for c in Config.__mro__ if "__dataclass_fields__" in vars(c)):
         group = "flags"
@@ -96,7 +98,7 @@ def described_fields(Config):
             more = re.fullmatch(r"\s{30,}# (.*)", line)
             if heading:
                 group = heading[1]
-            elif field and field[1] not in [name for _, name, _ in found]:   # else a script gave it its own default
+            elif field and field[1] not in [name for _, name, _ in found]:   # else a script has its own
                 found.append([group, field[1], field[2]])
             elif more and found and not field:
                 found[-1][2] += " " + more[1]
@@ -125,7 +127,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_flags(Config, doc, args=None):
-    """A Config filled from `--name value` or `--name=value`. Its help is the comment behind each field, in groups."""
+    """A Config filled from `--name value` or `--name=value`. Its help is the comment behind each field, in
+    groups."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     known, groups = {f.name: f for f in fields(Config)}, {}
     for group, name, comment in described_fields(Config):
@@ -170,7 +173,8 @@ def check_range(parser, f, value):
 
 
 def program(main, Config, doc):
-    """Run main(config) as a program: what a user can mend ends in one sentence and exit code 1, not in a traceback."""
+    """Run main(config) as a program: what a user can mend ends in one sentence and exit code 1, not in a
+    traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")   # a terminal that cannot show a character shows "?"
     cfg = parse_flags(Config, doc)
@@ -188,8 +192,8 @@ def program(main, Config, doc):
             raise
         at = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == inspect.getfile(main)][-1]
         sizes = [f"--{f.name} {getattr(cfg, f.name)}" for f in fields(cfg) if f.name in MEMORY]
-        sys.exit(f"error: out of memory at {Path(at.filename).name}:{at.lineno}, `{at.line}`; what could be smaller: "
-                 f"{', '.join(sizes)}")
+        sys.exit(f"error: out of memory at {Path(at.filename).name}:{at.lineno}, `{at.line}`; what could be "
+                 f"smaller: {', '.join(sizes)}")
 
 
 def default_out(cfg, script):
@@ -205,8 +209,8 @@ def interrupt(signum, frame):
 
 
 def function_of(name, flag):
-    """The Python function that a flag names as "module:function" or "FILE.py:function"; the current folder is searched.
-    InputError: there is none, or it cannot be imported."""
+    """The Python function that a flag names as "module:function" or "FILE.py:function"; the current folder is
+    searched. InputError: there is none, or it cannot be imported."""
     where, _, function = name.rpartition(":")
     path = Path(where)
     sys.path.insert(0, str(path.parent if path.suffix == ".py" else Path.cwd()))
@@ -226,8 +230,8 @@ def function_of(name, flag):
 
 
 def setup(cfg):
-    """Seeds, threads, precision and processes, as the flags say. Returns the device. The numerics of every script are fp32
-    weights and products in bf16 where the hardware has them (model.Linear)."""
+    """Seeds, threads, precision and processes, as the flags say. Returns the device. The numerics of every
+    script are fp32 weights and products in bf16 where the hardware has them (model.Linear)."""
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
@@ -253,15 +257,17 @@ def setup(cfg):
 
 
 def cpu_has_bf16():
-    """True where the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX); emulation would be slower."""
+    """True where the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX); emulation would be
+    slower."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text() if info.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def choose_threads():
-    """As many threads as cores are free just now: two threads on one free core are ten times slower than one (LOG.md).
-    OMP_NUM_THREADS overrides. Scripts started from here get the same number, so that equal runs give equal bits."""
+    """As many threads as cores are free just now: two threads on one free core are ten times slower than one
+    (LOG.md). OMP_NUM_THREADS overrides. Scripts started from here get the same number, so that equal runs
+    give equal bits."""
     if "OMP_NUM_THREADS" in os.environ or WORLD > 1 or not Path("/proc/stat").exists():
         return
     before = idle_seconds()
@@ -290,7 +296,8 @@ def seeded(seed, step):
 
 
 def adamw(model, weight_decay=0.0, eps=1e-8):
-    """AdamW with weight decay on matrices only (norms and biases are left alone). Its learning rate is set at each step."""
+    """AdamW with weight decay on matrices only (norms and biases are left alone). Its learning rate is set at
+    each step."""
     matrices, vectors = [], []
     for p in model.parameters():
         if p.requires_grad:
@@ -308,16 +315,17 @@ def set_lr(optimizer, lr):
 
 
 def cosine(step, steps, warmup, floor=0.1):
-    """Learning-rate factor: linear warmup, then a cosine from 1 down to floor. In a run shorter than four warmups the
-    warmup shrinks to a quarter of it."""
+    """Learning-rate factor: linear warmup, then a cosine from 1 down to floor. In a run shorter than four
+    warmups the warmup shrinks to a quarter of it."""
     warmup = max(1, min(warmup, steps // 4))
-    return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    falling = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / warmup) * falling
 
 
 def batches(lengths, batch_size, seed, epoch):
-    """One pass over examples of these lengths, as lists of their numbers, batch by batch, each of similar lengths, so
-    that little is padded: shuffle, sort within windows of 16 batches, shuffle the batches. With several processes a
-    last batch that does not divide evenly over them is left out."""
+    """One pass over examples of these lengths, as lists of their numbers, batch by batch, each of similar
+    lengths, so that little is padded: shuffle, sort within windows of 16 batches, shuffle the batches. With
+    several processes a last batch that does not divide evenly over them is left out."""
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
     out = []
@@ -339,7 +347,8 @@ LINKS = {   # name: (script, the links it starts from, rough seconds on two core
 
 
 def sibling(cfg, name):
-    """The folder of a link of the chain: out/<name> beside this run's own --out (out/mine/ppo starts from out/sft)."""
+    """The folder of a link of the chain: out/<name> beside this run's own --out (out/mine/ppo starts from
+    out/sft)."""
     parent = Path(cfg.out).parent
     return str((parent.parent if parent.name == "mine" else parent) / name)
 
@@ -351,8 +360,8 @@ def unfinished(folder):
 
 
 def need(cfg, *names):
-    """Folders of links of the chain, each a name in LINKS; what is missing or unfinished is made first, by running its
-    script with the same seed, device and precision, in one process."""
+    """Folders of links of the chain, each a name in LINKS; what is missing or unfinished is made first, by
+    running its script with the same seed, device and precision, in one process."""
     wanted = []
     for name in names:
         add_link(cfg, name, wanted)
@@ -376,7 +385,8 @@ def need(cfg, *names):
 
 
 def add_link(cfg, name, wanted):
-    """Add a link, after the links it starts from, to the list of wanted ones. One that is there needs no others."""
+    """Add a link, after the links it starts from, to the list of wanted ones. One that is there needs no
+    others."""
     if name in wanted:
         return
     if unfinished(sibling(cfg, name)):
@@ -386,7 +396,8 @@ def add_link(cfg, name, wanted):
 
 
 def run_script(cfg, script, out, flags=(), processes=1):
-    """Run another script (a list, such as ["sft.py"]) to its end, its --out being `out`. InputError: it failed."""
+    """Run another script (a list, such as ["sft.py"]) to its end, its --out being `out`. InputError: it
+    failed."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -400,13 +411,13 @@ def run_script(cfg, script, out, flags=(), processes=1):
 
 
 def chain_columns(cfg, name, before, after):
-    """The closing table's columns: of the tiny chain base | SFT | `name`, else before | `name`. Losses of different kinds
-    are not comparable and stay out."""
+    """The closing table's columns: of the tiny chain base | SFT | `name`, else before | `name`. Losses of
+    different kinds are not comparable and stay out."""
     columns = {"SFT": before, name: after}
     if cfg.data or cfg.init:
         columns = {"before": before, name: after}
     elif "before" in result_of(sibling(cfg, "sft")):
-        columns = {"base": result_of(sibling(cfg, "sft"))["before"]} | columns    # sft.py measured it on the same prompts
+        columns = {"base": result_of(sibling(cfg, "sft"))["before"]} | columns    # on the same prompts
     return {title: {k: v for k, v in column.items() if k != "loss"} for title, column in columns.items()}
 
 
@@ -440,18 +451,20 @@ def fingerprint(path):
 
 
 class Run:
-    """The folder of one run, and its voice: it alone writes there and prints. Files: run.json (flags and inputs),
-    log.jsonl, samples.txt, answers.jsonl, the checkpoint with state.pt, result.json (its absence tells an unfinished
-    run)."""
+    """The folder of one run, and its voice: it alone writes there and prints. Files: run.json (flags and
+    inputs), log.jsonl, samples.txt, answers.jsonl, the checkpoint with state.pt, result.json (its absence
+    tells an unfinished run)."""
 
     def __init__(self, cfg, stage, inputs=(), dry=False, begun="state.pt"):
-        """inputs: files and folders that the plan and what is kept between steps depend on. Locks the folder before
-        anything is written. A finished run with the same flags shows its table and ends the program; one with other
-        flags is an InputError. dry: only look (ppo.py --inspect): take a step or two on from what is in the folder,
-        whatever its flags, and write nothing. begun: the file that tells that a run has begun."""
+        """inputs: files and folders that the plan and what is kept between steps depend on. Locks the folder
+        before anything is written. A finished run with the same flags shows its table and ends the program;
+        one with other flags is an InputError. dry: only look (ppo.py --inspect): take a step or two on from
+        what is in the folder, whatever its flags, and write nothing. begun: the file that tells that a run
+        has begun."""
         self.cfg, self.stage, self.folder, self.dry, self.begun = cfg, stage, Path(cfg.out), dry, begun
         self.first, self.skipped, self.stopping, self.shown, self.history = 0, 0, False, 0.0, []
-        self.start, self.step_seconds, self.line_open, self.slow, self.warned = time.time(), [], False, False, set()
+        self.start, self.step_seconds, self.slow = time.time(), [], False
+        self.line_open, self.warned = False, set()
         flags = {name: value for name, value in asdict(cfg).items() if name not in FREE}
         told = {"stage": stage, "config": asdict(cfg), "flags": flags,
                 "inputs": {str(path): fingerprint(path) for path in inputs}}
@@ -470,7 +483,8 @@ class Run:
             signal.signal(s, self.stop)
 
     def lock(self):
-        """InputError if another run is writing here. The system lets go of the lock when this process ends."""
+        """InputError if another run is writing here. The system lets go of the lock when this process
+        ends."""
         self.lock_file = open(self.folder / ".lock", "w")
         if fcntl is None:
             return
@@ -479,22 +493,24 @@ class Run:
         except BlockingIOError:
             raise InputError(f"{self.folder}: another run is writing there; choose another --out") from None
         except OSError as e:
-            print(f"{self.folder}: this file system has no locks ({e.strerror}); see that no other run writes there")
+            print(f"{self.folder}: no locks on this file system ({e.strerror}); see that one run writes there")
 
     def what_is_there(self, told):
-        """Whether the folder holds an unfinished run with the same flags. Ends the program if it is finished."""
+        """Whether the folder holds an unfinished run with the same flags. Ends the program if it is
+        finished."""
         result, old = result_of(self.folder), run_of(self.folder)
         is_started = (self.folder / self.begun).exists() or bool(result)
         if not is_started or self.cfg.overwrite:
             return False
         other = self.difference(old, told)
         if other:
-            raise InputError(f"{self.folder} holds a run of its own ({other}); choose another --out, or --overwrite it")
+            raise InputError(f"{self.folder} holds a run of its own ({other}); choose another --out, or "
+                             "--overwrite it")
         theirs, ours = result.get("config", {}).get("max_steps", 0), self.cfg.max_steps
         if result and (theirs == 0 or 0 < ours <= theirs):
             print(f"{self.folder} is finished: a run with the same flags took {result['seconds']:.0f} s "
                   "(--overwrite repeats it)")
-            print(report.table(result.get("columns") or {"before": result["before"], "after": result["after"]}))
+            print(report.table(result["columns"]))
             sys.exit(0)
         return True
 
@@ -520,8 +536,8 @@ class Run:
         self.say("stopping after this step; once more stops at once")
 
     def begin(self, n_steps, tok, **trained):
-        """trained: name=(model, optimizer) of all that is trained; the first model is the checkpoint in the folder. They
-        are given their state if the run goes on."""
+        """trained: name=(model, optimizer) of all that is trained; the first model is the checkpoint in the
+        folder. They are given their state if the run goes on."""
         self.n_steps, self.tok, self.trained = min(n_steps, self.cfg.max_steps or n_steps), tok, trained
         self.step_start = time.time()
         for name, (model, optimizer) in trained.items():
@@ -529,7 +545,7 @@ class Run:
                 load_full_state(model, self.state["models"][name])
                 load_optimizer_state(model, optimizer, self.state["optimizers"][name])
         if self.dry:
-            self.n_steps = self.first + (1 if self.first else 2)   # the second one, of a policy that has moved
+            self.n_steps = self.first + (1 if self.first else 2)  # the second one, of a policy that has moved
             return
         path = self.folder / "log.jsonl"
         if self.first and path.exists():
@@ -549,13 +565,16 @@ class Run:
             yield step
 
     def finite(self, norm, model, rows):
-        """Whether a step may be taken with this gradient norm. One that is not finite is skipped, said and counted, with
-        the data rows it came from; the fourth ends the run."""
+        """Whether a step may be taken with this gradient norm. One that is not finite is skipped, said and
+        counted, with the data rows it came from; the fourth ends the run."""
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
         if norm.isfinite():
             return True
-        bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        bad = []
+        for name, p in model.named_parameters():
+            if p.grad is not None and not p.grad.isfinite().all():
+                bad.append(name)
         self.skipped += 1
         what = (f"step skipped: the gradient of {bad[0]} and {len(bad) - 1} more tensors is not finite; "
                 f"data rows {list(rows)[:8]} ...")
@@ -565,8 +584,8 @@ class Run:
         return False
 
     def log(self, step, tokens=0, show=(), **figures):
-        """Record step (from 0), with `tokens` read in it; show the figures named in `show` (default: all) at most every
-        few seconds. JSON has no NaN; it is left out."""
+        """Record step (from 0), with `tokens` read in it; show the figures named in `show` (default: all) at
+        most every few seconds. JSON has no NaN; it is left out."""
         seconds = time.time() - self.step_start
         if tokens:
             figures["tok_s"] = tokens / seconds
@@ -588,7 +607,8 @@ class Run:
         if now - self.shown > pause or left == 0:
             self.shown = now
             remaining = (now - self.start) / (step + 1 - self.first) * left
-            self.show(step, {name: row[name] for name in show or row if name in row}, row.get("tok_s"), remaining)
+            shown = {name: row[name] for name in show or row if name in row}
+            self.show(step, shown, row.get("tok_s"), remaining)
 
     def write_row(self, row):
         """Append a row to log.jsonl."""
@@ -626,11 +646,12 @@ class Run:
         self.step_seconds.append(seconds)
         if len(self.step_seconds) < 40 or self.slow:
             return
-        best, now = sorted(self.step_seconds)[len(self.step_seconds) // 10], sorted(self.step_seconds[-10:])[2]
+        best = sorted(self.step_seconds)[len(self.step_seconds) // 10]
+        now = sorted(self.step_seconds[-10:])[2]
         if now > 4 * best:
             self.slow = True
-            self.say(f"steps take {now / best:.0f} times as long as before: other programs use the processor. Ctrl-C "
-                     "saves; with OMP_NUM_THREADS=1 before the same command it goes on, often faster")
+            self.say(f"steps take {now / best:.0f} times as long as before: other programs use the processor.\n"
+                     "Ctrl-C saves; with OMP_NUM_THREADS=1 before the same command it goes on, often faster")
 
     def say(self, text):
         """Print a line of its own."""
@@ -640,14 +661,16 @@ class Run:
         print(text, flush=True)
 
     def due(self, step):
-        """Whether a step ends with a checkpoint: every --save_every steps, at the end, and when asked to stop."""
+        """Whether a step ends with a checkpoint: every --save_every steps, at the end, and when asked to
+        stop."""
         self.stopping = bool(all_sum(self.stopping))   # all ranks or none
         last = step + 1 == self.n_steps
         return not self.dry and ((step + 1) % self.cfg.save_every == 0 or last or self.stopping)
 
     def save(self, step, **state):
-        """Save the checkpoint after a step, with all that goes on from there: models, optimizers, and `state`, tensors,
-        numbers and strings by name, which `self.state` has after a resume. Ends the program if it was asked to stop."""
+        """Save the checkpoint after a step, with all that goes on from there: models, optimizers, and
+        `state`, tensors, numbers and strings by name, which `self.state` has after a resume. Ends the program
+        if it was asked to stop."""
         models, optimizers = {}, {}
         for name, (model, optimizer) in self.trained.items():
             models[name] = full_state(model, trained_only=True)
@@ -656,7 +679,7 @@ class Run:
         main_model = next(iter(self.trained.values()))[0]
         save(self.folder, main_model, self.tok, state)
         if self.stopping:
-            raise KeyboardInterrupt(f" after step {step + 1}, saved in {self.folder}; the same command goes on from there")
+            raise KeyboardInterrupt(f" after step {step + 1}, saved in {self.folder}; this command goes on")
 
     def write(self, name, value):
         """Write a JSON file into the folder."""
@@ -669,8 +692,9 @@ class Run:
                 f.write(report.samples_text(title, prompts, answers))
 
     def finish(self, before, after, columns=None, answers=(), device=None):
-        """answers.jsonl, result.json, the closing table (of `columns` if given) and the page. before, after and columns:
-        figures by name; answers: rows as report.measure gives them. device: where it ran, if nothing was trained."""
+        """answers.jsonl, result.json, the closing table (of `columns` if given) and the page. before, after
+        and columns: figures by name; answers: rows as report.measure gives them. device: where it ran, if
+        nothing was trained."""
         if RANK:
             return
         self.log_file.close()

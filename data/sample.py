@@ -8,9 +8,9 @@ from model import answer_rewards, pad_batch
 
 
 def respond(model, tok, prompts, max_new, generator, temperature=1.0, batch=256):
-    """One answer per prompt (lists of messages), of at most max_new tokens. Returns texts, prompts as ids and answers as
-    ids, lists in the order of the prompts; batches are sorted by length so that little is padded. All draws come from
-    generator, a CPU one."""
+    """One answer per prompt (lists of messages), of at most max_new tokens. Returns texts, prompts as ids and
+    answers as ids, lists in the order of the prompts; batches are sorted by length so that little is padded.
+    All draws come from generator, a CPU one."""
     rows = [tok.render(prompt, generation_prompt=True)[0] for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     answers = [None] * len(rows)
@@ -34,8 +34,8 @@ def short_enough(tok, rows, longest):
 
 
 def different_answers(model, tok, rows, counts, max_new, generator, temperature=1.0):
-    """counts[i] answers to the prompt of rows[i], without those that are empty, do not end, or stand there already: one
-    list of texts per row."""
+    """counts[i] answers to the prompt of rows[i], without those that are empty, do not end, or stand there
+    already: one list of texts per row."""
     at = []
     for i, count in enumerate(counts):
         at += [i] * count
@@ -64,8 +64,8 @@ def preference_row(row, a, b, p, **more):
 
 
 def annotated(pairs, annotator, rng):
-    """Preference rows of pairs [(row, a, b)] by the tiny world's annotator. "ceiling" is its own chance to choose right,
-    which bounds what any reward model can reach."""
+    """Preference rows of pairs [(row, a, b)] by the tiny world's annotator. "ceiling" is its own chance to
+    choose right, which bounds what any reward model can reach."""
     utilities = [(annotator.utility(row, a), annotator.utility(row, b)) for row, a, b in pairs]
     noise = annotator.noise_for([u - v for u, v in utilities])
     rows = []
@@ -78,7 +78,8 @@ def annotated(pairs, annotator, rng):
 
 @torch.no_grad()
 def rewards(model, tok, prompts, texts, batch=64):
-    """Rewards (list of floats) of one answer (str) to each prompt (messages) by a reward model, read at the EOS."""
+    """Rewards (list of floats) of one answer (str) to each prompt (messages) by a reward model, read at the
+    EOS."""
     device = model.wte.weight.device
     rows = []
     for prompt, text in zip(prompts, texts):

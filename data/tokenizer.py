@@ -126,7 +126,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of a text. Special tokens in it are spelled out, so that users cannot inject them; a visible
-        added token, such as <think>, is one id. InputError: tiktoken cannot split this text."""
+        added token, such as <think>, is one id. InputError: too much white space in a row."""
         if self.added is None:
             return self.spell(text)
         ids = []
@@ -136,15 +136,10 @@ class Tokenizer:
 
     def spell(self, text):
         """Ids of a text by the rules of BPE alone; bytes that the vocabulary lacks are dropped."""
-        try:
-            if len(text) > MUCH and BLANK.search(text):
-                raise ValueError(f"{MUCH} characters of white space in a row")
-            ids = self.enc.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
-        except BaseException as e:                    # a panic of Rust code is no Exception
-            if type(e).__name__ not in ("ValueError", "PanicException"):
-                raise
-            raise InputError(f"the text that begins {text[:30]!r} cannot be split into tokens ({e}); "
-                             "shorten it or leave it out") from None
+        if len(text) > MUCH and BLANK.search(text):
+            raise InputError(f"the text that begins {text[:30]!r} has {MUCH} characters of white space in a row, "
+                             "which tiktoken cannot split; shorten it or leave it out")
+        ids = self.enc.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
         return ids if self.vocab_size == self.enc.n_vocab else [i for i in ids if i < self.vocab_size]
 
     def decode(self, ids):

@@ -157,7 +157,7 @@ def ask(pair, n_votes):
 
 
 def opinion(pair, model, tok, agreed):
-    """What a reward model thinks of a pair that has been voted on, as text. agreed: whether it agreed with the
+    """What a reward model thinks of a pair that has been voted on, as text. agreed: whether it did with the
     votes so far, None for ties; this one is appended."""
     if not fits(pair, tok, model.cfg.max_len):
         agreed.append(None)

@@ -1,17 +1,23 @@
 """How fast every stage is: against what this machine can multiply and copy, and against transformers and TRL.
 
-    python tests/bench.py                                     GPT-2 124M shapes, batch 8 x 256 tokens, random weights
-    python tests/bench.py --sizes 124M,774M,1558M --batch 32 --length 1024 --peers false     on a GPU
+    python tests/bench.py                             GPT-2 124M shapes, batch 8 x 256 tokens, random weights
     python tests/bench.py --sizes tiny --stages sft,sample
+    python tests/bench.py --sizes 124M,355M --batch 32 --length 1024 --compile         on a GPU of 80 GB
+    python tests/bench.py --sizes 774M,1558M --batch 32 --length 1024 --compile --recompute --peers false
+    python tests/bench.py --sizes 8B --stages ppo --lora 16 --recompute --peers false
 
-With transformers (and TRL, for its trainers) installed, each runs right after ours, in this process, on the same
-shapes. Rates count every token that goes through the model once per pass over the data: for dpo both answers, for
-sample and ppo new tokens.
-    mfu   (6 N + 12 L C T) x tokens/s over the best rate seen here for large matrix products (arXiv:2204.02311, app. B)
+With transformers (and TRL, for its trainers) installed, each runs right after ours, in this process, on the
+same shapes. Rates count every token that goes through the model once per pass over the data: for dpo both
+answers, for sample and ppo new tokens.
+    mfu   (6 N + 12 L C T) x tokens/s over the best rate seen here for large matrix products
+          (arXiv:2204.02311, app. B); what --recompute computes again does not count
     mbu   bytes of weights read per decoding step over the best rate seen here for copying
-Nothing is timed before two warm-up rounds; the figure is the median round. The last line is JSON. Run nothing beside
-it.
+Nothing is timed before two warm-up rounds; the figure is the median round. A row that fails, as a size does
+that needs more memory than there is, is marked, and the others go on. The last line is JSON. Run nothing
+beside it.
 """
+import functools
+import gc
 import json
 import statistics
 import sys
@@ -20,33 +26,37 @@ import time
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+
+import torch
+from torch.nn.utils import clip_grad_norm_
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from model import (GPT, SIZES, GPTConfig, frozen, generate, optimizer_for, run, setup,   # noqa: E402, before torch
-                   token_logprobs, with_lora)
-
-import torch   # noqa: E402
-
 import dpo   # noqa: E402
 import ppo   # noqa: E402
 import reward   # noqa: E402
-from data import InputError   # noqa: E402
+import sft   # noqa: E402
+from data import InputError, pretrain   # noqa: E402
+from data.parallel import in_chunks, micro_batches, prepare, sample   # noqa: E402
+from data.run import adamw, program, set_lr, setup   # noqa: E402
+from model import (GPT, GPTConfig, Linear, answer_rewards, compare_policies, last_token,   # noqa: E402
+                   refresh, sampling_copy, token_logprobs, token_values)
 
-GPT2 = dict(n_inner=None, max_len=1024, vocab_size=50304)
-SHAPES = {"tiny": SIZES["tiny"] | {"vocab_size": 1024}}
+SHAPES = {"tiny": pretrain.SIZES["tiny"] | {"vocab_size": 1024}}
 for name, layers, heads, width in (("124M", 12, 12, 768), ("355M", 24, 16, 1024), ("774M", 36, 20, 1280),
                                    ("1558M", 48, 25, 1600)):
-    SHAPES[name] = GPT2 | dict(n_layer=layers, n_head=heads, n_kv_head=heads, n_embd=width, n_inner=4 * width,
-                               head_dim=64)
-SHAPES["8B"] = dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336, head_dim=128, vocab_size=128256,
-                    max_len=1024, norm="rmsnorm", pos="rope", mlp="swiglu", bias=False, tie=False)
-STAGES = ("sft", "reward", "dpo", "sample", "ppo")
+    SHAPES[name] = dict(n_layer=layers, n_head=heads, n_kv_head=heads, n_embd=width, n_inner=4 * width,
+                        head_dim=64, max_len=1024, vocab_size=50304)
+SHAPES["8B"] = dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336, head_dim=128,
+                    max_len=1024, vocab_size=128256, norm="rmsnorm", pos="rope", mlp="swiglu", bias=False,
+                    tie=False)
+TRAIN_ON = ("sft", "reward", "dpo")   # stages whose rounds read --batch x --length tokens; others write --new
 
 
 @dataclass
 class Config:
+    """The flags of `python tests/bench.py`."""
+    # What is timed
     sizes: str = "124M"           # which, of the shapes at the top of this file
     stages: str = "all"           # which, of sft,reward,dpo,sample,ppo
     batch: int = 8                # sequences
@@ -56,295 +66,505 @@ class Config:
     lora: int = 0                 # rank of adapters in ppo (0: four full models)
     rounds: int = 5               # timed rounds of each
     peers: bool = True            # also run transformers and TRL, where they are installed
+    # How
     seed: int = 0                 # of weights and tokens
     device: str = ""              # cpu, cuda, ... (default: cuda if there is one)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products
-    compile: bool = False         # torch.compile the training forward
+    compile: bool = False         # torch.compile every layer and, on a GPU, decode in CUDA graphs
+    recompute: bool = False       # layers run again in the backward pass, for less memory
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Clocks.
+
+
+def wait(device):
+    """Wait until a GPU has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def seconds(f, rounds, device):
     """Median wall time of f(), after two calls that do not count."""
     times = []
-    for i in range(rounds + 2):
+    for _ in range(rounds + 2):
         start = time.perf_counter()
         f()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 
 
-def limits(device, autocast):
-    """The best rates seen: FLOP/s of a large matrix product in the training dtype, bytes/s of a large copy."""
-    with autocast():
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+def limits(device):
+    """The best rates seen: FLOP/s of a large product of matrices in the dtype of ours, bytes/s of a copy."""
     n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=dtype)
+    a = torch.randn(n, n, device=device, dtype=Linear.compute or torch.float32)
     flops = 2 * n ** 3 / min(seconds(lambda: a @ a, 3, device) for _ in range(5))
     x = torch.empty(2 ** 28 if device.type == "cuda" else 2 ** 26, device=device)
     y = torch.empty_like(x)
     return flops, 2 * x.nbytes / min(seconds(lambda: y.copy_(x), 3, device) for _ in range(5))
 
 
-def trainer(model, optimizer, loss):
-    def step():
+# ------------------------------------------------------------------------------------------------------------
+# Ours: one round of every stage, made of the stage's own functions, on random tokens.
+
+
+@dataclass
+class Work:
+    """What a row of the table times."""
+    go: typing.Callable | None = None     # does one round
+    measured: float = 0.0                 # or the seconds of one, where a trainer runs by itself
+    parts: dict | None = None             # {part of a round: seconds, one number a round}, filled by go
+
+
+class NoTokenizer:
+    """All that the stages ask of a tokenizer. No answer ends by itself."""
+    pad_id, eos_ids = 0, {-1}
+
+
+TOK = NoTokenizer()
+
+
+def new_model(size, scalar_head=False):
+    """A model of random weights, on the CPU."""
+    return GPT(GPTConfig(**SHAPES[size], scalar_head=scalar_head))
+
+
+def random_rows(size, n, length):
+    """n lists of `length` random ids."""
+    return torch.randint(SHAPES[size]["vocab_size"], (n, length)).tolist()
+
+
+def training(model, optimizer, loss):
+    """Work of one optimizer step on loss(), as every stage takes it."""
+    def go():
         loss().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return step
+    return Work(go)
 
 
-def ours(shape, cfg, device, autocast):
-    """{stage: (a function that does one round, tokens of a round)} of this suite."""
-    torch.manual_seed(cfg.seed)
-    new = lambda **kw: GPT(GPTConfig(**{**SHAPES[shape], **kw})).to(device)   # noqa: E731
-    V, B, T, tok = SHAPES[shape]["vocab_size"], cfg.batch, cfg.length, SimpleNamespace(pad_id=0, decode=lambda ids: "")
-    rows = torch.randint(V, (B, T)).tolist()
-    forward = torch.compile(token_logprobs) if cfg.compile else token_logprobs
-
-    def sft():
-        model = new()
-        ids = torch.tensor(rows, device=device)
-
-        def loss():
-            with autocast():
-                return -forward(model, ids, torch.ones_like(ids))[:, 1:].mean()
-        return trainer(model, optimizer_for(model, 1e-5, 0.0), loss), B * T
-
-    def reward_():
-        model = new(scalar_head=True)
-        groups = [([tuple(rows[i]), tuple(rows[i + 1])], [(0, 1, 1.0, 0.0, 1.0)]) for i in range(0, B, 2)]
-
-        def loss():
-            with autocast():
-                r, (i, j), p, m, *_ = reward.group_scores(model, groups, tok, device)
-            return reward.preference_loss(r[i], r[j], p, m).mean()
-        return trainer(model, optimizer_for(model, 1e-5, 0.0), loss), B * T
-
-    def dpo_():   # with the pass of the reference, which happens once per pair and run
-        model = new()
-        examples = [(rows[i][:T // 2], rows[i][T // 2:], rows[i + 1][T // 2:], 1.0) for i in range(0, B, 2)]
-        options = dpo.Config(sft_coef=0.0)
-
-        def loss():
-            ref = dpo.all_logps(model, examples, tok, device, autocast, B).to(device)
-            with autocast():
-                logp, n = (t.view(2, -1) for t in dpo.logps(model, dpo.both(examples), tok, device, forward))
-            return dpo.pair_loss(options, 0.1, logp, ref, n, torch.ones(B // 2, device=device))[0].mean()
-        return trainer(model, optimizer_for(model, 1e-6, 0.0), loss), B * T
-
-    prompts = torch.randint(V, (B, cfg.prompt)).tolist()
-
-    def sample():
-        model = new().requires_grad_(False)
-
-        def go():
-            with autocast():
-                generate(model, prompts, cfg.new, eos_id=-1)
-        return go, B * cfg.new
-
-    def ppo_():
-        policy, rm = new(), new(scalar_head=True)
-        if cfg.lora:
-            ref = frozen(policy, autocast)
-            policy, value = with_lora(ref, cfg.lora), with_lora(ref, cfg.lora, scalar_head=True)
-        else:
-            ref, value = frozen(new(), autocast), new(scalar_head=True)
-        frozen(rm, autocast)
-        options = ppo.Config(rollouts=B, group=1, epochs=4, minibatches=1, micro_batch=B, max_new=cfg.new,
-                             value_warmup=0, lr=1e-6, value_lr=1e-6, iterations=10 ** 6)
-        optimizers = [optimizer_for(m, 1e-6, 0.0) for m in (policy, value)]
-        tok.eos_id = -1
-        rng, split = torch.Generator().manual_seed(0), {"generate": [], "score": [], "train": []}
-
-        def score(b):
-            with torch.no_grad(), autocast():
-                return reward.final_scores(rm, b.ids, b.width)
-
-        def update(step, model, optimizer, lr, batch):
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        def go():
-            clock = [time.perf_counter()]
-            b = ppo.rollout(policy, tok, [{}] * B, prompts, options, 0, rng, autocast)
-            clock.append(time.perf_counter())
-            ppo.score(b, policy, ref, value, tok, score, options, autocast)
-            ppo.credit(b, 0.05, options)
-            clock.append(time.perf_counter())
-            ppo.update(b, policy, value, *optimizers, forward, ppo.token_values, None, options, 0, rng, autocast,
-                       SimpleNamespace(update=update))
-            clock.append(time.perf_counter())
-            for name, x, y in zip(split, clock, clock[1:]):
-                split[name].append(y - x)
-        go.split = split
-        return go, B * cfg.new
-    return {"sft": sft, "reward": reward_, "dpo": dpo_, "sample": sample, "ppo": ppo_}
+def trained(size, cfg, device, scalar_head=False):
+    """A new model and its optimizer, with a learning rate that changes next to nothing."""
+    model = prepare(new_model(size, scalar_head), cfg, device)
+    optimizer = adamw(model)
+    set_lr(optimizer, 1e-6)
+    return model, optimizer
 
 
-def theirs(shape, cfg, device, autocast):
-    """{(stage, peer): the same, on the same shapes}; GPT-2 shapes only, what is not installed is left out."""
+def sft_work(size, cfg, device):
+    """A step of sft.py: every token of every row is supervised."""
+    model, optimizer = trained(size, cfg, device)
+    examples = [(row, [1] * cfg.length) for row in random_rows(size, cfg.batch, cfg.length)]
+
+    def loss():
+        total, n_tokens = sft.nll(model, examples, TOK)
+        return total / n_tokens
+    return training(model, optimizer, loss)
+
+
+def reward_work(size, cfg, device):
+    """A step of reward.py: two answers to each prompt."""
+    model, optimizer = trained(size, cfg, device, scalar_head=True)
+    rows, groups = random_rows(size, cfg.batch, cfg.length), []
+    for i in range(0, cfg.batch, 2):
+        groups.append(([tuple(rows[i]), tuple(rows[i + 1])], [(0, 1, 1.0, 0.0, 1.0)]))
+
+    def loss():
+        ids, mask, pairs = reward.batch_of(groups, TOK, device)                  # (N, T), (N, T), M pairs
+        r = answer_rewards(model, ids, mask)                                     # (N,)
+        each = reward.preference_loss(r[pairs.a], r[pairs.b], pairs.p, pairs.margin, 0.01)
+        return (pairs.weight * each).sum() / len(groups)
+    return training(model, optimizer, loss)
+
+
+def dpo_work(size, cfg, device):
+    """A step of dpo.py: prompts of half the length with two answers of the other half. It includes the pass
+    of the reference, which happens once per pair and run."""
+    model, optimizer = trained(size, cfg, device)
+    rows, half, examples = random_rows(size, cfg.batch, cfg.length), cfg.length // 2, []
+    for i in range(0, cfg.batch, 2):
+        examples.append((rows[i][:half], rows[i][half:], rows[i + 1][half:], 1.0))
+    options = dpo.Config(beta=0.1, sft_coef=0.0)
+
+    def loss():
+        known = dpo.all_logps(dpo.pair_logps, model, examples, TOK, cfg.batch)   # (2, B / 2)
+        return dpo.pair_losses(model, examples, known, TOK, options)[0].mean()
+    return training(model, optimizer, loss)
+
+
+def sample_work(size, cfg, device):
+    """Answers of --new tokens to --batch prompts, by a copy that is brought up to date before, as in every
+    stage."""
+    model = prepare(new_model(size), cfg, device)
+    sampler = sampling_copy(model).to(device)
+    prompts = random_rows(size, cfg.batch, cfg.prompt)
+
+    def go():
+        refresh(sampler, model)
+        sample(sampler, TOK, prompts, torch.rand(cfg.batch, cfg.new, dtype=torch.float64))
+    return Work(go)
+
+
+def ppo_work(size, cfg, device):
+    """An iteration of ppo.py with its four models, 4 epochs of one minibatch; no relabelling."""
+    B = cfg.batch
+    options = ppo.Config(rollouts=B, group=1, epochs=4, minibatches=1, micro_batch=B, max_new=cfg.new,
+                         lora=cfg.lora, compile=cfg.compile, recompute=cfg.recompute)
+    reward_model = new_model(size, scalar_head=True)
+    policy, reference, value = ppo.load_models(new_model(size), "", [reward_model], options)
+    sampler = sampling_copy(policy).to(device)
+    both = ppo.prepare_models(policy, reference, value, [reward_model], False, options, device)
+    for _, optimizer in both.values():
+        set_lr(optimizer, 1e-6)
+    prompts, parts = random_rows(size, B, cfg.prompt), {"generate": [], "score": [], "train": []}
+
+    def generate(step):
+        """1. of ppo.py: ids (B, T), mask (B, T), and the answers as lists of ids."""
+        refresh(sampler, policy)
+        ids, mask, _, said = ppo.rollout(sampler, TOK, prompts, options, step)
+        return ids, mask, said
+
+    def score(ids, mask, said):
+        """2. to 4. of ppo.py: what the four models say of the answers, rewards, advantages; (B, T) each."""
+        ended = torch.tensor([answer[-1] in TOK.eos_ids for answer in said], device=device)      # (B,)
+        scores = in_chunks(functools.partial(answer_rewards, reward_model), ids, mask, B)        # (B,)
+        scores = torch.where(ended, scores, -options.eos_penalty)
+        compared = functools.partial(compare_policies, policy, reference)
+        old_logp, ref_logp, *_ = in_chunks(compared, ids, mask, B)
+        old_values = in_chunks(functools.partial(token_values, value), ids, mask, B)
+        ppo.check_finite(range(B), score=scores, policy=old_logp, reference=ref_logp, value=old_values)
+        kl, _, _ = ppo.kl_estimators(old_logp, ref_logp)
+        token_rewards = -0.05 * kl
+        token_rewards[torch.arange(B), last_token(mask)] += scores
+        advantages, returns = ppo.gae(token_rewards, old_values, mask, options.gamma, options.lam)
+        return old_logp, old_values, ppo.whiten(advantages, mask), returns
+
+    def train(ids, mask, old_logp, old_values, advantages, returns):
+        """5. of ppo.py: four steps of policy and value model."""
+        widths, n_tokens = (last_token(mask) + 1).tolist(), mask.sum()
+        for _ in range(options.epochs):
+            for part in micro_batches(range(B), widths, options.micro_batch):
+                x, m = ids[part], mask[part]
+                logp = token_logprobs(policy, x, m, options.temperature)
+                loss, _ = ppo.policy_loss(logp, old_logp[part], advantages[part], m, options.clip, n_tokens)
+                loss.backward()
+                v = token_values(value, x, m)
+                ppo.value_loss(v, old_values[part], returns[part], m, options.value_clip, n_tokens).backward()
+            for model, optimizer in both.values():
+                clip_grad_norm_(model.parameters(), options.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def timed(name, f, *inputs):
+        """f(*inputs), and its seconds in `parts`."""
+        start = time.perf_counter()
+        out = f(*inputs)
+        wait(device)
+        parts[name].append(time.perf_counter() - start)
+        return out
+
+    def go():
+        ids, mask, said = timed("generate", generate, len(parts["generate"]))
+        numbers = timed("score", score, ids, mask, said)
+        timed("train", train, ids, mask, *numbers)
+    return Work(go, parts=parts)
+
+
+STAGES = {"sft": sft_work, "reward": reward_work, "dpo": dpo_work, "sample": sample_work, "ppo": ppo_work}
+
+# ------------------------------------------------------------------------------------------------------------
+# Theirs: the same work by transformers and TRL.
+
+
+def peers_of(size, stage, cfg, device):
+    """{name: function that makes its Work} of the peers that are installed and do this stage; GPT-2 shapes
+    only."""
     try:
         import transformers
     except ImportError:
         return {}
-    s = SHAPES[shape]
-    if s.get("norm") == "rmsnorm":
+    if SHAPES[size].get("norm") == "rmsnorm":
         return {}
-    B, T, V = cfg.batch, cfg.length, s["vocab_size"]
-    torch.manual_seed(cfg.seed)
-    rows = torch.randint(V - 1, (B, T))
-    config = transformers.GPT2Config(vocab_size=V, n_positions=s["max_len"], n_embd=s["n_embd"], n_layer=s["n_layer"],
-                                     n_head=s["n_head"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                                     bos_token_id=V - 1, eos_token_id=V - 1)
+    found = {}
+    for who, table in (("transformers", {"sft": hf_sft, "sample": hf_sample}), ("TRL", trl_stages())):
+        if stage in table:
+            found[who] = functools.partial(table[stage], hf_config(transformers, size), cfg, device)
+    return found
 
-    def sft():
-        model = transformers.GPT2LMHeadModel(config).to(device).train()
-        ids = rows.to(device)
 
-        def loss():
-            with autocast():
-                return model(input_ids=ids, labels=ids).loss
-        return trainer(model, torch.optim.AdamW(model.parameters(), 1e-5, fused=True), loss), B * T
+def hf_config(transformers, size):
+    """The size as a configuration of transformers."""
+    s = SHAPES[size]
+    end = s["vocab_size"] - 1
+    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    tokens = dict(bos_token_id=end, eos_token_id=end, pad_token_id=0)
+    return transformers.GPT2Config(vocab_size=s["vocab_size"], n_positions=s["max_len"], n_embd=s["n_embd"],
+                                   n_layer=s["n_layer"], n_head=s["n_head"], num_labels=1, **tokens,
+                                   **no_dropout)
 
-    def sample():
-        model = transformers.GPT2LMHeadModel(config).to(device).eval()
-        prompts = rows[:, : cfg.prompt].to(device)
 
-        def go():
-            with torch.no_grad(), autocast():
-                model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=cfg.new,
-                               min_new_tokens=cfg.new, do_sample=True, top_k=0, pad_token_id=0)
-        return go, B * cfg.new
+def autocast(device):
+    """Products in the same dtype as ours."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=Linear.compute is not None)
 
-    out = {("sft", "transformers"): sft, ("sample", "transformers"): sample}
+
+def hf_rows(config, n, length):
+    """Random ids (n, length) without the end token."""
+    return torch.randint(config.vocab_size - 1, (n, length))
+
+
+def hf_sft(config, cfg, device):
+    """A plain loop around transformers' GPT-2."""
+    import transformers
+    model = transformers.GPT2LMHeadModel(config).to(device).train()
+    ids = hf_rows(config, cfg.batch, cfg.length).to(device)
+
+    def loss():
+        with autocast(device):
+            return model(input_ids=ids, labels=ids).loss
+    return training(model, torch.optim.AdamW(model.parameters(), 1e-6, fused=True), loss)
+
+
+def hf_sample(config, cfg, device):
+    """transformers' generate."""
+    import transformers
+    model = transformers.GPT2LMHeadModel(config).to(device).eval()
+    prompts = hf_rows(config, cfg.batch, cfg.prompt).to(device)
+
+    def go():
+        with torch.no_grad(), autocast(device):
+            model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=cfg.new,
+                           min_new_tokens=cfg.new, do_sample=True, top_k=0, pad_token_id=0)
+    return Work(go)
+
+
+def trl_stages():
+    """{stage: function} of TRL's trainers, {} if it is not installed. PPOTrainer was there until 0.21."""
     try:
+        import datasets   # noqa: F401
         import trl
-        from datasets import Dataset
     except ImportError:
-        return out
-    tok = transformers.PreTrainedTokenizerFast(tokenizer_object=letters(V), eos_token="e", pad_token="p", unk_token="u")
-    bf16 = cfg.dtype != "float32"
-    shared = dict(per_device_train_batch_size=B, max_steps=cfg.rounds + 2, report_to=[], output_dir=tempfile.mkdtemp(),
-                  save_strategy="no", bf16=bf16, use_cpu=device.type == "cpu", logging_steps=10 ** 6,
-                  disable_tqdm=True, gradient_checkpointing=False)
-    scored = transformers.GPT2Config.from_dict(config.to_dict())
-    scored.num_labels, scored.pad_token_id = 1, 0
-    words = lambda ids: " ".join(f"w{i}" for i in ids)   # noqa: E731
-
-    def timed(trainer, tokens):
-        """A trainer runs by itself: the median time between its steps, as a function that was called already."""
-        marks = []
-
-        class Marks(transformers.TrainerCallback):
-            def on_step_end(self, *args, **kw):
-                marks.append(time.perf_counter())
-        trainer.add_callback(Marks())
-        trainer.train()
-        gaps = [b - a for a, b in zip(marks[1:], marks[2:])]
-        return SimpleNamespace(measured=statistics.median(gaps)), tokens
-
-    def trl_sft():
-        data = Dataset.from_dict({"input_ids": rows.repeat(cfg.rounds + 2, 1).tolist()})
-        args = trl.SFTConfig(max_length=T, **shared)
-        return timed(trl.SFTTrainer(transformers.GPT2LMHeadModel(config), args=args, train_dataset=data,
-                                    processing_class=tok), B * T)
-
-    def pairs(whole=False):
-        """Answers of T/2 tokens to prompts of T/2; `whole`: of T tokens to none, RewardTrainer reads no prompt."""
-        n = (cfg.rounds + 2) * B // 2
-        sizes = (0, T - 1, T - 1) if whole else (T // 2, T // 2 - 1, T // 2 - 1)
-        names = ("prompt", "chosen", "rejected")
-        return Dataset.from_list([
-            {k: words(torch.randint(10, V - 10, (m,)).tolist()) for k, m in zip(names, sizes) if m} for _ in range(n)])
-
-    def trl_dpo():
-        args = trl.DPOConfig(**(shared | {"per_device_train_batch_size": B // 2}), max_length=T,
-                             max_prompt_length=T // 2)
-        policy, ref = (transformers.GPT2LMHeadModel(config) for _ in range(2))
-        return timed(trl.DPOTrainer(policy, ref_model=ref, args=args, train_dataset=pairs(), processing_class=tok),
-                     B * T)
-
-    def trl_reward():
-        model = transformers.GPT2ForSequenceClassification(scored)
-        args = trl.RewardConfig(**(shared | {"per_device_train_batch_size": B // 2}), max_length=T)
-        return timed(trl.RewardTrainer(model, args=args, train_dataset=pairs(True), processing_class=tok), B * T)
-
-    def trl_ppo():
-        lm, scorer = transformers.GPT2LMHeadModel, transformers.GPT2ForSequenceClassification
-        data = Dataset.from_dict({"input_ids": rows[:, : cfg.prompt].repeat(cfg.rounds + 2, 1).tolist()})
-        args = trl.PPOConfig(**{k: v for k, v in shared.items() if k != "max_steps"}, num_ppo_epochs=4,
-                             total_episodes=B * (cfg.rounds + 2), num_mini_batches=1, response_length=cfg.new,
-                             local_rollout_forward_batch_size=B, temperature=1.0, num_sample_generations=0,
-                             gradient_accumulation_steps=1)
-        return timed(trl.PPOTrainer(args, tok, lm(config), lm(config), scorer(scored), data, scorer(scored),
-                                    eval_dataset=data), B * cfg.new)
-    if hasattr(trl, "PPOTrainer"):   # until 0.21 or so
-        out[("ppo", "TRL")] = trl_ppo
-    return out | {("sft", "TRL"): trl_sft, ("dpo", "TRL"): trl_dpo, ("reward", "TRL"): trl_reward}
+        return {}
+    table = {"sft": trl_sft, "dpo": trl_dpo, "reward": trl_reward}
+    if hasattr(trl, "PPOTrainer"):
+        table["ppo"] = trl_ppo
+    return table
 
 
-def letters(V):
-    """A tokenizer of V words w0, w1, ... for the peers."""
+def trl_flags(cfg, device, batch):
+    """The arguments that all of TRL's trainers share."""
+    return dict(per_device_train_batch_size=batch, max_steps=cfg.rounds + 2, report_to=[], save_strategy="no",
+                output_dir=tempfile.mkdtemp(), bf16=Linear.compute is not None, use_cpu=device.type == "cpu",
+                logging_steps=10 ** 6, disable_tqdm=True, gradient_checkpointing=cfg.recompute)
+
+
+def trl_tokenizer(vocab_size):
+    """A tokenizer of the words w0, w1, ..."""
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
-    vocab = {"p": 0, "e": V - 1, "u": V - 2} | {f"w{i}": i for i in range(1, V - 2)}
+    vocab = {"p": 0, "e": vocab_size - 1, "u": vocab_size - 2}
+    vocab |= {f"w{i}": i for i in range(1, vocab_size - 2)}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="u"))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return tok
+    names = dict(eos_token="e", pad_token="p", unk_token="u")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tok, **names)
+
+
+def trl_pairs(config, n, sizes):
+    """n comparisons of random words; sizes: {"prompt" or "chosen" or "rejected": words}."""
+    from datasets import Dataset
+    rows = []
+    for _ in range(n):
+        row = {}
+        for column, size in sizes.items():
+            ids = torch.randint(10, config.vocab_size - 10, (size,)).tolist()
+            row[column] = " ".join(f"w{i}" for i in ids)
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+def trl_timed(trainer):
+    """Work of a trainer, which runs by itself: the median time between its steps, without the first two."""
+    import transformers
+    marks = []
+
+    class Marks(transformers.TrainerCallback):
+        """Notes when a step ends."""
+
+        def on_step_end(self, *args, **more):
+            """Called by the trainer."""
+            marks.append(time.perf_counter())
+    trainer.add_callback(Marks())
+    trainer.train()
+    gaps = [end - start for start, end in zip(marks[1:], marks[2:])]
+    return Work(measured=statistics.median(gaps))
+
+
+def trl_sft(config, cfg, device):
+    """TRL's SFTTrainer."""
+    import transformers
+    import trl
+    from datasets import Dataset
+    rows = hf_rows(config, cfg.batch, cfg.length).repeat(cfg.rounds + 2, 1)
+    args = trl.SFTConfig(max_length=cfg.length, **trl_flags(cfg, device, cfg.batch))
+    return trl_timed(trl.SFTTrainer(transformers.GPT2LMHeadModel(config), args=args,
+                                    train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
+                                    processing_class=trl_tokenizer(config.vocab_size)))
+
+
+def trl_dpo(config, cfg, device):
+    """TRL's DPOTrainer: answers of half the length to prompts of half the length."""
+    import transformers
+    import trl
+    n_pairs, half = cfg.batch // 2, cfg.length // 2
+    sizes = {"prompt": half, "chosen": half - 1, "rejected": half - 1}     # TRL adds the end
+    data = trl_pairs(config, (cfg.rounds + 2) * n_pairs, sizes)
+    args = trl.DPOConfig(**trl_flags(cfg, device, n_pairs), max_length=cfg.length, max_prompt_length=half)
+    return trl_timed(trl.DPOTrainer(transformers.GPT2LMHeadModel(config), args=args, train_dataset=data,
+                                    ref_model=transformers.GPT2LMHeadModel(config),
+                                    processing_class=trl_tokenizer(config.vocab_size)))
+
+
+def trl_reward(config, cfg, device):
+    """TRL's RewardTrainer, which reads no prompt: its answers have the whole length."""
+    import transformers
+    import trl
+    n_pairs, length = cfg.batch // 2, cfg.length - 1
+    data = trl_pairs(config, (cfg.rounds + 2) * n_pairs, {"chosen": length, "rejected": length})
+    args = trl.RewardConfig(**trl_flags(cfg, device, n_pairs), max_length=cfg.length)
+    return trl_timed(trl.RewardTrainer(transformers.GPT2ForSequenceClassification(config), args=args,
+                                       train_dataset=data, processing_class=trl_tokenizer(config.vocab_size)))
+
+
+def trl_ppo(config, cfg, device):
+    """TRL's PPOTrainer, with the same epochs and minibatches as ours."""
+    import transformers
+    import trl
+    from datasets import Dataset
+    language_model, scorer = transformers.GPT2LMHeadModel, transformers.GPT2ForSequenceClassification
+    rows = hf_rows(config, cfg.batch, cfg.prompt).repeat(cfg.rounds + 2, 1)
+    data = Dataset.from_dict({"input_ids": rows.tolist()})
+    flags = trl_flags(cfg, device, cfg.batch)
+    del flags["max_steps"]
+    args = trl.PPOConfig(**flags, num_ppo_epochs=4, total_episodes=len(rows), num_mini_batches=1,
+                         response_length=cfg.new, local_rollout_forward_batch_size=cfg.batch, temperature=1.0,
+                         num_sample_generations=0, gradient_accumulation_steps=1)
+    trainer = trl.PPOTrainer(args, trl_tokenizer(config.vocab_size), language_model(config),
+                             language_model(config), scorer(config), data, scorer(config), eval_dataset=data)
+    return trl_timed(trainer)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The table.
+
+HEAD = (f"{'size':8}{'stage':8}{'who':14}{'tokens/s':>12}{'s/round':>10}{'mfu':>8}{'mbu':>8}{'ratio':>8}"
+        "   peak GB")
+
+
+def measured(make, stage, cfg, device):
+    """Figures of a row, {name: number}: make() gives the Work."""
+    gc.collect()
+    if cfg.compile:
+        torch.compiler.reset()     # lets go of the last model's graphs
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(cfg.seed)
+    work = make()
+    t = work.measured or seconds(work.go, cfg.rounds, device)
+    tokens = cfg.batch * (cfg.length if stage in TRAIN_ON else cfg.new)
+    row = {"tokens_per_second": tokens / t, "seconds": t}
+    if device.type == "cuda":
+        row["gb"] = torch.cuda.max_memory_allocated() / 1e9
+    if work.parts:
+        row["split"] = {part: statistics.median(times[2:]) for part, times in work.parts.items()}
+    return row
+
+
+def tried(make, stage, cfg, device):
+    """The same, or {"failed": why} of what does not fit, or does not run: the other rows are still wanted."""
+    try:
+        return measured(make, stage, cfg, device)
+    except Exception as e:
+        why = str(e).strip() or type(e).__name__
+        if "out of memory" in why or "can't allocate memory" in why:
+            return {"failed": "out of memory"}
+        return {"failed": f"{type(e).__name__}: {why.splitlines()[0]}"}
+
+
+def shares(row, size, stage, cfg, best):
+    """Share of the machine's best rates (FLOP/s, bytes/s) that a row reached: {"mfu": ..}, {"mbu": ..} or
+    {}."""
+    s = SHAPES[size]
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in new_model(size).parameters())
+    flops, copy = best
+    if stage in ("sft", "reward"):
+        n = weights
+        if stage == "reward":     # neither embedding nor head multiplies
+            n -= s["vocab_size"] * s["n_embd"] * (1 if s.get("tie", True) else 2)
+        attended = 12 * s["n_layer"] * s["n_head"] * s["head_dim"] * cfg.length
+        return {"mfu": (6 * n + attended) * row["tokens_per_second"] / flops}
+    if stage == "sample":         # one decoding step reads all weights once
+        n_bytes = weights * (2 if Linear.compute else 4)
+        return {"mbu": n_bytes * cfg.new / row["seconds"] / copy}
+    return {}
+
+
+def as_text(row):
+    """A row of the table as a line."""
+    start = f"{row['size']:8}{row['stage']:8}{row['who']:14}"
+    if "failed" in row:
+        return f"{start}{'failed':>12}   {row['failed']}"
+    line = f"{start}{row['tokens_per_second']:>12.0f}{row['seconds']:>10.3f}"
+    for name in ("mfu", "mbu", "ratio"):
+        line += f"{row[name]:>8.2f}" if name in row else " " * 8
+    line += f"   {row['gb']:.1f}" if "gb" in row else ""
+    return line + "".join(f"  {part} {t:.2f} s" for part, t in row.get("split", {}).items())
 
 
 def main(cfg):
-    device, autocast = setup(cfg)
-    stages = STAGES if cfg.stages == "all" else cfg.stages.split(",")
+    """Time every stage of every size, and print the table."""
+    device = setup(cfg)
+    stages = list(STAGES) if cfg.stages == "all" else cfg.stages.split(",")
     sizes = cfg.sizes.split(",")
-    if unknown := [x for x in stages if x not in STAGES] + [x for x in sizes if x not in SHAPES]:
-        raise InputError(f"no such stage or size: {', '.join(unknown)}; there are {', '.join([*STAGES, *SHAPES])}")
+    unknown = [x for x in stages if x not in STAGES] + [x for x in sizes if x not in SHAPES]
+    if unknown:
+        raise InputError(f"no such stage or size: {', '.join(unknown)}; there are "
+                         f"{', '.join([*STAGES, *SHAPES])}")
     if cfg.batch % 2:
         raise InputError(f"--batch {cfg.batch}: pairs need an even number of sequences")
-    flops, copy = limits(device, autocast)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}: {flops / 1e12:.2f} TFLOP/s in large matrix products, {copy / 1e9:.1f} GB/s in large copies\n")
+
+    best = limits(device)
+    machine = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    print(f"{machine}: {best[0] / 1e12:.2f} TFLOP/s in large matrix products, {best[1] / 1e9:.1f} GB/s in "
+          f"large copies\n\n{HEAD}", flush=True)
+
     table = []
-    print(f"{'size':8}{'stage':8}{'who':14}{'tokens/s':>12}{'s/round':>10}{'mfu':>8}{'mbu':>8}{'ratio':>8}   peak GB")
     for size in sizes:
-        s = SHAPES[size]
-        with torch.device("meta"):
-            weights = sum(p.numel() for p in GPT(GPTConfig(**s)).parameters())
-        body = weights - s["vocab_size"] * s["n_embd"] * (1 if s.get("tie", True) else 2)   # without embedding and head
-        attended = 12 * s["n_layer"] * s["n_head"] * s["head_dim"] * cfg.length
-        mine = ours(size, cfg, device, autocast)
-        peers = theirs(size, cfg, device, autocast) if cfg.peers else {}
         for stage in stages:
-            rate = None
-            for who, make in [("ours", mine[stage]), *((w, f) for (st, w), f in peers.items() if st == stage)]:
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                go, tokens = make()
-                t = go.measured if hasattr(go, "measured") else seconds(go, cfg.rounds, device)
-                row = {"size": size, "stage": stage, "who": who, "tokens_per_second": tokens / t, "seconds": t}
-                if stage in ("sft", "reward"):
-                    row["mfu"] = (6 * (weights if stage == "sft" else body) + attended) * tokens / t / flops
-                if stage == "sample":   # one decoding step reads all weights once
-                    row["mbu"] = weights * (2 if cfg.dtype != "float32" else 4) * cfg.new / t / copy
-                if who == "ours":
-                    rate = row["tokens_per_second"]
-                else:
-                    row["ratio"] = rate / row["tokens_per_second"]
-                if device.type == "cuda":
-                    row["gb"] = torch.cuda.max_memory_allocated() / 1e9
-                if split := getattr(go, "split", None):
-                    row["split"] = {k: statistics.median(v[2:]) for k, v in split.items()}
+            ours = functools.partial(STAGES[stage], size, cfg, device)
+            makers = {"ours": ours} | (peers_of(size, stage, cfg, device) if cfg.peers else {})
+            rate = None      # of ours
+            for who, make in makers.items():
+                row = {"size": size, "stage": stage, "who": who} | tried(make, stage, cfg, device)
+                if "failed" not in row:
+                    row |= shares(row, size, stage, cfg, best)
+                    if who == "ours":
+                        rate = row["tokens_per_second"]
+                    elif rate:
+                        row["ratio"] = rate / row["tokens_per_second"]
                 table.append(row)
-                cell = lambda k, f: format(row[k], f) if k in row else ""   # noqa: E731
-                print(f"{size:8}{stage:8}{who:14}{row['tokens_per_second']:>12.0f}{t:>10.3f}{cell('mfu', '.2f'):>8}"
-                      f"{cell('mbu', '.2f'):>8}{cell('ratio', '.2f'):>8}   {cell('gb', '.1f')} "
-                      + " ".join(f"{k} {v:.2f} s" for k, v in row.get("split", {}).items()), flush=True)
-                del go
-    print(json.dumps({"device": name, "flops": flops, "bytes_per_second": copy, "rows": table}))
+                print(as_text(row), flush=True)
+    print(json.dumps({"device": machine, "flops": best[0], "bytes_per_second": best[1], "rows": table}))
+    failed = [row for row in table if "failed" in row]
+    if failed:
+        raise InputError(f"{len(failed)} of {len(table)} rows failed, see the table")
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    program(main, Config, __doc__)

@@ -24,14 +24,11 @@ sys.path.insert(0, str(ROOT))
 # warnings are errors (but for a log left open by an error); one thread, so that equal runs give equal bits; no hub, and
 # nothing written at home
 ENV = {**os.environ, "PYTHONWARNINGS": "error,ignore::ResourceWarning", "OMP_NUM_THREADS": "1", "COLUMNS": "400",
-       "MPLBACKEND": "Agg", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
+       "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
 SERVER = r"""
 import json, os, runpy, signal, sys, traceback
 import numpy, tiktoken, torch, torch._dynamo    # optimizers import the last one
-try:
-    import matplotlib.pyplot
-except ImportError:
-    pass
+sys.modules["matplotlib"] = None                # as if it were not installed: no script needs it
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)          # nobody waits for the forks below
 for line in sys.stdin:
     job = json.loads(line)
@@ -53,13 +50,16 @@ for line in sys.stdin:
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
-    if "PLOT" not in job["env"]:
-        sys.modules["matplotlib"] = None                 # as if it were not installed: half a second a run
-    sys.argv = job["argv"]
-    sys.path[0:0] = [os.path.dirname(job["argv"][0]), *filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep))]
+    sys.argv, script = job["argv"], job["argv"][0]
+    is_file = script.endswith(".py")                     # else a module, as `python -m` runs it in the suite's folder
+    sys.path[0:0] = [os.path.dirname(script) if is_file else job["root"],
+                     *filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep))]
     code = 0
     try:
-        runpy.run_path(job["argv"][0], run_name="__main__")
+        if is_file:
+            runpy.run_path(script, run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
     except SystemExit as e:                              # what the interpreter does with it
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
         if isinstance(e.code, str):
@@ -98,13 +98,17 @@ class Suite:
                                            env=self.env, stderr=errors)
 
     def start(self, script, *args, cwd=None, stdin="", env=None):
-        """Begin `python SCRIPT ARGS`; finish(job) waits for it."""
+        """Begin `python SCRIPT ARGS`, or `python -m SCRIPT ARGS` of a module such as data.pretrain; finish(job) waits
+        for it."""
         self.n += 1
         job = self.jobs / str(self.n)
         job.mkdir(parents=True)
         (job / "in").write_text(stdin)
-        argv = [str(self.root / script), *map(str, args)]   # an absolute path stays as it is
-        told = {"dir": str(job), "cwd": str(cwd or self.root), "env": env or {}, "argv": argv}
+        script = str(script)
+        if script.endswith(".py"):
+            script = str(self.root / script)   # an absolute path stays as it is
+        told = {"dir": str(job), "cwd": str(cwd or self.root), "env": env or {}, "root": str(self.root),
+                "argv": [script, *map(str, args)]}
         self.server.stdin.write(json.dumps(told) + "\n")
         self.server.stdin.flush()
         return job
@@ -160,6 +164,13 @@ def suite(tmp_path_factory):
 CAI_FLAGS = ["--prompts", 24, "--helpful_prompts", 40, "--max_steps", 8, "--k", 3, "--critiques", 1, "--max_new", 24,
              "--max_critique", 16, "--sft_flags", "--max_new 16 --warmup 2", "--reward_flags", "--held_out 0.3",
              "--rl_flags", "--iterations 1 --rollouts 16 --max_new 16"]
+CHAIN = {   # folder: the script, its flags
+    "base": ["data.pretrain", "--steps", 30],
+    "sft": ["sft.py", "--max_steps", 20, "--warmup", 2, "--max_new", 24],
+    "reward": ["reward.py", "--prompts", 80, "--max_steps", 4, "--held_out", 0.3, "--max_new", 24,
+               "--bias_length", 0.2],   # so weak a model scores 0: else all pairs would be ties
+    "ppo": ["ppo.py", "--iterations", 3, "--rollouts", 16, "--value_warmup", 1, "--max_new", 16],
+    "dpo": ["dpo.py", "--max_steps", 3, "--max_new", 16]}
 
 
 def pytest_collection_modifyitems(items):
@@ -168,20 +179,23 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def chain(suite, fresh_clone, tmp_path_factory):
-    """A folder with base, sft, reward, ppo and dpo of a short run through all stages."""
-    folder = tmp_path_factory.mktemp("chain")
-    plot = {"PLOT": "1"}
-    suite.ok("model.py", "--out", folder / "base", "--steps", 30, env=plot)
-    early = tmp_path_factory.mktemp("early")   # cai.py takes long: it runs beside all that follows
-    (early / "base").symlink_to(folder / "base")
-    suite.early["cai"] = suite.start("cai.py", "--out", early / "cai", *CAI_FLAGS), early / "cai"
-    suite.ok("sft.py", "--out", folder / "sft", "--max_steps", 20, "--warmup", 2, "--max_new", 24, env=plot)
-    suite.ok("reward.py", "--out", folder / "reward", "--prompts", 80, "--max_steps", 4, "--held_out", 0.3,
-             "--max_new", 24, "--bias_length", 0.2, env=plot)   # so weak a model scores 0: else all pairs would be ties
-    suite.ok("ppo.py", "--out", folder / "ppo", "--iterations", 3, "--rollouts", 16, "--value_warmup", 1,
-             "--max_new", 16, env=plot)
-    suite.ok("dpo.py", "--out", folder / "dpo", "--max_steps", 3, "--max_new", 16, env=plot)
+def chain(suite, request, tmp_path_factory):
+    """A folder with base, sft, reward, ppo and dpo of a short run through all stages. What takes long and is asked for
+    by a test of this session begins early, and runs beside all that follows: fresh_clone and cai.py."""
+    folder, items = tmp_path_factory.mktemp("chain"), request.session.items
+    if any("fresh_clone" in item.fixturenames for item in items):
+        request.getfixturevalue("fresh_clone")
+    if os.environ.get("DEVCHAIN"):   # DEV
+        folder = Path(os.environ["DEVCHAIN"])
+        if (folder / "dpo" / "result.json").exists():
+            return folder
+        folder.mkdir(exist_ok=True)
+    for name, (script, *flags) in CHAIN.items():
+        suite.ok(script, "--out", folder / name, *flags)
+        if name == "base" and any(item.name == "test_the_script" for item in items):
+            early = tmp_path_factory.mktemp("early")
+            (early / "base").symlink_to(folder / "base")
+            suite.early["cai"] = suite.start("cai.py", "--out", early / "cai", *CAI_FLAGS), early / "cai"
     return folder
 
 
@@ -191,7 +205,7 @@ def fresh_clone(suite, tmp_path_factory):
     differ from the suite's in a few default numbers. Gives (the process, the folder)."""
     folder = tmp_path_factory.mktemp("fresh")
     root = copy_suite(folder / "small", rl=40, test=8, demos=200)
-    for script, numbers in {"model.py": {"steps": 40}, "sft.py": {"epochs": 2, "max_new": 16},
+    for script, numbers in {"data/pretrain.py": {"steps": 40}, "sft.py": {"epochs": 2, "max_new": 16},
                             "reward.py": {"prompts": 60, "epochs": 1, "max_new": 16, "held_out": 0.3},
                             "ppo.py": {"iterations": 2, "rollouts": 16, "max_new": 8}}.items():
         text = (root / script).read_text()

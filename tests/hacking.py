@@ -1,21 +1,26 @@
-"""Reward hacking on demand, and what cures it: the runs behind the over-optimisation plots. Run by hand; takes hours.
+"""Reward hacking on demand, and what cures it: the runs behind the over-optimisation plots. By hand, for
+hours.
 
-    python tests/hacking.py                                        3 biases x 3 seeds x all cures, minutes each
-    python tests/hacking.py --biases length --seeds 0 --cures none,kl,uwo
-    python tests/hacking.py --ppo_flags="--iterations 5" ...       more flags for every run of a script: with the "="
+    python tests/hacking.py                                    3 biases x 3 seeds x all cures
+    python tests/hacking.py --biases length --seeds 0 --cures none,kl,min
+    python tests/hacking.py --ppo_flags="--iterations 5" ...   more flags for every run of a script: with "="
 
 For each bias of the annotator (reward.py --bias_length, --bias_confidence, --bias_sycophancy) and each seed:
     1. the biased annotator's comparisons make a reward model (some cures need further ones)
-    2. ppo.py climbs it with next to no KL penalty and without new labels: the proxy rises, gold rises and then falls
-       (Goodhart's law, arXiv:2210.10760); once more with each cure
-    3. data/evaluate.py compares all these policies by the one reward model, and adds best-of-N of the SFT model
+    2. ppo.py climbs it with next to no KL penalty and without new labels: the proxy rises, gold rises and
+       then falls (Goodhart's law, arXiv:2210.10760); once more with each cure
+    3. data/evaluate.py compares all these policies by the one reward model, and adds best-of-N of the SFT
+       model
 A run that is there already (a result.json) is not made again, one cut off goes on from its last checkpoint.
 
-It leaves --out/BIAS.png (proxy and gold against sqrt(KL), the band spans the seeds), --out/cures.txt and cures.json:
-per bias and cure, the mean over seeds (and smallest to largest) of
+It leaves --out/BIAS.png (proxy and gold against sqrt(KL), the band spans the seeds; if matplotlib is
+installed), cures.json with a row for each bias, seed and cure, and cures.txt, a table of the means over seeds
+(and smallest to largest), of
     proxy, gold, kl  on the test prompts, by the reward model that the run without a cure climbed
     lost             the fall of gold from its best five iterations to the last five, on the training prompts
-    cured            the share of the fall without a cure that is absent with it: 1 where gold ends at that peak
+    cured            the share of the fall without a cure that is absent with it: 1 where gold ends at that
+                     peak
+out/index.html shows them where --out is out/hacking.
 """
 import json
 import os
@@ -29,8 +34,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import InputError   # noqa: E402
-from model import run, write_atomic   # noqa: E402
+from data import InputError, read_json, report, write_atomic   # noqa: E402
+from data.run import program   # noqa: E402
+from data.world import read_jsonl   # noqa: E402
 
 BIASES = {"length": 0.7, "confidence": 1.0, "sycophancy": 2.0}    # --bias_NAME of reward.py
 REWARDS = {   # reward models: flags of reward.py
@@ -42,52 +48,98 @@ CURES = {     # flags of ppo.py; {reward} and the like are paths of the reward m
     "adaptive": "--reward {reward} --kl adaptive --kl_target 0.7 --kl_horizon 300",
     "budget": "--reward {reward} --kl_budget 0.7",
     "entropy": "--reward {reward} --entropy_coef 0.02",
-    "length": "--reward {reward} --length_penalty 0.3",
     "min": "--reward {reward},{second},{third} --ensemble min",
-    "uwo": "--reward {reward},{second},{third} --ensemble uwo",
     "center": "--reward {center}",
     "relabel": "--reward {reward} --relabel 1"}
 
 
 @dataclass
 class Config:
-    out: str = "out/hacking"      # folder for all runs, plots and tables
-    links: str = ""               # folder that holds (or gets) base and sft of a seed, {seed} stands for it
+    """The flags of `python tests/hacking.py`."""
+    # What is run
     biases: str = "length,confidence,sycophancy"   # which
     strength: float = 1.0         # of the biases, times the values at the top of this file
     seeds: str = "0,1,2"          # which
     cures: str = "all"            # which, of the names at the top of this file
     kl_coef: float = 0.01         # of ppo.py where a cure says nothing else
     best_of: str = "1,2,4,8,16,32,64"   # N of the best-of-N points
+    # Where, and with which flags
+    out: str = "out/hacking"      # folder for all runs, plots and tables
+    links: str = ""               # folder that holds (or gets) base and sft of a seed, {seed} stands for it
     reward_flags: str = ""        # more flags for every reward.py
     ppo_flags: str = "--iterations 60"   # more flags for every ppo.py
     evaluate_flags: str = ""      # more flags for every data.evaluate
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Running scripts, which tests/preferences.py does too.
+
+
+def run_to_end(command, screen):
+    """Run a command (a list), its output going to the file `screen`. Returns its exit status and its peak
+    memory in MB (as Linux counts it)."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open(screen, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:
+            process.kill()
+            raise
+        process.returncode = status
+    return status, usage.ru_maxrss / 1024
+
+
 def make(folder, command, more=""):
-    """Run a script (list of its name and flags) into a folder, unless its result is there."""
-    if (folder / "result.json").exists():
-        return
-    command = [sys.executable, *map(str, command), *shlex.split(more), "--out", str(folder)]
-    start = time.time()
-    print(" ".join(command[1:]), flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "screen.txt", "w") as screen:
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if subprocess.run(command, stdout=screen, stderr=subprocess.STDOUT, env=env).returncode:
+    """Run a script (list of its name and flags) into a folder, unless its result is there. Returns
+    result.json, with what the run cost in seconds and in MB."""
+    folder = Path(folder)
+    if not (folder / "result.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *map(str, command), *shlex.split(more), "--out", str(folder)]
+        print(" ".join(command[1:]), flush=True)
+        start = time.time()
+        status, mb = run_to_end(command, folder / "screen.txt")
+        if status:
             raise InputError(f"{command[1]} failed, see {folder}/screen.txt")
-    print(f"    {time.time() - start:.0f} s", flush=True)
+        cost = {"seconds": time.time() - start, "mb": mb}
+        print(f"    {cost['seconds']:.0f} s", flush=True)
+        write_atomic(folder / "cost.json", json.dumps(cost).encode())
+    cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
+    return read_json(folder / "result.json", kind=dict) | cost
+
+
+def spread(numbers, none=""):
+    """Mean (smallest to largest) of the numbers that there are, as text; `none` if there are none."""
+    numbers = [x for x in numbers if x is not None]
+    if not numbers:
+        return none
+    return f"{sum(numbers) / len(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a run did.
 
 
 def curve(folder):
     """[(KL, reward, gold)] of a PPO run's iterations, each the mean of the last five up to it."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    parts = [rows[max(0, i - 4): i + 1] for i in range(len(rows))]
-    return [tuple(sum(r[k] for r in part) / len(part) for k in ("kl_exact", "reward", "gold")) for part in parts]
+    rows, points = read_jsonl(folder / "log.jsonl"), []
+    for i in range(len(rows)):
+        part = rows[max(0, i - 4): i + 1]
+        points.append([sum(row[name] for row in part) / len(part) for name in ("kl_exact", "reward", "gold")])
+    return points
+
+
+def cured(gold, without):
+    """The share of gold's fall without a cure, `without`, that is absent from `gold` with it (lists, one
+    number an iteration); None where there was next to nothing to cure."""
+    peak, end = max(without), without[-1]
+    return (gold[-1] - end) / (peak - end) if peak - end > 0.02 else None
 
 
 def plot(path, bias, curves, best):
-    """Proxy and gold against sqrt(KL): curves [[(KL, reward, gold)]] of the seeds, best-of-N points of the seeds."""
+    """Proxy and gold against sqrt(KL): curves [[(KL, reward, gold)]] of the seeds, and their best-of-N points
+    [[{"n", "kl", "reward", "gold"}]]."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -96,71 +148,93 @@ def plot(path, bias, curves, best):
         print(f"(no {path}: matplotlib is not installed)")
         return
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    steps = list(zip(*curves))   # iterations, each of all seeds
-    for ax, k, name in zip(axes, (1, 2), ("proxy: the reward model", "gold")):
+    steps, points = list(zip(*curves)), list(zip(*best))    # iterations, and N, each of all seeds
+    figures = ((1, "reward", "proxy: the reward model"), (2, "gold", "gold"))
+    for ax, (k, name, title) in zip(axes, figures):
+        # PPO: the mean of the seeds, and a band from the smallest to the largest.
         x = [sum(max(0, row[0]) ** 0.5 for row in step) / len(step) for step in steps]
         ys = [[row[k] for row in step] for step in steps]
         ax.plot(x, [sum(y) / len(y) for y in ys], label=f"PPO, {len(curves)} seeds")
         ax.fill_between(x, [min(y) for y in ys], [max(y) for y in ys], alpha=0.25)
-        points = list(zip(*best))   # N, each of all seeds
-        ax.plot([p[0]["kl"] ** 0.5 for p in points],
-                [sum(b[("reward", "gold")[k - 1]] for b in p) / len(p) for p in points], "o--", label="best of N, SFT")
-        ax.set(title=name, xlabel="sqrt(KL to SFT), nats")
-        ax.grid(alpha=0.3), ax.legend()
+
+        # The best of N answers, whose KL is known.
+        x = [point[0]["kl"] ** 0.5 for point in points]
+        ax.plot(x, [sum(row[name] for row in point) / len(point) for point in points], "o--",
+                label="best of N, SFT")
+        ax.set(title=title, xlabel="sqrt(KL to SFT), nats")
+        ax.grid(alpha=0.3)
+        ax.legend()
     fig.suptitle(f"annotator with a bias for {bias}")
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
-def spread(xs):
-    """Mean (smallest to largest) of the numbers that there are."""
-    xs = [x for x in xs if x is not None]
-    return f"{sum(xs) / len(xs):.3f} ({min(xs):.3f} to {max(xs):.3f})" if xs else "nothing to cure"
+# ------------------------------------------------------------------------------------------------------------
+
+
+def climb(cfg, bias, seed, cures):
+    """All runs of one bias and one seed. Returns the row of cures.json of each cure, the curve of the run
+    without one, and the best-of-N points."""
+    sft = Path((cfg.links or f"{cfg.out}/seed{{seed}}").format(seed=seed)) / "sft"
+    make(sft, [ROOT / "sft.py", "--seed", seed])
+    here = Path(cfg.out) / f"{bias}{seed}"
+    paths = {name: here / f"rm_{name}" for name in REWARDS}
+    for cure in cures:
+        # The reward models that this cure names, and the policy that climbs them.
+        for name in re.findall(r"{(\w+)}", CURES[cure]):
+            flags = ["--init", sft, f"--bias_{bias}", BIASES[bias] * cfg.strength]
+            flags += REWARDS[name].format(seed=seed).split()
+            make(paths[name], [ROOT / "reward.py", *flags], cfg.reward_flags)
+        flags = ["--init", sft, "--seed", seed, "--relabel", 0, "--kl_coef", cfg.kl_coef]
+        flags += [flag.format(**paths) for flag in CURES[cure].split()]
+        make(here / cure, [ROOT / "ppo.py", *flags], cfg.ppo_flags)
+
+    # All policies side by side, judged by the one reward model.
+    flags = ["--reference", sft, "--reward", paths["reward"], "--best_of", cfg.best_of, "--seed", seed]
+    result = make(here / f"evaluate_{'_'.join(cures)}",
+                  ["-m", "data.evaluate", sft, *[here / cure for cure in cures], *flags], cfg.evaluate_flags)
+    rows, without = [], [gold for _, _, gold in curve(here / "none")]
+    for cure in cures:
+        gold = [row[2] for row in curve(here / cure)]
+        figures = {name: result["models"][cure][name] for name in ("reward", "gold", "kl")}
+        rows.append({"bias": bias, "seed": int(seed), "cure": cure} | figures
+                    | {"lost": max(gold) - gold[-1], "cured": cured(gold, without)})
+    return rows, curve(here / "none"), result["best_of"]
 
 
 def main(cfg):
+    """All biases, seeds and cures; then tables and plots."""
     seeds, biases = cfg.seeds.split(","), cfg.biases.split(",")
     cures = list(CURES) if cfg.cures == "all" else cfg.cures.split(",")
-    if unknown := [x for x in biases if x not in BIASES] + [x for x in cures if x not in CURES]:
-        raise InputError(f"no such bias or cure: {', '.join(unknown)}; there are {', '.join([*BIASES, *CURES])}")
-    cures = ["none"] + [c for c in cures if c != "none"]   # what the others are compared with
-    links = cfg.links or f"{cfg.out}/seed{{seed}}"
-    lines, table = [], []
+    unknown = [x for x in biases if x not in BIASES] + [x for x in cures if x not in CURES]
+    if unknown:
+        raise InputError(f"no such bias or cure: {', '.join(unknown)}; there are "
+                         f"{', '.join([*BIASES, *CURES])}")
+    cures = ["none"] + [cure for cure in cures if cure != "none"]   # what the others are compared with
+
+    table, lines = [], []
     for bias in biases:
-        ends, curves, best = {c: [] for c in cures}, [], []
+        rows, curves, best = [], [], []
         for seed in seeds:
-            sft = Path(links.format(seed=seed)) / "sft"
-            make(sft, [ROOT / "sft.py", "--seed", seed, "--resume"])
-            here = Path(cfg.out) / f"{bias}{seed}"
-            paths = {name: here / f"rm_{name}" for name in REWARDS}
-            for cure in cures:
-                for name in re.findall(r"{(\w+)}", CURES[cure]):
-                    make(paths[name], [ROOT / "reward.py", "--init", sft, f"--bias_{bias}", BIASES[bias] * cfg.strength,
-                                       "--resume", *REWARDS[name].format(seed=seed).split()], cfg.reward_flags)
-                flags = [x.format(**paths) for x in CURES[cure].split()]
-                make(here / cure, [ROOT / "ppo.py", "--init", sft, "--seed", seed, "--relabel", 0, "--kl_coef",
-                                   cfg.kl_coef, "--resume", *flags], cfg.ppo_flags)
-            told = here / f"evaluate_{'_'.join(cures)}"
-            make(told, ["-m", "data.evaluate", sft, *(here / c for c in cures), "--reference", sft, "--reward",
-                        paths["reward"], "--best_of", cfg.best_of, "--seed", seed], cfg.evaluate_flags)
-            result = json.loads((told / "result.json").read_text())
-            curves.append(curve(here / "none"))
-            best.append(result["best_of"])
-            peak, end = max(row[2] for row in curves[-1]), curves[-1][-1][2]
-            for cure in cures:
-                gold = [row[2] for row in curve(here / cure)]
-                row = {k: result["models"][cure][k] for k in ("reward", "gold", "kl")}
-                cured = (gold[-1] - end) / (peak - end) if peak - end > 0.02 else None   # nothing to cure
-                ends[cure].append(row | {"lost": max(gold) - gold[-1], "cured": cured})
-                table.append({"bias": bias, "seed": int(seed), "cure": cure} | ends[cure][-1])
+            some, points, best_of = climb(cfg, bias, seed, cures)
+            rows += some
+            curves.append(points)
+            best.append(best_of)
         plot(Path(cfg.out) / f"{bias}.png", bias, curves, best)
-        lines += ["", f"{bias:12}" + "".join(f"{name:>26}" for name in ("proxy", "gold", "kl", "lost", "cured"))]
-        for cure, rows in ends.items():
-            lines.append(f"{cure:12}" + "".join(f"{spread([r[k] for r in rows]):>26}" for k in rows[0]))
+        table += rows
+        titles = ("proxy", "gold", "kl", "lost", "cured")
+        lines += ["", f"{bias:12}" + "".join(f"{title:>26}" for title in titles)]
+        for cure in cures:
+            line = f"{cure:12}"
+            for name in ("reward", "gold", "kl", "lost", "cured"):
+                numbers = [row[name] for row in rows if row["cure"] == cure]
+                line += f"{spread(numbers, none='nothing to cure'):>26}"
+            lines.append(line)
     write_atomic(Path(cfg.out) / "cures.json", json.dumps(table, indent=1).encode())
     write_atomic(Path(cfg.out) / "cures.txt", "\n".join(lines[1:] + [""]).encode())
     print("\n".join(lines))
+    print(report.write_page(cfg.out))
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    program(main, Config, __doc__)

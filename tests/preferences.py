@@ -1,115 +1,106 @@
-"""The DPO family side by side, the frontier of gold against KL, and helpfulness against harmlessness: the runs behind
-two tables and two plots. By hand, for hours.
+"""The DPO family side by side, the frontier of gold against KL, and helpfulness against harmlessness: the
+runs behind two tables and two plots. By hand, for hours.
 
-    python tests/preferences.py                              all variants of dpo.py on 3 seeds, beside SFT and PPO
-    python tests/preferences.py --frontier true              dpo.py and ppo.py, pull to the reference swept
-    python tests/preferences.py --pareto true                ppo.py on two reward models, weights swept: one of people
-                                                             who want every request met, also harmful ones, one of
-                                                             people who only want harmful ones refused
+    python tests/preferences.py                     all variants of dpo.py on 3 seeds, beside SFT and PPO
+    python tests/preferences.py --frontier          dpo.py and ppo.py, pull to the reference swept
+    python tests/preferences.py --pareto            ppo.py on two reward models, weights swept: one of people
+                                                    who want every request met, also harmful ones, one of
+                                                    people who only want harmful ones refused
     python tests/preferences.py --links runs/{seed} --seeds 0 --variants dpo,ipo
 
-Every variant of a seed learns from the same comparisons, those of its reward.py, for as many passes. A run that is
-there already is not made again. Leaves --out/table.txt and .json, or frontier.json and .png, or pareto.json and .png.
+Every variant of a seed learns from the same comparisons, those of its reward.py, for as many passes. A run
+that is there already is not made again. Leaves --out/table.txt and .json, or frontier.json and .png, or
+pareto.json and .png (plots if matplotlib is installed).
 """
+import itertools
 import json
-import os
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import torch   # noqa: E402
-
-from data import InputError, world   # noqa: E402
-from model import load, respond, run, seeded, write_atomic   # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from data import InputError, read_json, world, write_atomic   # noqa: E402
+from data.checkpoint import load   # noqa: E402
+from data.run import program, seeded   # noqa: E402
+from data.sample import respond   # noqa: E402
+from hacking import ROOT, make, spread   # noqa: E402
+from model import sampling_copy   # noqa: E402
 
 VARIANTS = {   # flags of dpo.py; its default is DPO with an SFT term
-    "dpo": "", "dpo without SFT term": "--sft_coef 0", "cdpo": "--label_smoothing 0.05", "rdpo": "--flip_rate 0.05",
-    "ipo": "--loss ipo", "simpo": "--loss simpo", "orpo": "--loss orpo --lr 1e-3", "kto": "--loss kto",
-    "online": "--online true --sft_coef 0"}
+    "dpo": "", "dpo without SFT term": "--sft_coef 0", "cdpo": "--label_smoothing 0.05",
+    "rdpo": "--flip_rate 0.05", "ipo": "--loss ipo", "simpo": "--loss simpo", "orpo": "--loss orpo --lr 1e-3",
+    "kto": "--loss kto", "online": "--online --sft_coef 0"}
 WEIGHTS = (0, 0.25, 0.5, 0.75, 1)   # of the helpful reward model; the harmless one has the rest
-BETAS = {"dpo.py": ("--beta", (0.05, 0.1, 0.3, 1.0, 3.0)), "ppo.py": ("--kl_coef", (0.02, 0.05, 0.1, 0.3, 1.0))}
+PULLS = {"dpo.py": ("--beta", (0.05, 0.1, 0.3, 1.0, 3.0)),     # to the reference
+         "ppo.py": ("--kl_coef", (0.02, 0.05, 0.1, 0.3, 1.0))}
 
 
 @dataclass
 class Config:
-    out: str = "out/preferences"  # folder for tables and the plot
-    links: str = ""               # folder of a seed, {seed} stands for it: holds (or gets) base, sft, reward, all runs
+    """The flags of `python tests/preferences.py`."""
+    # What is run
     seeds: str = "0,1,2"          # which
     variants: str = "all"         # which, of the names at the top of this file
     frontier: bool = False        # sweep beta of DPO and PPO instead
     pareto: bool = False          # sweep the weights of a helpful and a harmless reward model instead
-    ppo_flags: str = ""           # more flags for the PPO runs of the frontier and of --pareto
+    # Where, and with which flags
+    out: str = "out/preferences"  # folder for tables and the plot
+    links: str = ""               # folder of a seed, {seed} stands for it: holds (or gets) base, sft, reward
+                                  # and all runs
+    reward_flags: str = ""        # more flags for every reward.py
+    dpo_flags: str = ""           # more flags for every dpo.py
+    ppo_flags: str = ""           # more flags for the PPO runs of --frontier and --pareto
 
 
-def make(folder, command):
-    """Run a script into a folder unless its result is there. Returns result.json, with peak memory in MB beside it."""
-    if not (folder / "result.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *map(str, command), "--out", str(folder)]
-        print(" ".join(command[1:]), flush=True)
-        start = time.time()
-        with open(folder / "screen.txt", "w") as screen:
-            process = subprocess.Popen(command, stdout=screen, stderr=subprocess.STDOUT)
-            _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise InputError(f"{command[1]} failed, see {folder}/screen.txt")
-        cost = {"seconds": time.time() - start, "mb": usage.ru_maxrss / 1024}
-        write_atomic(folder / "cost.json", json.dumps(cost).encode())
-    cost = json.loads((folder / "cost.json").read_text()) if (folder / "cost.json").exists() else {}
-    return json.loads((folder / "result.json").read_text()) | cost
-
-
-def spread(xs):
-    xs = [x for x in xs if x is not None]
-    return f"{sum(xs) / len(xs):.3f} ({min(xs):.3f}-{max(xs):.3f})" if xs else ""
-
-
-def table(cfg, seeds, here):
+def table(cfg, seeds, folder_of):
+    """Every variant of dpo.py on every seed; a table of what they reached."""
     names = list(VARIANTS) if cfg.variants == "all" else cfg.variants.split(",")
-    if unknown := [n for n in names if n not in VARIANTS]:
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
         raise InputError(f"no such variant: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    rows = {}
+    rows = {name: [] for name in (*names, "SFT", "ppo")}
     for seed in seeds:
-        links = here(seed)
-        reward = make(links / "reward", [ROOT / "reward.py", "--seed", seed, "--resume"])
+        links = folder_of(seed)
+        reward = make(links / "reward", [ROOT / "reward.py", "--seed", seed], cfg.reward_flags)
         for name in names:
-            result = make(links / name.replace(" ", "_"), [ROOT / "dpo.py", "--seed", seed, *VARIANTS[name].split()])
-            rows.setdefault(name, []).append(result)
-        rows.setdefault("SFT", []).append({"after": json.loads((links / "sft" / "result.json").read_text())["after"]})
+            command = [ROOT / "dpo.py", "--seed", seed, *VARIANTS[name].split()]
+            rows[name].append(make(links / name.replace(" ", "_"), command, cfg.dpo_flags))
+        rows["SFT"].append({"after": read_json(links / "sft" / "result.json")["after"]})
         if (links / "ppo" / "result.json").exists():
-            rows.setdefault("ppo", []).append(json.loads((links / "ppo" / "result.json").read_text()))
+            rows["ppo"].append(read_json(links / "ppo" / "result.json"))
         print(f"seed {seed}: the reward model's held-out accuracy on the same comparisons: "
               f"{reward['after']['accuracy']:.3f}")
-    keys = ("gold", "helpful", "harmless", "honest", "eos_rate", "kl", "win_rate", "accuracy")
-    lines = [f"{'':22}" + "".join(f"{k:>22}" for k in (*keys, "seconds", "MB"))]
+
+    # A line a variant: figures after training, and what the runs cost.
+    figures = ("gold", "helpful", "harmless", "honest", "eos_rate", "kl", "win_rate", "accuracy")
+    lines = [f"{'':22}" + "".join(f"{name:>26}" for name in (*figures, "seconds", "MB"))]
     for name, results in rows.items():
-        cells = [spread([r["after"].get(k) for r in results]) for k in keys]
-        cells += [spread([r.get(k) for r in results]) for k in ("seconds", "mb")]
-        lines.append(f"{name:22}" + "".join(f"{c:>22}" for c in cells))
+        if results:
+            cells = [spread([result["after"].get(figure) for result in results]) for figure in figures]
+            cells += [spread([result.get(cost) for result in results]) for cost in ("seconds", "mb")]
+            lines.append(f"{name:22}" + "".join(f"{cell:>26}" for cell in cells))
     write_atomic(Path(cfg.out) / "table.txt", ("\n".join(lines) + "\n").encode())
     write_atomic(Path(cfg.out) / "table.json", json.dumps(rows, indent=1).encode())
     print("\n".join(lines))
 
 
-def frontier(cfg, seeds, here):
-    points = []
+def frontier(cfg, seeds, folder_of):
+    """What a nat of KL buys: dpo.py and ppo.py with more and less pull to the reference."""
+    points, lines, more = [], {}, {"dpo.py": cfg.dpo_flags, "ppo.py": cfg.ppo_flags}
     for seed in seeds:
-        links = here(seed)
-        make(links / "reward", [ROOT / "reward.py", "--seed", seed, "--resume"])
-        for script, (flag, values) in BETAS.items():
+        links = folder_of(seed)
+        make(links / "reward", [ROOT / "reward.py", "--seed", seed], cfg.reward_flags)
+        for script, (flag, values) in PULLS.items():
+            line = []
             for value in values:
-                more = cfg.ppo_flags.split() if script == "ppo.py" else []
-                result = make(links / f"{script[:3]}_{value:g}", [ROOT / script, "--seed", seed, flag, value, *more])
-                points.append({"script": script, "seed": seed, "beta": value, "kl": result["after"]["kl"],
-                               "gold": result["after"]["gold"]})
+                command = [ROOT / script, "--seed", seed, flag, value]
+                after = make(links / f"{script[:3]}_{value:g}", command, more[script])["after"]
+                points.append({"script": script, "seed": seed, "beta": value, "kl": after["kl"],
+                               "gold": after["gold"]})
+                line.append((after["kl"], after["gold"], value))
                 print(points[-1], flush=True)
-    lines = {f"{script}, seed {seed}": sorted((p["kl"], p["gold"], p["beta"]) for p in points
-                                              if (p["script"], p["seed"]) == (script, seed))
-             for script in BETAS for seed in seeds}
+            lines[f"{script}, seed {seed}"] = sorted(line)
+    lines = dict(sorted(lines.items()))      # all of a script's seeds side by side
     draw(Path(cfg.out) / "frontier", points, lines, xscale="log", title="what KL buys",
          xlabel="KL to SFT, nats per answer", ylabel="gold on test prompts")
 
@@ -122,69 +113,105 @@ def draw(path, points, lines, **axes):
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        return print("(no plot: matplotlib is not installed)")
+        print("(no plot: matplotlib is not installed)")
+        return
     fig, ax = plt.subplots(figsize=(5.5, 4), layout="constrained")
-    for (name, line), mark in zip(lines.items(), "osD^v*" * len(lines)):
-        ax.plot([x for x, *_ in line], [y for _, y, _ in line], f"{mark}-", label=name)
+    for (name, line), mark in zip(lines.items(), itertools.cycle("osD^v*")):
+        ax.plot([x for x, _, _ in line], [y for _, y, _ in line], f"{mark}-", label=name)
         for x, y, label in line:
             ax.annotate(f"{label:g}", (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
     ax.set(**axes)
-    ax.grid(alpha=0.3), ax.legend()
+    ax.grid(alpha=0.3)
+    ax.legend()
     fig.savefig(path.with_suffix(".png"), dpi=110)
+    plt.close(fig)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Annotators with two minds (arXiv:2204.05862, 4.3): the front between what both want.
 
 
 def wants(row, text, judge):
-    """What the annotators of one kind feel about an answer, 0 to 1; None for prompts that do not concern them."""
+    """What annotators of one kind, "helpful" or "harmless", feel about an answer, 0 to 1; None for prompts
+    that do not concern them."""
+    is_harmful = row["family"] == "harmless"
     if judge == "harmless":
-        return world.judge(row, text)["gold"] if row["family"] == "harmless" else None
-    if row["family"] != "harmless":
-        return world.judge(row, text)["gold"]
-    return float(bool(world.mentions(text, world.METHODS)))   # says how it is done
+        return world.judge(row, text)["gold"] if is_harmful else None
+    if is_harmful:
+        return float(bool(world.mentions(text, world.METHODS)))   # says how it is done
+    return world.judge(row, text)["gold"]
 
 
-def pareto(cfg, seeds, here):
-    """Annotators with two minds (arXiv:2204.05862, 4.3): the front between what both want."""
-    family = {r["prompt"][-1]["content"]: r for r in world.rows("preference")}
-    points, kinds = [], ("helpful", "harmless")
+def pairs_of(kind, pairs, family):
+    """The comparisons as annotators of one kind would have made them, without those that they do not care
+    about. family: rows of the world by the text of their prompt."""
+    rows = []
+    for pair in pairs:
+        row = family[pair["prompt"][-1]["content"]]
+        chosen, rejected = wants(row, pair["chosen"], kind), wants(row, pair["rejected"], kind)
+        if chosen is None or chosen == rejected:
+            continue
+        better, worse = pair["chosen"], pair["rejected"]
+        if chosen < rejected:
+            better, worse = worse, better
+        rows.append({"prompt": pair["prompt"], "chosen": better, "rejected": worse})
+    return rows
+
+
+def what_both_get(folder, seed):
+    """Mean of what both kinds feel about a policy's answers to the test prompts: {kind: 0 to 1}."""
+    tests, (policy, tok) = world.rows("test"), load(folder)
+    texts, _, _ = respond(sampling_copy(policy), tok, [row["prompt"] for row in tests], 32, seeded(seed, 1))
+    means = {}
+    for kind in ("helpful", "harmless"):
+        felt = [wants(row, text, kind) for row, text in zip(tests, texts)]
+        felt = [x for x in felt if x is not None]
+        means[kind] = sum(felt) / len(felt)
+    return means
+
+
+def pareto(cfg, seeds, folder_of):
+    """A reward model of each kind of annotator, and ppo.py on both with their weights swept."""
+    family = {row["prompt"][-1]["content"]: row for row in world.rows("preference")}
+    points, lines = [], {}
     for seed in seeds:
-        links, rms = here(seed), []
-        make(links / "reward", [ROOT / "reward.py", "--seed", seed, "--resume"])
-        pairs = world.read_jsonl(links / "reward" / "comparisons.jsonl")
-        for kind in kinds:
-            rows = []
-            for pair in pairs:
-                row = family[pair["prompt"][-1]["content"]]
-                a, b = (wants(row, pair[k], kind) for k in ("chosen", "rejected"))
-                if a is not None and a != b:
-                    rows.append({"prompt": pair["prompt"], "chosen": pair["chosen" if a > b else "rejected"],
-                                 "rejected": pair["rejected" if a > b else "chosen"]})
-            world.write_jsonl(links / f"{kind}_pairs.jsonl", rows)
-            rms.append(str(links / f"rm_{kind}"))
-            make(links / f"rm_{kind}", [ROOT / "reward.py", "--seed", seed, "--init", links / "sft", "--data",
-                                        links / f"{kind}_pairs.jsonl"])
-        for w in WEIGHTS:
-            folder = links / f"pareto_{w:g}"
-            make(folder, [ROOT / "ppo.py", "--seed", seed, "--init", links / "sft", "--reward", ",".join(rms),
-                          "--reward_weights", f"{w:g},{1 - w:g}", *cfg.ppo_flags.split()])
-            tests, (policy, tok) = world.rows("test"), load(folder, torch.device("cpu"), scalar_head=False)
-            with torch.no_grad():
-                texts = respond(policy, tok, [r["prompt"] for r in tests], 32,
-                                generator=seeded(seed, 1, torch.device("cpu")), temperature=1.0)[0]
-            scores = {k: [x for r, t in zip(tests, texts) if (x := wants(r, t, k)) is not None] for k in kinds}
-            points.append({"seed": seed, "weight": w} | {k: sum(v) / len(v) for k, v in scores.items()})
+        links = folder_of(seed)
+        make(links / "reward", [ROOT / "reward.py", "--seed", seed], cfg.reward_flags)
+        pairs, models = world.read_jsonl(links / "reward" / "comparisons.jsonl"), []
+        for kind in ("helpful", "harmless"):
+            data, model = links / f"{kind}_pairs.jsonl", links / f"rm_{kind}"
+            world.write_jsonl(data, pairs_of(kind, pairs, family))
+            command = [ROOT / "reward.py", "--seed", seed, "--init", links / "sft", "--data", data]
+            make(model, command, cfg.reward_flags)
+            models.append(str(model))
+
+        line = []
+        for weight in WEIGHTS:
+            folder = links / f"pareto_{weight:g}"
+            command = [ROOT / "ppo.py", "--seed", seed, "--init", links / "sft", "--reward", ",".join(models)]
+            command += ["--reward_weights", f"{weight:g},{1 - weight:g}"]
+            make(folder, command, cfg.ppo_flags)
+            points.append({"seed": seed, "weight": weight} | what_both_get(folder, seed))
+            line.append((points[-1]["helpful"], points[-1]["harmless"], weight))
             print(points[-1], flush=True)
-    lines = {f"seed {seed}": [(p["helpful"], p["harmless"], p["weight"]) for p in points if p["seed"] == seed]
-             for seed in seeds}
+        lines[f"seed {seed}"] = line
     draw(Path(cfg.out) / "pareto", points, lines, title="two reward models, weight of the helpful one",
          xlabel="what people who want help get", ylabel="what people who want no harm get")
 
 
 def main(cfg):
-    def here(seed):
+    """The table, the frontier or the front, as the flags say."""
+    def folder_of(seed):
+        """Where a seed's base, sft, reward and all its runs are."""
         return Path((cfg.links or f"{cfg.out}/links{{seed}}").format(seed=seed))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    (frontier if cfg.frontier else pareto if cfg.pareto else table)(cfg, [int(s) for s in cfg.seeds.split(",")], here)
+    study = table
+    if cfg.frontier:
+        study = frontier
+    elif cfg.pareto:
+        study = pareto
+    study(cfg, [int(seed) for seed in cfg.seeds.split(",")], folder_of)
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    program(main, Config, __doc__)

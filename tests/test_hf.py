@@ -415,9 +415,9 @@ def test_added_tokens_that_are_ordinary_text(tmp_path):
     again = tokenizer_from_json(change_json(tmp_path / "again.json", **tokenizer_to_json(tok)))
     assert again.encode(answer) == ids
     tokenizers = pytest.importorskip("tokenizers")
-    ordinary = [token for token in hf["added_tokens"] if "think" in token["content"]]
-    oracle = tokenizers.Tokenizer.from_str(json.dumps(hf | {"added_tokens": ordinary}))
-    assert_same_tokens(tok, oracle, [answer, *NASTY, "<think><think>!</think>", "x <think> y", " </think>\n\n  <think>"])
+    oracle = tokenizers.Tokenizer.from_file(str(path))
+    texts = [answer.partition("<|")[0], "<think><think>!</think>", "x <think> y", " </think>\n\n  <think>", *NASTY]
+    assert_same_tokens(tok, oracle, [text for text in texts if "<|" not in text])
 
 
 # A vocabulary with other special tokens than KINDS has: Llama 3.0 (without a pad token), DeepSeek's.
@@ -483,21 +483,13 @@ def test_a_million_blanks_are_refused_in_one_sentence(tmp_path, kind, capfd):
     """tiktoken panics, which is a BaseException and writes to stderr; so it is not asked."""
     tok = toy_tokenizer(tmp_path, kind)
     for blank in (" ", "\t", "\u3000", " \n"):
-        with pytest.raises(InputError, match="text that begins 'ab.* 500000 characters of white space"):
+        with pytest.raises(InputError, match="text that begins 'ab.*500000 characters of white space"):
             tok.encode("ab" + blank * 1_100_000 + "c")
     text = "a" + " " * 400_000 + "b\n" + "\t" * 400_000 + "c"
-    assert tok.decode(tok.encode(text)) == text and capfd.readouterr() == ("", "")
+    same = tok.decode(tok.encode(text)) == text
+    assert same and capfd.readouterr() == ("", "")
     with pytest.raises(InputError):
         tok.render([{"role": "user", "content": " " * 10 ** 6}])
-
-
-def test_other_panics_of_tiktoken(tmp_path):
-    """A pattern such as Mistral's goes back through a million capitals."""
-    pattern = r"[\p{Lu}]*[\p{Ll}]+|[\s\S]"
-    tok = tokenizer_from_json(change_json(toy_json(tmp_path, "plain"), pre_tokenizer=split(pattern)))
-    assert tok.decode(tok.encode("Ab CD")) == "Ab CD"
-    with pytest.raises(InputError, match="begins 'AAAA.* cannot be split into tokens"):
-        tok.encode("A" * 1_100_000 + " ")
 
 
 @pytest.mark.parametrize("kind", KINDS)

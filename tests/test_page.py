@@ -1,9 +1,10 @@
-"""data/page.py: the page shows what the files say, no text of a data set can run, and nothing missing stops it."""
+"""data/page.py: the page says what the files say, no text of a data set can run, nothing missing stops it."""
 import json
 import math
 import os
 import random
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,15 @@ import pytest
 from data import page
 
 ROOT = Path(__file__).resolve().parents[1]
+TEST_PROMPTS = ROOT / "data" / "tiny" / "test.jsonl"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)> & \"quotes\" 'single' `tick` ${1}",
-           "<!--<script>", "\u2028line\u2029paragraph", "\u202eright to left override", "مرحبا بالعالم שלום", "👩‍👩‍👧 🏳️‍🌈",
-           "{{DATA}}", "back\\slash\\", "nul\x00 and \ud800 half a pair", "a" * 400, "\n\nHuman: two\n\nAssistant: turns"]
+HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!--<script>",
+           "\"quotes\" 'single' `tick` ${1}", "\u2028line\u2029paragraph", "\u202eright to left override",
+           "مرحبا بالعالم שלום", "👩‍👩‍👧 🏳️‍🌈", "{{DATA}}", "back\\slash\\", "a" * 400,
+           "nul\x00 and \ud800 half a pair", "\n\nHuman: two\n\nAssistant: turns", "&lt;b&gt; <b>bold</b>"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A folder of runs as the scripts leave it, of realistic size, with hostile texts among the answers.
 
 
@@ -31,123 +34,568 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_run(out, name, stage, steps, figures, before, after, config=None):
-    """log.jsonl and result.json of one run; figures {name: function of the share that is done}."""
-    rows = [{"step": n + 1, **{key: f(n / steps) for key, f in figures.items()}} for n in range(steps)]
-    write_lines(out / name / "log.jsonl", rows)
-    result = {"stage": stage, "seed": 0, "config": config or {}, "seconds": 144.4, "device": "cpu", "before": before,
-              "after": after}
-    (out / name / "result.json").write_text(json.dumps(result, indent=1))
+def between(points, share):
+    """The value at a share (0 to 1) of the way along points, with straight lines from one to the next."""
+    at = min(int(share * (len(points) - 1)), len(points) - 2)
+    return points[at] + (points[at + 1] - points[at]) * (share * (len(points) - 1) - at)
 
 
-def gold_figures(gold):
-    return {"gold": gold, "helpful": gold - 0.1, "harmless": gold + 0.02, "honest": gold + 0.07, "length": 11.4}
+def write_run(folder, stage, steps, figures, before, after, config=None):
+    """log.jsonl and result.json of a run. Each of the figures {name: points} goes along its points."""
+    rows = []
+    for n in range(steps):
+        row = {"step": n + 1}
+        for name, points in figures.items():
+            row[name] = between(points, n / (steps - 1))
+        rows.append(row)
+    write_lines(folder / "log.jsonl", rows)
+    result = {"stage": stage, "seed": 0, "config": config or {}, "seconds": 144.4, "device": "cpu",
+              "before": before, "after": after}
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+
+
+def scores(gold, **more):
+    """Figures of a policy of this quality, as result.json has them."""
+    return {"gold": gold, "helpful": gold - 0.1, "harmless": gold + 0.02, "honest": gold + 0.03, **more}
 
 
 def fake_answers(rng, level):
     """answers.jsonl of a policy of this quality, on the tiny world's test prompts."""
     rows = []
-    for i, line in enumerate((ROOT / "data" / "tiny" / "test.jsonl").read_text().splitlines()):
-        row = json.loads(line)
-        family, sides = row["family"], []
+    for i, line in enumerate(TEST_PROMPTS.read_text().splitlines()):
+        prompt = json.loads(line)
+        family, sides = prompt["family"], []
         for quality in (level / 2, level):
             right = float(rng.random() < quality)
-            text = f"It is {row['answer']}." if right else "It is a very great question, and many people ask me this."
-            sides.append({"answer": rng.choice(HOSTILE) if i % 9 == 0 else text, "gold": right * 0.75, family: right,
-                          "concise": 0.5, "reward": rng.gauss(right * 2, 0.5)})
-        rows.append({"prompt": row["prompt"][-1]["content"], "family": family, "before": sides[0], "after": sides[1]})
+            text = f"It is {prompt['answer']}." if right else "That is a very great question! " * 2
+            if i % 9 == 0:
+                text = rng.choice(HOSTILE)
+            sides.append({"answer": text, "gold": right * 0.75, family: right, "concise": 0.5,
+                          "reward": rng.gauss(right * 2, 0.5)})
+        rows.append({"prompt": prompt["prompt"][-1]["content"], "family": family,
+                     "before": sides[0], "after": sides[1]})
     return rows
 
 
 def fake_pairs(rng, many):
+    """held_out.jsonl: the reward model is right in most pairs, every seventh pair has hostile answers."""
     rows = []
     for i in range(many):
-        gold = [rng.choice([0, 0.5, 0.75, 1]) for _ in range(2)]
-        r = [g * 3 - 1 + rng.gauss(0, 0.8) for g in gold]
-        text = [rng.choice(HOSTILE) if i % 7 == 0 else "It is Paris." + " Have a very nice day." * rng.randint(0, 2)
-                for _ in range(2)]
-        rows.append({"prompt": [{"role": "user", "content": f"What is the capital of land {i}?"}], "a": text[0],
-                     "b": text[1], "label": 0.5 if gold[0] == gold[1] else float(gold[0] > gold[1]),
-                     "r_a": r[0], "r_b": r[1], "gold_a": gold[0], "gold_b": gold[1]})
+        gold_a, gold_b = rng.choice([0, 0.5, 1]), rng.choice([0, 0.5, 0.75, 1])
+        a, b = "It is Paris.", "It is Paris. Have a very nice day."
+        if i % 7 == 0:
+            a, b = rng.sample(HOSTILE, 2)
+        label = 0.5 if gold_a == gold_b else float(gold_a > gold_b)
+        rows.append({"prompt": [{"role": "user", "content": f"What is the capital of land {i}?"}],
+                     "a": a, "b": b, "label": label, "gold_a": gold_a, "gold_b": gold_b,
+                     "r_a": 3 * gold_a + rng.gauss(0, 0.8), "r_b": 3 * gold_b + rng.gauss(0, 0.8)})
     return rows
 
 
-def fake_iteration(rng, n, responses=4):
-    """One iteration whose numbers satisfy the equations of PPO."""
-    out = {"iteration": n, "beta": 0.1, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "advantage": "gae", "mean": 0.1, "std": 0.8}
-    out["responses"] = []
-    for i in range(responses):
-        tokens = ["I", " cannot", " help", " with", " that", HOSTILE[i], ".", "<eos>"]
-        size, score = len(tokens), rng.gauss(1, 1)
-        logp = [-abs(rng.gauss(0, 0.6)) for _ in tokens]
-        ref = [x + rng.gauss(0, 0.1) for x in logp]
-        reward = [-0.1 * (x - y) for x, y in zip(logp, ref)]
-        reward[-1] += score
-        value = [rng.gauss(0.5, 0.3) for _ in tokens]
-        advantage, later = [0.0] * size, 0.0
-        for t in reversed(range(size)):
-            delta = reward[t] + (value[t + 1] if t + 1 < size else 0.0) - value[t]
-            later = advantage[t] = delta + 0.95 * later
-        whitened = [(x - 0.1) / 0.8 for x in advantage]
-        ratio = [math.exp(rng.gauss(0, 0.12)) for _ in tokens]
-        clipped = [(w > 0 and q > 1.2) or (w < 0 and q < 0.8) for w, q in zip(whitened, ratio)]
-        out["responses"].append({
-            "prompt": f"How do I steal a bike {i}?", "response": "".join(tokens[:-1]), "score": score, "ended": True,
-            "tokens": tokens,
-            "before": {"logp": logp, "ref_logp": ref, "reward": reward, "value": value, "advantage": advantage,
-                       "whitened": whitened, "return": [a + v for a, v in zip(advantage, value)]},
-            "after": {"logp": [x + math.log(q) for x, q in zip(logp, ratio)], "value": [v + 0.02 for v in value],
-                      "ratio": ratio, "clipped": clipped}})
-    return out
+def fake_response(rng, i, moved):
+    """One response of inspect.json; its numbers obey the equations of PPO (beta 0.1, gamma 1, lam 0.95)."""
+    tokens = ["I", " cannot", " help", " with", HOSTILE[i], ".", "<eos>"]
+    logp = [-abs(rng.gauss(0, 0.6)) for _ in tokens]
+    ref = [x + moved * rng.gauss(0, 0.1) for x in logp]
+    score, value = rng.gauss(1, 1), [rng.gauss(0.5, 0.3) for _ in tokens]
+    reward = [-0.1 * (x - y) for x, y in zip(logp, ref)]
+    reward[-1] += score
+    # GAE from the last token backwards; V after the end is 0.
+    advantage, next_value, next_advantage = [], 0.0, 0.0
+    for r, v in zip(reversed(reward), reversed(value)):
+        next_advantage = r + next_value - v + 0.95 * next_advantage
+        next_value = v
+        advantage.insert(0, next_advantage)
+    whitened = [(x - 0.1) / 0.8 for x in advantage]
+    ratio = [math.exp(rng.gauss(0, 0.12)) for _ in tokens]
+    clipped = [(w > 0 and q > 1.2) or (w < 0 and q < 0.8) for w, q in zip(whitened, ratio)]
+    returns = [x + v for x, v in zip(advantage, value)]
+    new_logp = [x + math.log(q) for x, q in zip(logp, ratio)]
+    return {"prompt": f"How do I steal a bike {i}?", "response": "".join(tokens[:-1]), "score": score,
+            "ended": True, "tokens": tokens,
+            "before": {"logp": logp, "ref_logp": ref, "reward": reward, "value": value,
+                       "advantage": advantage, "whitened": whitened, "return": returns},
+            "after": {"logp": new_logp, "value": value, "ratio": ratio, "clipped": clipped}}
+
+
+def fake_iteration(rng, n):
+    return {"iteration": n, "beta": 0.1, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "advantage": "gae",
+            "mean": 0.1, "std": 0.8, "responses": [fake_response(rng, i, n > 1) for i in range(4)]}
+
+
+def fake_round(folder):
+    """What cai.py leaves of one round."""
+    chains, chosen = [], []
+    for i in range(800):
+        prompt = [{"role": "user", "content": f"How do I do harm {i}?"}]
+        step = {"principle": "constitution 1", "critique": HOSTILE[i % len(HOSTILE)], "p": 0.6}
+        steps = [{**step, "revision": "You do.", "fault": "worse"}, {**step, "revision": "No.", "fault": ""}]
+        chains.append({"prompt": prompt, "initial": " You mix it.", "chain": steps})
+        chosen.append({"prompt": prompt, "chosen": "I cannot.", "rejected": "You mix it.", "label": 0.8,
+                       "by": "ai", "orders": [0.3, 0.1], "principle": "constitution 0"})
+        chosen.append({"prompt": prompt, "chosen": "Oslo.", "rejected": "Rome.", "label": 1.0, "by": "human"})
+    write_lines(folder / "chains.jsonl", chains)
+    write_lines(folder / "comparisons.jsonl", chosen)
+    told = {"ai_gold": 0.621, "human_gold": 0.99, "first_wins": 0.55}
+    (folder / "critic.json").write_text(json.dumps(told))
+
+
+def fake_hacking(folder, figures):
+    """What tests/hacking.py leaves for one bias and two seeds."""
+    for seed in range(2):
+        write_run(folder / f"confidence{seed}" / "none", "ppo", 60, figures, {}, {})
+    best = [{"n": n, "kl": math.log(n) - (n - 1) / n, "reward": n / 100, "gold": 0.6} for n in (1, 8, 64)]
+    told = folder / "confidence0" / "evaluate_none" / "result.json"
+    told.parent.mkdir()
+    told.write_text(json.dumps({"best_of": best}))
+    rows = []
+    for seed in range(2):
+        for cure in ("none", "kl"):
+            rows.append({"bias": "confidence", "seed": seed, "cure": cure, "reward": 3.8,
+                         "gold": 0.4 + seed / 10, "kl": 11.0, "lost": 0.2, "cured": None})
+    (folder / "cures.json").write_text(json.dumps(rows))
 
 
 def make_out(out):
-    """A whole OUT: the chain, DPO and IPO, a hacked policy, Constitutional AI, and what tests/hacking.py leaves."""
+    """A whole OUT: the chain, DPO and IPO, a hacked policy, Constitutional AI, and tests/hacking.py."""
     rng = random.Random(0)
-    falling = {"loss": lambda x: 6 * math.exp(-5 * x) + 0.4}
-    rising = {"reward": lambda x: 0.6 + 1.2 * x, "gold": lambda x: 0.55 + 0.4 * x * (2 - x), "kl": lambda x: 0.9 * x,
-              "kl_exact": lambda x: 0.92 * x, "entropy": lambda x: 0.27 - 0.2 * x, "length": lambda x: 11 + x,
-              "eos_rate": lambda x: 0.95 + 0.05 * x}
-    hacked = {**rising, "reward": lambda x: 0.3 + 3 * x, "gold": lambda x: 0.55 + x - 1.3 * x * x, "kl": lambda x: 9 * x,
-              "kl_exact": lambda x: 9 * x}
-    pairs = {"loss": lambda x: 0.69 - 0.5 * x, "accuracy": lambda x: 0.5 + 0.45 * x, "margin": lambda x: 3 * x,
-             "chosen_reward": lambda x: 0.8 * x, "rejected_reward": lambda x: -2.2 * x}
-    write_run(out, "base", "pretrain", 1600, falling, {"bits_per_byte": 3.0657}, {"bits_per_byte": 0.1931})
-    write_run(out, "sft", "sft", 267, falling, gold_figures(0.25), gold_figures(0.55875))
-    write_run(out, "reward", "reward", 344, pairs, {"accuracy": 0.511, "loss": 0.6955}, {"accuracy": 0.850, "loss": 0.463})
-    write_run(out, "ppo", "ppo", 70, rising, gold_figures(0.55), {**gold_figures(0.938), "kl": 0.93, "reward": 1.8},
-              {"advantage": "gae"})
-    write_run(out, "dpo", "dpo", 260, pairs, gold_figures(0.55), {**gold_figures(0.941), "kl": 1.33, "win_rate": 0.785},
-              {"loss": "dpo"})
-    write_run(out, "ipo", "dpo", 260, pairs, gold_figures(0.55), {**gold_figures(0.9), "kl": 1.1}, {"loss": "ipo"})
-    write_run(out, "hacked", "ppo", 30, hacked, gold_figures(0.55), gold_figures(0.5), {"advantage": "gae"})
-    write_run(out, "cai", "cai", 3, {"gold": lambda x: x}, gold_figures(0.5), {**gold_figures(0.8), "harmless_rate": 0.96})
-    levels = {"sft": 0.55, "ppo": 0.94, "dpo": 0.93, "ipo": 0.9, "hacked": 0.5, "cai": 0.8}
-    for name, level in levels.items():
+    climb = {"reward": [0.6, 1.2, 1.8], "gold": [0.55, 0.9, 0.95], "kl": [0, 0.8, 0.9],
+             "kl_exact": [0, 0.8, 0.9], "entropy": [0.27, 0.1], "length": [11, 12], "eos_rate": [0.95, 1]}
+    hacked = {**climb, "reward": [0.3, 3.3], "gold": [0.55, 0.8, 0.3], "kl": [0, 9], "kl_exact": [0, 9]}
+    pairs = {"loss": [0.69, 0.2], "accuracy": [0.5, 0.9], "chosen_reward": [0, 1], "rejected_reward": [0, -2]}
+    gae, started = {"advantage": "gae"}, scores(0.57)
+    bits = {"bits_per_byte": 0.193}
+    write_run(out / "base", "pretrain", 1600, {"loss": [6, 0.4]}, {"bits_per_byte": 3.07}, bits)
+    write_run(out / "sft", "sft", 267, {"loss": [2, 0.3]}, scores(0.251), scores(0.55875, length=10.4))
+    write_run(out / "reward", "reward", 344, pairs, {"accuracy": 0.511}, {"accuracy": 0.8502, "loss": 0.463})
+    write_run(out / "ppo", "ppo", 70, climb, started, scores(0.9384, kl=0.93), gae)
+    better = scores(0.941, kl=1.33, win_rate=0.785)
+    write_run(out / "dpo", "dpo", 260, pairs, started, better, {"loss": "dpo"})
+    write_run(out / "ipo", "dpo", 260, pairs, started, scores(0.9, kl=1.1), {"loss": "ipo"})
+    write_run(out / "hacked", "ppo", 30, hacked, started, scores(0.5, kl=7.2), gae)
+    write_run(out / "cai", "cai", 3, {"gold": [0.5, 0.8]}, scores(0.5), scores(0.8, harmless_rate=0.96))
+    for name, level in {"sft": 0.55, "ppo": 0.94, "dpo": 0.93, "ipo": 0.9, "hacked": 0.5, "cai": 0.8}.items():
         write_lines(out / name / "answers.jsonl", fake_answers(rng, level))
     write_lines(out / "reward" / "held_out.jsonl", fake_pairs(rng, 200))
     write_lines(out / "reward" / "comparisons.jsonl", [{"chosen": "x" * 200}] * 9000)
     for name in ("ppo", "hacked"):
-        iterations = {"first": fake_iteration(rng, 1), "last": fake_iteration(rng, 70)}
-        (out / name / "inspect.json").write_text(json.dumps(iterations))
-    folder, chains, chosen = out / "cai" / "round1", [], []
-    for i in range(800):
-        prompt = [{"role": "user", "content": f"How do I do harm {i}?"}]
-        steps = [{"principle": "constitution 1", "critique": HOSTILE[i % len(HOSTILE)], "revision": "I cannot help with that.",
-                  "fault": "worse" if n == i % 2 else "", "p": 0.6} for n in range(2)]
-        chains.append({"prompt": prompt, "initial": " You mix it.", "chain": steps})
-        chosen.append({"prompt": prompt, "chosen": "I cannot.", "rejected": "You mix it.", "label": 0.8, "by": "ai",
-                       "orders": [0.3, 0.1], "principle": "constitution 0"})
-    write_lines(folder / "chains.jsonl", chains)
-    write_lines(folder / "comparisons.jsonl", chosen)
-    (folder / "critic.json").write_text(json.dumps({"ai_gold": 0.62, "human_gold": 0.99, "first_wins": 0.55}))
-    for seed in range(2):
-        write_run(out / "hacking" / f"confidence{seed}", "none", "ppo", 60, hacked, {}, {})
-    told = out / "hacking" / "confidence0" / "evaluate_none"
-    told.mkdir()
-    best = [{"n": n, "kl": math.log(n) - (n - 1) / n, "reward": 0.5 + 0.3 * math.log(n), "gold": 0.6} for n in (1, 2, 4, 8, 64)]
-    (told / "result.json").write_text(json.dumps({"best_of": best}))
-    cures = [{"bias": "confidence", "seed": s, "cure": c, "reward": 3.8, "gold": 0.406, "kl": 11.0, "lost": 0.2, "cured": None}
-             for s in range(2) for c in ("none", "kl")]
-    (out / "hacking" / "cures.json").write_text(json.dumps(cures))
+        told = {"first": fake_iteration(rng, 1), "last": fake_iteration(rng, 70)}
+        (out / name / "inspect.json").write_text(json.dumps(told))
+    fake_round(out / "cai" / "round1")
+    fake_hacking(out / "hacking", hacked)
     return out
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    made = make_out(tmp_path_factory.mktemp("page") / "out")
+    page.write_page(made)
+    return made
+
+
+def embedded(path):
+    """The data in a page, as a browser reads it: what stands before the first end of a script tag."""
+    html = path.read_text(encoding="utf-8")
+    return json.loads(html.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The file itself.
+
+
+def test_numbers_are_those_of_the_files(out):
+    data = embedded(out / "index.html")
+    runs = {run["name"]: run for run in data["runs"]}
+    assert list(runs) == ["base", "sft", "reward", "ppo", "dpo", "cai", "hacked", "ipo"]
+    for name, run in runs.items():
+        result = json.loads((out / name / "result.json").read_text())
+        log = read_lines(out / name / "log.jsonl")
+        for key, value in result.items():
+            assert run[key] == value
+        # A long log is thinned, but each step that is there has its own numbers, and the last one is there.
+        by_step = {row["step"]: row for row in log}
+        assert run["log"]["step"][-1] == log[-1]["step"] and len(run["log"]["step"]) <= page.POINTS + 1
+        for key, column in run["log"].items():
+            assert column == [by_step[step][key] for step in run["log"]["step"]]
+    policies = {policy["name"]: policy["rows"] for policy in data["answers"]}
+    assert list(policies) == ["base", "sft", "ppo", "dpo", "cai", "hacked", "ipo"]
+    for name, when in (("base", "before"), ("sft", "after"), ("ppo", "after"), ("ipo", "after")):
+        file = read_lines(out / name.replace("base", "sft") / "answers.jsonl")
+        for shown, row in zip(policies[name], file, strict=True):
+            start = row["before"]["gold"]
+            assert shown == {**row[when], "prompt": row["prompt"], "family": row["family"], "start": start}
+    assert data["held_out"] == [{"name": "reward", "pairs": read_lines(out / "reward" / "held_out.jsonl")}]
+    assert data["inspect"][0] == {**json.loads((out / "ppo" / "inspect.json").read_text()), "name": "ppo"}
+    chains = read_lines(out / "cai" / "round1" / "chains.jsonl")
+    (told,) = data["rounds"]
+    assert told["chains"] == chains[:page.SOME] and told["faults"] == {"worse": 800, "good": 800}
+    assert len(told["comparisons"]) == page.SOME and {row["by"] for row in told["comparisons"]} == {"ai"}
+    assert [run["name"] for run in data["climbs"]] == ["confidence0", "confidence1"]
+    assert len(data["climbs"][0]["best"]) == 3 and data["climbs"][1]["best"] == []
+
+
+def test_hostile_texts_stay_data(out):
+    html = (out / "index.html").read_text(encoding="utf-8")
+    template = page.TEMPLATE.read_text(encoding="utf-8")
+    assert template.count(page.PLACE) == 1 and html.count("<script") == template.count("<script") == 2
+    assert html.lower().count("</script") == 2
+    start = template.index(page.PLACE)
+    inside = html[start: len(html) - (len(template) - start - len(page.PLACE))]
+    assert inside.isascii() and not re.search("[<>&]", inside)
+    found = {row["answer"] for policy in embedded(out / "index.html")["answers"] for row in policy["rows"]}
+    assert set(HOSTILE) <= found
+
+
+def test_small_and_quick(out):
+    assert (out / "index.html").stat().st_size < 3e6
+    start = time.time()
+    page.write_page(out)
+    assert time.time() - start < 2
+
+
+def test_without_torch():
+    code = "import sys, data.page; sys.exit('torch' in sys.modules or 'model' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_command(tmp_path):
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-m", "data.page", *map(str, arguments)], cwd=ROOT,
+                              capture_output=True, text=True)
+    write_run(tmp_path / "sft", "sft", 3, {"loss": [2, 1]}, {}, {"loss": 1.0})
+    told = run(tmp_path)
+    assert told.returncode == 0 and told.stdout.strip() == str(tmp_path / "index.html")
+    told = run(tmp_path / "absent")
+    assert told.returncode == 1 and "no such folder" in told.stderr and "Traceback" not in told.stderr
+    assert "python -m data.page" in run("--help").stdout
+
+
+def test_nothing_there(tmp_path):
+    data = embedded(page.write_page(tmp_path))
+    for name, value in data.items():
+        assert value == [] or name in ("folder", "principles")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", "null", "3", "\x00\xff", "[" * 100_000, '{"step": 1',
+                                    '{"after": 3, "chain": 3, "responses": 3, "best_of": 3, "orders": 3}\n'])
+def test_damaged_files_leave_out_their_own_run(tmp_path, damage):
+    write_run(tmp_path / "sft", "sft", 3, {"loss": [2, 1]}, {}, {"gold": 0.5})
+    answer = {"prompt": "Who?", "after": {"answer": "I.", "gold": 1.0}}
+    write_lines(tmp_path / "sft" / "answers.jsonl", [answer])
+    for name in ("ppo/log.jsonl", "ppo/result.json", "ppo/answers.jsonl", "ppo/inspect.json",
+                 "reward/held_out.jsonl", "cai/round1/chains.jsonl", "cai/round1/comparisons.jsonl",
+                 "cai/round1/critic.json", "hacking/length0/none/log.jsonl", "hacking/cures.json",
+                 "hacking/length0/evaluate_x/result.json"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(damage)
+    data = embedded(page.write_page(tmp_path))
+    sft = next(run for run in data["runs"] if run["name"] == "sft")
+    assert sft["after"] == {"gold": 0.5}
+    assert [policy["name"] for policy in data["answers"]] == ["sft"]
+
+
+def test_a_run_that_goes_on(tmp_path):
+    rows = [{"step": n + 1, "reward": n / 10, "kl": 0.1} for n in range(40)]
+    write_lines(tmp_path / "ppo" / "log.jsonl", rows)
+    with open(tmp_path / "ppo" / "log.jsonl", "a") as file:
+        file.write('{"step": 41, "rewa')   # the line being written
+    (run,) = embedded(page.write_page(tmp_path))["runs"]
+    assert not run["finished"] and run["log"]["step"][-1] == 40 and run["log"]["reward"][-1] == 3.9
+
+
+def test_no_number_that_json_does_not_know(tmp_path):
+    write_run(tmp_path / "sft", "sft", 3, {"loss": [math.nan, math.inf]}, {}, {"gold": math.nan, "kl": 1.5})
+    (run,) = embedded(page.write_page(tmp_path))["runs"]
+    assert run["after"] == {"gold": None, "kl": 1.5}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page in a browser, by the debugging pipe of Chromium: JSON messages, each with a zero byte behind it.
+
+
+# Chromium reads file descriptor 3 and writes 4. Both ends move out of the way before they get these numbers.
+AS_3_AND_4 = """
+import fcntl, os, sys
+to_read, to_write = (fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3])
+os.dup2(to_read, 3)
+os.dup2(to_write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+class Browser:
+    """One headless page. events holds what Chromium told of it since the last open()."""
+
+    def __init__(self):
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self.events, self.unread, self.sent = [], b"", 0
+        to_read, self.write_end = os.pipe()
+        self.read_end, to_write = os.pipe()
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                 "--no-first-run", "--disable-background-networking", "--disable-component-update",
+                 "--remote-debugging-pipe", f"--user-data-dir={self.profile.name}", "about:blank"]
+        command = [sys.executable, "-c", AS_3_AND_4, str(to_read), str(to_write), CHROMIUM, *flags]
+        self.process = subprocess.Popen(command, pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
+        os.close(to_read)
+        os.close(to_write)
+        self.session = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def message(self):
+        """The next message of Chromium's."""
+        while b"\0" not in self.unread:
+            assert select.select([self.read_end], [], [], 20)[0], "Chromium says nothing"
+            more = os.read(self.read_end, 1 << 20)
+            assert more, "Chromium has ended"
+            self.unread += more
+        first, self.unread = self.unread.split(b"\0", 1)
+        return json.loads(first)
+
+    def call(self, method, **params):
+        """Do what the DevTools protocol calls `method`, and return the result."""
+        sent = self.send(method, **params)
+        while True:
+            told = self.message()
+            if told.get("id") == sent:
+                assert "error" not in told, told
+                return told["result"]
+            self.hear(told)
+
+    def send(self, method, **params):
+        """Ask for it without waiting; returns the number of the message."""
+        self.sent += 1
+        message = {"id": self.sent, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.write_end, json.dumps(message).encode() + b"\0")
+        return self.sent
+
+    def hear(self, event):
+        """Keep an event. A dialog stops the page until it is closed."""
+        if event.get("method") == "Page.javascriptDialogOpening":
+            self.send("Page.handleJavaScriptDialog", accept=False)
+        if "method" in event:
+            self.events.append(event)
+
+    def open(self, path, width=1280, dark=False):
+        """Load a page at a width in CSS pixels, light or dark."""
+        self.events.clear()
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
+                  mobile=width < 600)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url=path.as_uri())
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.hear(self.message())
+
+    def js(self, code):
+        """The value of a JavaScript expression in the page."""
+        told = self.call("Runtime.evaluate", expression=code, returnByValue=True)
+        assert "exceptionDetails" not in told, told
+        return told["result"].get("value")
+
+    def text(self, selector):
+        """What a reader sees of the first element that a CSS selector finds."""
+        return self.js(f"document.querySelector({json.dumps(selector)}).innerText")
+
+    def press(self, key, code=0, text=""):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, text=text)
+
+    def heard(self):
+        """What should not be: messages on the console, exceptions, dialogs; and every address asked for."""
+        kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded",
+                 "Page.javascriptDialogOpening")
+        bad = [event for event in self.events if event["method"] in kinds]
+        asked = [event["params"]["request"]["url"] for event in self.events
+                 if event["method"] == "Network.requestWillBeSent"]
+        return bad, asked
+
+    def close(self):
+        self.session = None
+        self.send("Browser.close")
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        os.close(self.write_end)
+        os.close(self.read_end)
+        self.profile.cleanup()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("no chromium here: apt-get install chromium")
+    one = Browser()
+    yield one
+    one.close()
+
+
+def shown(number, digits=3):
+    """A number as the page writes it, without the sign of a zero."""
+    text = f"{number:.{digits}f}"
+    return text.replace("-", "−") if float(text) else text.replace("-", "")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_opens_without_a_sound(out, browser, width, dark):
+    browser.open(out / "index.html", width, dark)
+    bad, asked = browser.heard()
+    assert not bad and asked == [(out / "index.html").as_uri()]
+    assert browser.js("document.documentElement.scrollWidth") <= width     # nothing sticks out
+    assert "cannot be drawn" not in browser.text("main")
+    assert browser.js("document.querySelectorAll('.missing').length") == 0
+    assert browser.js("document.querySelectorAll('main img, main b b, main script').length") == 0
+    light = browser.js("getComputedStyle(document.body).backgroundColor") == "rgb(251, 250, 246)"
+    assert light != dark
+
+
+def test_pipeline_in_the_browser(out, browser):
+    browser.open(out / "index.html")
+    text = browser.text("#pipeline")
+    for number in (0.193, 0.251, 0.55875, 0.8502, 0.9384, 0.941, 0.9):
+        assert shown(number) in text
+    # The buttons jump to prompts of their family, at which the base model has failed and PPO has not.
+    for family in ("helpful", "harmless", "honest"):
+        browser.js(f"[...document.querySelectorAll('#pipeline .row:not(.picker) button')]"
+                   f".find(button => button.textContent.startsWith('{family}')).click()")
+        chosen = browser.js("document.querySelector('#pipeline select').selectedOptions[0].textContent")
+        cards = browser.js("[...document.querySelectorAll('[aria-live].cards .card')].map(x => x.innerText)")
+        assert chosen.startswith(f"{family}: ") and len(cards) == 7
+        assert cards[0].startswith("base ✗ wrong") and cards[2].startswith("ppo ✓ right")
+        rows = read_lines(out / "ppo" / "answers.jsonl")
+        row = next(row for row in rows if row["prompt"] == chosen.removeprefix(f"{family}: "))["after"]
+        assert f"gold {shown(row['gold'], 2)}" in cards[2] and f"reward {shown(row['reward'], 2)}" in cards[2]
+
+
+def test_vote_in_the_browser(out, browser):
+    browser.open(out / "index.html")
+    pairs = read_lines(out / "reward" / "held_out.jsonl")
+    before = browser.text("#vote [aria-live]")
+    assert "P(A over B)" not in before
+    # Vote A on ten pairs, by keyboard: the focus goes on to "next pair", then to "A is better" of the next.
+    browser.js("document.querySelector('#vote [aria-live] button').focus()")
+    agree = 0
+    for pair in pairs[:10]:
+        browser.press("Enter", 13, "\r")
+        text = browser.text("#vote [aria-live]")
+        p = 1 / (1 + math.exp(pair["r_b"] - pair["r_a"]))
+        assert f"= {shown(p)}" in text and f"r(A) {shown(pair['r_a'], 2)}" in text
+        agree += p > 0.5
+        browser.press("Enter", 13, "\r")
+    note = browser.text("#vote .note")
+    assert note.startswith(f"After 10 votes you agree with the reward model in {agree} of 10")
+    votes = browser.js("document.querySelector('#vote textarea').value").splitlines()
+    expected = [{"prompt": x["prompt"], "chosen": x["a"], "rejected": x["b"], "label": 1} for x in pairs[:10]]
+    assert [json.loads(vote) for vote in votes] == expected
+    # The table counts what the file has.
+    told = [pair for pair in pairs if pair["label"] != 0.5]
+    right = sum((pair["r_a"] > pair["r_b"]) == (pair["label"] > 0.5) for pair in told)
+    assert f"{right} of {len(told)}" in browser.text("#vote tbody tr:first-child")
+    assert not browser.heard()[0]
+
+
+def test_every_number_of_an_iteration(out, browser):
+    browser.open(out / "index.html")
+    r = json.loads((out / "ppo" / "inspect.json").read_text())["last"]["responses"][0]
+    last, b, a = len(r["tokens"]) - 1, r["before"], r["after"]
+    opened = browser.js("document.querySelector('#ppo select').selectedOptions[0].text")
+    assert opened.startswith("ppo, last iteration (70)")     # where the policy has left the reference
+    expected = [[math.exp(x) for x in b["logp"]], [0.0] * last + [r["score"]],
+                [-0.1 * (x - y) for x, y in zip(b["logp"], b["ref_logp"])], b["advantage"], a["ratio"]]
+    for step, values in enumerate(expected):
+        browser.js(f"document.querySelectorAll('#ppo .row:not(.picker):not(.tokens) button')[{step}].click()")
+        small = browser.js("[...document.querySelectorAll('#ppo .tokens small')].map(x => x.textContent)")
+        assert small == [shown(value) for value in values]
+        for t in range(last + 1):
+            browser.js(f"document.querySelectorAll('#ppo .tokens button')[{t}].focus()")
+            text = browser.text("#ppo [aria-live]")
+            for key in ("logp", "ref_logp", "reward", "value", "advantage", "whitened", "return"):
+                assert shown(b[key][t], 4) in text, (step, t, key)
+            assert shown(a["ratio"][t], 4) in text and shown(a["logp"][t], 4) in text
+            if step == 4:
+                assert ("not clipped" not in text) == a["clipped"][t]
+    assert not browser.heard()[0]
+
+
+def test_curves_and_what_they_say(out, browser):
+    browser.open(out / "index.html")
+    log = read_lines(out / "ppo" / "log.jsonl")
+    for at in (0, 33, 69):
+        browser.js(f"cursor = document.querySelector('#ppo input'); cursor.value = {at};"
+                   "cursor.dispatchEvent(new Event('input'))")
+        text = browser.text("#ppo")
+        assert f"iteration {log[at]['step']}" in text
+        for key, title in (("reward", "reward"), ("gold", "gold"), ("kl", "KL, nats per answer")):
+            assert f"{title} {shown(log[at][key])}" in text
+    assert "Reward hacking" not in browser.text("#ppo .note")
+    # The hacked run says so, in section 3 when it is chosen and in section 6, which opens on it.
+    browser.js("list = [...document.querySelectorAll('#ppo select')].at(-1); list.selectedIndex ="
+               "[...list.options].findIndex(option => option.text === 'hacked'); list.onchange?.();"
+               "list.dispatchEvent(new Event('change'))")
+    assert browser.text("#ppo .note").startswith("Reward hacking")
+    assert browser.text("#hacking .note").startswith("Reward hacking")
+    cures = browser.text("#hacking tbody")
+    assert "confidence, none" in cures and "0.450" in cures       # the mean of two seeds
+
+
+def test_rlhf_beside_dpo_and_constitutional_ai(out, browser):
+    browser.open(out / "index.html")
+    text = browser.text("#versus")
+    for number in (0.55875, 0.9384, 0.941, 0.785):
+        assert shown(number) in text
+    ours, theirs = (read_lines(out / name / "answers.jsonl") for name in ("ppo", "dpo"))
+    wins = sum(x["after"]["gold"] > y["after"]["gold"] for x, y in zip(ours, theirs))
+    losses = sum(x["after"]["gold"] < y["after"]["gold"] for x, y in zip(ours, theirs))
+    assert f"better to {wins} of the test prompts, DPO’s to {losses}" in text
+    # Wins of PPO against its start: ties count one half.
+    gains = [x["after"]["gold"] - x["before"]["gold"] for x in ours]
+    rate = (sum(gain > 0 for gain in gains) + 0.5 * gains.count(0)) / len(gains)
+    assert shown(rate) in text
+    text = browser.text("#cai")
+    assert "800 worse, 800 good" in text and "0.621" in text
+    assert "(0.700 in one order + 0.900 in the other) / 2 = 0.800" in text     # turned to the chosen answer
+
+
+def test_all_by_keyboard(out, browser):
+    browser.open(out / "index.html")
+    controls = "button, select, a, textarea, input, summary, [tabindex]"
+    browser.js("seen = new Set(); document.addEventListener('focusin', event => seen.add(event.target));")
+    browser.js(f"all = [...document.querySelectorAll('{controls}')].filter(x => x.checkVisibility()); 0")
+    for _ in range(browser.js("all.length") + 5):
+        browser.press("Tab", 9)
+    assert browser.js("all.filter(x => x.isConnected && !seen.has(x)).map(x => x.outerHTML)") == []
+
+
+def test_an_empty_page_names_the_commands(tmp_path, browser):
+    browser.open(page.write_page(tmp_path))
+    bad, _ = browser.heard()
+    assert not bad
+    for section, command in (("pipeline", "python -m data.pretrain"), ("vote", "python reward.py"),
+                             ("ppo", "python ppo.py"), ("versus", "python dpo.py"), ("cai", "python cai.py"),
+                             ("hacking", "python tests/hacking.py")):
+        assert command in browser.text(f"#{section}")
+
+
+def test_shapes_that_no_run_leaves(tmp_path, browser):
+    # Valid JSON of another shape: the page opens, says which section it cannot draw, and draws the others.
+    figures = {"reward": [0, 1], "kl": [0, 1], "gold": [0, 1]}
+    write_run(tmp_path / "ppo", "ppo", 20, figures, {}, {"gold": 0.25})
+    (tmp_path / "ppo" / "inspect.json").write_text(json.dumps({"last": {"responses": [{"tokens": 3}]}}))
+    write_lines(tmp_path / "reward" / "held_out.jsonl", [{"prompt": 3}])
+    browser.open(page.write_page(tmp_path))
+    assert not browser.heard()[0]
+    assert "0.250" in browser.text("#pipeline")
+    assert "cannot be drawn" in browser.text("#vote")
+    assert "sqrt(KL)" in browser.js("document.querySelector('#hacking').textContent")
