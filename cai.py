@@ -502,7 +502,9 @@ def main(cfg):
 
     before = after = measured("start", "start", model, 0, {})
     for n in range(1, cfg.rounds + 1):
-        critic_path = cfg.critic or (base if base and n == 1 else model)
+        critic_path = cfg.critic or model
+        if base and n == 1 and not cfg.critic:
+            critic_path = base
         run.say(f"round {n}: generator {model}, critic {critic_path}")
 
         # 1. The model learns to answer as the critic revises.

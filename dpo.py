@@ -53,8 +53,8 @@ from data.run import (MEASURE, Run, RunFlags, adamw, batches, chain_columns, cos
 from model import frozen, logprobs_from, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
 
 # ------------------------------------------------------------------------------------------------------------
-# The losses as pure functions. First what they compare: the implicit rewards (2, B), without beta, of the chosen
-# (row 0) and the rejected answers, from their log-probs under the policy, logp (2, B), and under the reference,
+# The losses as pure functions. First what they compare: implicit rewards (2, B), without beta, of the chosen
+# (row 0) and the rejected answers, from their log-probs under the policy, logp (2, B), and the reference,
 # ref (2, B), summed over their tokens, and their numbers of tokens, n (2, B).
 
 
@@ -252,9 +252,8 @@ def read_prompts(path, tok, max_prompt):
 
 
 def length_of(example):
-    """Tokens of an example's prompt and its longer answer, by which batches are sorted."""
-    prompt, first, second, _ = example
-    return len(prompt) + max(len(first), len(second))
+    """Tokens of an example, or of (prompt, answer), with its longest answer: what batches are sorted by."""
+    return len(example[0]) + max(map(len, example[1:3]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -384,7 +383,7 @@ def all_logps(logps_of, model, items, tok, size, say=None):
     """logps_of(model, items, tok), (.., N), of many items: `size` of similar length at a time, each rank its
     share. Policy and reference must go the same way, so that they start equal. say: where progress is
     told."""
-    order = sorted(range(len(items)), key=lambda i: sum(map(len, items[i][:3])))
+    order = sorted(range(len(items)), key=lambda i: length_of(items[i]))
     order += (order * WORLD)[: -len(order) % WORLD]    # all ranks get as many; some are computed twice
     mine = order[RANK::WORLD]
     total, times, told = None, None, time.time()

@@ -246,8 +246,8 @@ def check_finite(at, **tensors):
         good = x.reshape(len(x), -1).isfinite().all(1)
         if not good.all():
             bad = [i for i, fine in zip(at, good.tolist()) if not fine]
-            raise InputError(f"the {name} is not finite for the prompts in rows {bad[:8]}; nothing was updated. "
-                             "Look at that model's weights, and try --dtype float32")
+            raise InputError(f"the {name} is not finite for the prompts in rows {bad[:8]}; nothing was updated."
+                             " Look at that model's weights, and try --dtype float32")
 
 
 def add(sums, n, **figures):
@@ -435,13 +435,13 @@ def main(cfg):
         if tests.graded:    # gold is shown, never trained on
             figures |= world.report(batch_rows, texts)
         run.log(it, tokens=sum(widths), show=("reward", "gold", "kl", "length", "eos_rate"), **figures)
-        if cfg.inspect or it in (cfg.value_warmup, run.n_steps - 1):
+        moment = {cfg.value_warmup: "first", cfg.value_warmup + 5: "middle", run.n_steps - 1: "last"}.get(it)
+        if cfg.inspect or moment:
             numbers = {"score": scores, "logp": old_logp, "ref_logp": ref_logp, "reward": token_rewards,
                        "value": old_values, "advantage": raw_advantages, "whitened": advantages,
                        "return": returns}
-            page = report.inspection(policy, value, tok, ids, mask, numbers, cfg)
-            page |= {"iteration": it + 1, "beta": beta}
-            inspected = {"first": inspected.get("first", page), "last": page}
+            page = report.inspection(policy, value, tok, batch_rows, (ids, mask), numbers, cfg)
+            inspected[moment or "last"] = page | {"iteration": it + 1, "beta": beta}
         if cfg.kl == "adaptive":
             beta = adapt_kl_coef(beta, kl.sum(1).mean().item(), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
         if run.due(it) or over_budget:

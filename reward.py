@@ -79,6 +79,7 @@ def preference_loss(r_a, r_b, p, margin=0.0, center=0.0):
 def compare(cfg, path, device, run):
     """Preference rows (data/formats.py) of the tiny world: the policy at `path` answers each prompt k times,
     and the annotator compares every two different answers."""
+    # The policy, and the prompts that leave it room for an answer.
     policy, tok = load(path)
     policy = sampling_copy(frozen(policy)).to(device)
     rows = world.rows("preference")
@@ -119,7 +120,7 @@ def group(rows, tok, max_len, margin=0.0):
     rows left out because an answer does not fit into max_len tokens."""
     groups, n_too_long = {}, 0
     for row in rows:
-        answers, pairs = groups.get(str(row["prompt"]), ({}, []))
+        # Both sides as ids, the prompt with them.
         sides = []
         for name in ("chosen", "rejected"):
             prompt, answer = tok.render_answer(row["prompt"], row[name])
@@ -128,10 +129,10 @@ def group(rows, tok, max_len, margin=0.0):
             n_too_long += 1
             continue
 
-        # An answer that stands in several pairs is listed once.
+        # The prompt's answers so far, {ids: number}, and its pairs; an answer of several pairs has one number.
+        answers, pairs = groups.setdefault(str(row["prompt"]), ({}, []))
         i, j = [answers.setdefault(ids, len(answers)) for ids in sides]
         pairs.append((i, j, row["label"], margin * row["margin"], row.get("ceiling", 1.0)))
-        groups[str(row["prompt"])] = answers, pairs
     return [(list(answers), pairs) for answers, pairs in groups.values()], n_too_long
 
 
@@ -150,6 +151,7 @@ def batch_of(groups, tok, device):
     """All answers of some groups as the rows of one batch, ids and mask of real tokens (N, T), and Pairs."""
     rows, columns = [], []
     for answers, pairs in groups:
+        # The answers of a group follow one another, so its pairs are moved by the number of rows before it.
         start = len(rows)
         rows += answers
         for i, j, p, margin, ceiling in pairs:
@@ -183,6 +185,7 @@ def accuracies(d, p, longer):
     """Accuracy {name: number} on pairs that are no ties, from reward differences d (M,), labels p (M,) and
     by how many tokens a is longer than b (M,). longer_wins is that of always taking the longer answer."""
     out = {"accuracy": share_right(d, p), "longer_wins": share_right(longer, p)}
+    # Apart where the chosen answer is the shorter one, as long as the other, or the longer one.
     chosen_is = (longer * (p - 0.5)).sign()
     for name, sign in (("shorter", -1), ("same_length", 0), ("longer", 1)):
         part = chosen_is == sign
@@ -194,13 +197,14 @@ def accuracies(d, p, longer):
 @torch.no_grad()
 def evaluate(model, groups, tok):
     """Figures {name: number} of held-out groups, and the mean reward of all their answers."""
+    # Every answer once, 64 at a time, each process its share.
     ids, mask, pairs = batch_of(groups, tok, model.wte.weight.device)
     r = in_chunks(functools.partial(answer_rewards, model), ids, mask, 64)                     # (N,)
     r_a, r_b, length = r[pairs.a], r[pairs.b], mask.sum(1)                                     # (M,) and (N,)
     d, longer, p = r_a - r_b, length[pairs.a] - length[pairs.b], pairs.p                       # (M,) each
     figures = {"loss": preference_loss(r_a, r_b, p, pairs.margin).mean().item()}
 
-    # Where nobody called it a tie: accuracy, the annotator's own (ceiling), the mean difference of reward.
+    # Among the pairs that are no ties: accuracy, the annotator's own (ceiling), mean difference of reward.
     choice = p != 0.5
     if choice.any():
         figures |= accuracies(d[choice], p[choice], longer[choice])
@@ -261,6 +265,7 @@ def main(cfg):
         run.samples(title, [pair["prompt"] for pair in few], [vote.as_text(pair) for pair in few])
         return pairs
 
+    # How good it is before its first step.
     if run.first:
         before = run.state["before"]
     else:

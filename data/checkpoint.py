@@ -59,7 +59,7 @@ def load_state(folder):
         return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     except Exception as e:
         what = f"no training state of ours ({type(e).__name__})"
-        raise InputError(f"{path}: {what}; start without --resume") from None
+        raise InputError(f"{path}: {what}; begin anew with --overwrite") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -88,8 +88,8 @@ def check_folder(folder):
                               "(peft: merge_and_unload) and save the whole")
     others = [name for name in sorted(names) if name.endswith((".bin", ".pth", ".gguf", ".safetensors"))]
     if others and not weights:
-        raise CheckpointError(f"{folder}: has {others[0]} but no {WEIGHTS}, which transformers' save_pretrained "
-                              "makes; pickled weights are never opened")
+        raise CheckpointError(f"{folder}: has {others[0]} but no {WEIGHTS}, which transformers makes with "
+                              "save_pretrained; pickled weights are never opened")
     require(weights, f"{folder}: has no {WEIGHTS}")
     require("config.json" in names, f"{folder}: has no config.json")
 
@@ -111,7 +111,8 @@ def load_weights(path, head=None):
         tok = load_tokenizer(folder, cfg.vocab_size)
         require(tok.vocab_size <= cfg.vocab_size,
                 f"tokenizer.json has {tok.vocab_size} tokens, config.json says {cfg.vocab_size}")
-        weights = weights_from_hf(read_tensors(folder), cfg, drawn=["score.weight"] if head == "new" else [])
+        drawn = ["score.weight"] if head == "new" else []
+        weights = weights_from_hf(read_tensors(folder), cfg, drawn)
         return replace(cfg, tie=cfg.tie and "lm_head.weight" not in weights), weights, tok
     except CheckpointError as e:
         raise e if str(e).startswith(str(folder)) else CheckpointError(f"{folder}: {e}") from None
@@ -140,7 +141,7 @@ def save_folder(folder, cfg, state, tok, extra_files={}):
              **extra_files, "config.json": json.dumps(config_to_hf(cfg, tok), indent=2)}
     plain_names(files, folder)
     try:
-        for name, content in files.items():
+        for name, content in files.items():           # step 1
             path = folder / f".{name}.new"
             if callable(content):
                 content(path)
@@ -154,9 +155,9 @@ def save_folder(folder, cfg, state, tok, extra_files={}):
         for name in [*files, "commit"]:
             (folder / f".{name}.new").unlink(missing_ok=True)
         raise
-    os.replace(folder / ".commit.new", folder / ".commit")
+    os.replace(folder / ".commit.new", folder / ".commit")        # step 2
     sync(folder)
-    finish_save(folder)
+    finish_save(folder)                               # step 3
 
 
 def finish_save(folder):
@@ -205,14 +206,9 @@ def fetch_hub(name):
     require(HUB_NAME.fullmatch(name) and ".." not in name,
             f"{name!r} is neither a folder nor the name of a hub model")
     home = os.path.expanduser("~")                    # stays "~" for a user without a home folder
-    hf_home = os.environ.get("HF_HOME") or os.path.join(home, ".cache", "huggingface")
-    hf_cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(hf_home, "hub"))
-    theirs = hf_cache / f"models--{name.replace('/', '--')}"
-    if (theirs / "refs" / "main").exists():           # holds the name of the newest of the snapshots
-        snapshot = theirs / "snapshots" / (theirs / "refs" / "main").read_text().strip()
-        there = [(snapshot / file).exists() for file in (*NEEDED, WEIGHTS, INDEX)]
-        if all(there[:2]) and any(there[2:]):
-            return snapshot
+    snapshot = hf_snapshot(name, home)
+    if snapshot:
+        return snapshot
     cache = os.environ.get("NANORLHF_CACHE") or os.path.join(home, ".cache", "nanorlhf")
     require(cache[0] != "~", f"{name}: there is no home folder to keep it in; set NANORLHF_CACHE to a folder")
     folder = Path(cache) / name.replace("/", "--")
@@ -222,6 +218,7 @@ def fetch_hub(name):
         folder.mkdir(parents=True, exist_ok=True)
         for file in NEEDED:
             download(base + file, folder / file)
+
         # The weights come last, so that nothing is asked for once they are there. Big models have shards.
         if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
             for file in (*OPTIONAL, WEIGHTS):
@@ -231,10 +228,25 @@ def fetch_hub(name):
             for file in sorted(set(read_index(folder / INDEX).values())):
                 download(base + file, folder / file)
     except (OSError, http.client.HTTPException) as e:
-        what = f"{getattr(e, 'url', base)}: {e}{WHY.get(getattr(e, 'code', 0), '')}"
-        raise CheckpointError(f"{name} is no folder here and cannot be fetched from {what}. To do it by hand, "
-                              f"put {', '.join(NEEDED)} and {WEIGHTS} into {folder}") from None
+        why = f"{e}{WHY.get(getattr(e, 'code', 0), '')}"
+        what = f"{name} is no folder here and cannot be fetched from {getattr(e, 'url', base)}: {why}"
+        by_hand = f"To do it by hand, put {', '.join(NEEDED)} and {WEIGHTS} into {folder}"
+        raise CheckpointError(f"{what}. {by_hand}") from None
     return folder
+
+
+def hf_snapshot(name, home):
+    """The newest version of a hub model in the cache of Hugging Face's libraries, None unless it is whole."""
+    hf_home = os.environ.get("HF_HOME") or os.path.join(home, ".cache", "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(hf_home, "hub"))
+    folder = cache / f"models--{name.replace('/', '--')}"
+    newest = folder / "refs" / "main"                 # holds the name of a folder in snapshots/
+    if not os.path.isfile(newest):
+        return None
+    snapshot = folder / "snapshots" / newest.read_text().strip()
+    whole = all(os.path.isfile(snapshot / file) for file in NEEDED)
+    weights = os.path.isfile(snapshot / WEIGHTS) or os.path.isfile(snapshot / INDEX)
+    return snapshot if whole and weights else None
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
@@ -253,8 +265,8 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 def download(url, path, needed=True):
     """Fetch url to path, unless it is there, or the server has none and it is not needed. A broken transfer
-    leaves PATH.part, which the next call continues; the file gets its name only when its size, and its SHA-256
-    if the server states it, are right. One process at a time.
+    leaves PATH.part, which the next call continues; the file gets its name only when its size is right, and
+    its SHA-256 if the server states it. One process at a time.
     Raises OSError or http.client.HTTPException (network), CheckpointError (wrong content)."""
     part, redirects = path.with_name(path.name + ".part"), Redirects()
     if path.exists():
@@ -347,8 +359,8 @@ def field(hf, key, default=0):
 
 
 def config_from_hf(hf):
-    """GPTConfig from the dict in a config.json. CheckpointError: a field that would change the outputs in a way
-    this GPT does not implement."""
+    """GPTConfig from the dict in a config.json. CheckpointError: a field would change the outputs in a way
+    that this GPT does not implement."""
     kind = hf.get("model_type")
     check(kind in (*HF_CLASS, "mistral"), f"model_type {kind!r} is not one of {', '.join(HF_CLASS)}, mistral")
     for key, values in PLAIN.items():
@@ -445,7 +457,8 @@ LLAMA_NAMES = {
     "wte": "model.embed_tokens", "ln_f": "model.norm", "h": "model.layers",
     "ln_1": ["input_layernorm"], "ln_2": ["post_attention_layernorm"],
     "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attn.proj": ["self_attn.o_proj"], "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
+    "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
+    "attn.proj": ["self_attn.o_proj"],
     "mlp.up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"]}
 
 
@@ -475,7 +488,8 @@ def weight_table(cfg):
 
 def weights_from_hf(tensors, cfg, drawn=()):
     """Our state dict from Hugging Face names. A head that cfg has no use for is dropped; one of `drawn` that
-    the file lacks is left out, for the caller to draw. Else a missing, extra or misshaped tensor is an error."""
+    the file lacks is left out, for the caller to draw. CheckpointError: any other tensor is missing, extra or
+    of another shape."""
     prefix = "transformer." if dialect(cfg) == "gpt2" else "model."
     buffers = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")   # tables in old files
     left = {}                                         # {full name: name in the file}
@@ -484,8 +498,8 @@ def weights_from_hf(tensors, cfg, drawn=()):
         if not buffers.fullmatch(name):
             left[name if has_prefix else prefix + name] = name
 
-    # A head that differs from the embedding is kept, whatever the config says (transformers does the same). One
-    # that a file has in place of the embedding is both.
+    # A head that differs from the embedding is kept, whatever the config says (transformers does the same).
+    # One that a file has in place of the embedding is both.
     _, [(embedding, _)], _ = next(weight_table(cfg))
     if cfg.tie and "lm_head.weight" in left:
         same = left.setdefault(embedding, "lm_head.weight")
@@ -511,7 +525,7 @@ def weights_from_hf(tensors, cfg, drawn=()):
 
 def weights_to_hf(state, cfg):
     """The inverse of weights_from_hf for a full state dict of GPT(cfg)."""
-    theirs, table = {}, {name: rest for name, *rest in weight_table(cfg)}
+    theirs, table = {}, {name: rest for name, *rest in weight_table(cfg)}   # rest: their names, transposed
     odd = sorted(state.keys() ^ table.keys())
     require(not odd, f"tensors missing, or not of this model: {', '.join(odd[:5])}")
     for name, (parts, flip) in table.items():

@@ -72,6 +72,7 @@ def prepare(model, cfg, device):
     made."""
     model.recompute = cfg.recompute
     if cfg.compile:
+        torch._dynamo.config.recompile_limit = 64   # shapes, with gradients or not, trained or frozen; else eager
         for block in model.h:
             block.compile()          # in place: no tensor changes its name
     if WORLD == 1:

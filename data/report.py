@@ -234,11 +234,11 @@ def reward_hacking(history, now, cfg):
 INSPECTED = 3     # responses
 
 
-def inspection(policy, value, tok, ids, mask, numbers, cfg):
-    """The numbers of the first responses of an iteration, for inspect.json. ids, mask: (B, T). numbers:
-    {"score": (B,), and (B, T) tensors of before the update: "logp", "ref_logp", "reward", "value",
+def inspection(policy, value, tok, rows, said, numbers, cfg):
+    """The numbers of the first responses of an iteration, for inspect.json, to prompt rows; said: (ids, mask), (B, T)
+    each. numbers: {"score": (B,), and (B, T) tensors of before the update: "logp", "ref_logp", "reward", "value",
     "advantage", "whitened", "return"}; the models are those of after the update."""
-    ids, mask = ids[:INSPECTED], mask[:INSPECTED]
+    ids, mask = said[0][:INSPECTED], said[1][:INSPECTED]
     with torch.no_grad():
         logp = token_logprobs(policy, ids, mask, cfg.temperature)                     # (n, T)
         values = torch.zeros_like(logp) if value is None else token_values(value, ids, mask)
@@ -252,11 +252,11 @@ def inspection(policy, value, tok, ids, mask, numbers, cfg):
     for i in range(len(ids)):
         m = mask[i]
         tokens = ["<eos>" if t in tok.eos_ids else tok.decode([t]) for t in ids[i][m].tolist()]
-        start = int(m.long().argmax())
         before = {name: x[i][m].tolist() for name, x in numbers.items() if name != "score"}
         after = {"logp": logp[i][m].tolist(), "value": values[i][m].tolist(), "ratio": ratio[i][m].tolist(),
                  "clipped": clipped[i][m].tolist()}
-        responses.append({"prompt": tok.decode(ids[i, :start].tolist()).strip(), "response": "".join(tokens).strip(),
+        text = tok.decode(ids[i][m].tolist()).strip()
+        responses.append({"prompt": rows[i]["prompt"][-1]["content"], "response": text,
                           "score": numbers["score"][i].item(), "ended": tokens[-1] == "<eos>", "tokens": tokens,
                           "before": before, "after": after})
     raw = numbers["advantage"][numbers["whitened"] != 0]

@@ -466,6 +466,8 @@ class Run:
         self.start, self.step_seconds, self.slow = time.time(), [], False
         self.line_open, self.warned = False, set()
         flags = {name: value for name, value in asdict(cfg).items() if name not in FREE}
+        if begun != "state.pt":      # a run of several scripts: where one of them stops, others begin
+            flags["max_steps"] = cfg.max_steps
         told = {"stage": stage, "config": asdict(cfg), "flags": flags,
                 "inputs": {str(path): fingerprint(path) for path in inputs}}
         if RANK == 0 and not dry:

@@ -82,10 +82,10 @@ class Tokenizer:
 
     template: 'chatml', 'llama3' or 'plain', whichever the special tokens allow. bos_id begins every document,
     None if there is none. eos_id ends a turn; eos_ids are all that end a text, with those that the checkpoint
-    declares (`ends`, ids or names). pad_id is none of them: a token of its own or an ordinary one (GPT-2), which
-    is fine because masks are explicit everywhere. visible: names of added tokens that are ordinary text, such
-    as Qwen3's <think>. pre, nfc, raw: the pre-tokenizer as tokenizer.json has it, whether text is normalised to
-    NFC, the bytes of that file."""
+    declares (`ends`, ids or names). pad_id is none of them: a token of its own or, as with GPT-2, an ordinary
+    one, which is fine because masks are explicit everywhere. visible: names of added tokens that are ordinary
+    text, such as Qwen3's <think>. pre, nfc, raw: the pre-tokenizer as tokenizer.json has it, whether text is
+    normalised to NFC, the bytes of that file."""
 
     def __init__(self, enc, pre=BYTE_LEVEL, nfc=False, raw=None, visible=(), vocab_size=None, ends=()):
         self.enc, self.pre, self.nfc, self.raw = enc, pre, nfc, raw
@@ -137,8 +137,8 @@ class Tokenizer:
     def spell(self, text):
         """Ids of a text by the rules of BPE alone; bytes that the vocabulary lacks are dropped."""
         if len(text) > MUCH and BLANK.search(text):
-            raise InputError(f"the text that begins {text[:30]!r} has {MUCH} characters of white space in a row, "
-                             "which tiktoken cannot split; shorten it or leave it out")
+            what = f"has {MUCH} characters of white space in a row, which tiktoken cannot split"
+            raise InputError(f"the text that begins {text[:30]!r} {what}; shorten it or leave it out")
         ids = self.enc.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
         return ids if self.vocab_size == self.enc.n_vocab else [i for i in ids if i < self.vocab_size]
 
@@ -161,12 +161,12 @@ class Tokenizer:
         return [start, *self.encode(role), end, *self.encode("\n\n")]
 
     def render(self, messages, generation_prompt=False):
-        """(ids, mask), lists of int, of a chat [{"role": "system" | "user" | "assistant", "content": str}, ...].
+        """(ids, mask), lists of int, of a chat [{"role": "system"|"user"|"assistant", "content": str}, ...].
 
         mask is 1 exactly on the tokens of assistant contents and on the token that ends each assistant turn,
         but 0 in a turn with "train": False. Pieces are encoded one by one, so a prompt is always a prefix of
         prompt + answer. generation_prompt opens an assistant turn at the end. No default system message is
-        added (SmolLM2's and Qwen2.5's own templates do). ValueError: unknown role, or content that is no str."""
+        added (SmolLM2 and Qwen2.5 have one). ValueError: unknown role, or content that is no str."""
         plain = self.template == "plain"
         ids, mask = [], []
 
@@ -286,7 +286,7 @@ def build_tokenizer(path, hf, ends):
     check(bpe, "not a byte-level BPE")
     known = norm in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []})
     check(known, f"normalizer {norm} is not supported")
-    regex = split_regex(pre) if pre else None
+    regex = pre and split_regex(pre)
     check(regex, f"pre_tokenizer {json.dumps(pre)} is not supported")
 
     # The vocabulary: added tokens {name: id}, of which some are visible, and the others {bytes: id}.
@@ -340,7 +340,7 @@ def tokenizer_to_json(tok):
 
     ranks = {token: i for token, i in tok.enc._mergeable_ranks.items() if i < tok.vocab_size}
     merges, added = [], []
-    for token in sorted(ranks, key=ranks.get):
+    for token in sorted(ranks, key=ranks.get):        # oldest first
         if len(token) > 1:
             merges.append([write(part) for part in merge_parts(token, ranks)])
     require(all(len(pair) == 2 for pair in merges), f"{tok.enc.name}: has tokens that no merge makes")

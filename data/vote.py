@@ -62,6 +62,8 @@ def some_pairs(rows, tok, max_len, seed, n=60):
         if len(found) == n or prompt in seen or not fits(pair, tok, max_len):
             continue
         seen.add(prompt)
+
+        # Half of them the other way round, or the preferred answer would always stand first.
         if rng.random() < 0.5:
             pair |= {"a": row["rejected"], "b": row["chosen"], "label": 1 - row["label"]}
         found.append(pair)
@@ -74,6 +76,8 @@ def scored(pairs, model, tok):
     prompts = [pair["prompt"] for pair in pairs]
     r_a = sample.rewards(model, tok, prompts, [pair["a"] for pair in pairs])
     r_b = sample.rewards(model, tok, prompts, [pair["b"] for pair in pairs])
+
+    # What gold judges by, such as the right answer, stands in the world's own rows.
     known, out = {str(row["prompt"]): row for row in world.rows("preference")}, []
     for i, pair in enumerate(pairs):
         pair = pair | {"r_a": r_a[i], "r_b": r_b[i]}
@@ -104,7 +108,8 @@ def questions(policies, rows, cfg):
     """Pairs to vote on, made one at a time: two different answers of policies [(model, tok)] to the prompt of
     each of rows. A prompt that is too long, or has no two different answers that end, is passed over."""
     for row in rows:
-        rng, answers = random.Random(f"{cfg.seed} {row['prompt']}"), []     # whatever was asked before
+        # Draws of its own for every prompt, so that it gets the same answers whatever was asked before.
+        rng, answers = random.Random(f"{cfg.seed} {row['prompt']}"), []
         for n, (model, tok) in enumerate(policies):
             count = cfg.k // len(policies) + (n < cfg.k % len(policies))
             if not sample.short_enough(tok, [row], model.cfg.max_len - cfg.max_new):
@@ -150,6 +155,8 @@ def ask(pair, n_votes):
     for number, side in (("1", "a"), ("2", "b")):
         text = pair[side].replace("\n", "\n     ")
         print(f"\n  {number}  {text}")
+
+    # Anything that is no key is asked again.
     key = ""
     while key not in ("1", "2", "t", "s", "u", "q"):
         key = input(f"\n[{n_votes} votes] {KEYS}> ").strip()[:1].lower()
@@ -159,9 +166,12 @@ def ask(pair, n_votes):
 def opinion(pair, model, tok, agreed):
     """What a reward model thinks of a pair that has been voted on, as text. agreed: whether it did with the
     votes so far, None for ties; this one is appended."""
+    # Nothing can be said of what it cannot read.
     if not fits(pair, tok, model.cfg.max_len):
         agreed.append(None)
         return f"(longer than the {model.cfg.max_len} tokens that the reward model reads)"
+
+    # Its two rewards, and whether the larger one is that of the chosen answer.
     r_a, r_b = sample.rewards(model, tok, [pair["prompt"]] * 2, [pair["a"], pair["b"]])
     tie = pair["label"] == 0.5
     agreed.append(None if tie else (r_a > r_b) == (pair["label"] > 0.5))
@@ -174,6 +184,7 @@ def opinion(pair, model, tok, agreed):
 
 def main(cfg):
     """Ask for votes until the prompts or the patience end."""
+    # The votes so far, and who takes part. Links of the chain that are missing are made first.
     device = setup(cfg)
     path = Path(cfg.out) / "votes.jsonl"
     votes = read_votes(path)
@@ -218,7 +229,7 @@ def main(cfg):
                     agreed = agreed[:-1]
                 continue
 
-            # A vote.
+            # A vote, on the disk before the reward model says what it thinks.
             chosen, rejected = (pair["b"], pair["a"]) if key == "2" else (pair["a"], pair["b"])
             label = 0.5 if key == "t" else 1.0
             votes.append({"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected, "label": label})

@@ -73,12 +73,12 @@ def table(cfg, seeds, folder_of):
 
     # A line a variant: figures after training, and what the runs cost.
     figures = ("gold", "helpful", "harmless", "honest", "eos_rate", "kl", "win_rate", "accuracy")
-    lines = [f"{'':22}" + "".join(f"{name:>26}" for name in (*figures, "seconds", "MB"))]
+    lines = [f"{'':22}" + "".join(f"{name:>30}" for name in (*figures, "seconds", "MB"))]
     for name, results in rows.items():
         if results:
             cells = [spread([result["after"].get(figure) for result in results]) for figure in figures]
             cells += [spread([result.get(cost) for result in results]) for cost in ("seconds", "mb")]
-            lines.append(f"{name:22}" + "".join(f"{cell:>26}" for cell in cells))
+            lines.append(f"{name:22}" + "".join(f"{cell:>30}" for cell in cells))
     write_atomic(Path(cfg.out) / "table.txt", ("\n".join(lines) + "\n").encode())
     write_atomic(Path(cfg.out) / "table.json", json.dumps(rows, indent=1).encode())
     print("\n".join(lines))

@@ -464,7 +464,8 @@ def test_critic_test_at_an_address(suite, server, tmp_path):
 
 @needs_fork
 def test_the_script(suite, chain):
-    """Both stages on a slice of the tiny world with models of a few steps; then --resume, which has nothing to do."""
+    """Both stages on a slice of the tiny world with models of a few steps; then again with nothing to do, with other
+    flags, and after a break just before the end."""
     job, folder = suite.early["cai"]
     r = suite.finish(job)
     assert r.rc == 0 and r.err == "", r
@@ -489,6 +490,14 @@ def test_the_script(suite, chain):
     assert "running" not in r.out and (folder / "critic_answers.jsonl").read_text() == asked
     again = json.loads((folder / "result.json").read_text())
     assert (again["before"], again["after"]) == (result["before"], result["after"])
+    (folder / "result.json").unlink()
+    told = {name: (folder / name).read_text() for name in ("answers.jsonl", "log.jsonl", "samples.txt")}
+    for flags, word in ((["--k", 4], "--k was 3, now 4"), (["--max_steps", 9], "--max_steps was 8, now 9")):
+        r = suite.run("cai.py", "--out", folder, *CAI_FLAGS, *flags)
+        assert r.rc == 1 and word in r.err, r
+    r = suite.ok("cai.py", "--out", folder, *CAI_FLAGS)
+    assert r.out.count("is finished") == 3 and (folder / "critic_answers.jsonl").read_text() == asked
+    assert told == {name: (folder / name).read_text() for name in told}
 
 
 @needs_fork
@@ -496,7 +505,7 @@ def test_stages_on_several_processes(suite, chain, tmp_path):
     """--nproc_per_node 2: two processes train each stage, to the losses of one."""
     demos = tmp_path / "demos.jsonl"
     demos.write_text("".join(json.dumps({"prompt": f"What is {i}?", "completion": f"It is {i}."}) + "\n"
-                             for i in range(80)))
+                             for i in range(81)))   # of which 74 are trained on, so that no batch is odd
     flags = ["--init", chain / "base", "--data", demos, "--max_new", 4, "--max_steps", 2, "--dtype", "float32"]
     suite.ok("sft.py", "--out", tmp_path / "one", *flags)
     cfg = cai.Config(nproc_per_node=2, device="cpu", out=str(tmp_path / "cai"))

@@ -537,7 +537,8 @@ def test_documents_begin_with_bos_where_the_vocabulary_says_so(tf, tmp_path):
 @pytest.mark.parametrize("kind, template, mark", [
     ("plain", "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "[INST]"),
     ("plain", "{% if m.role == 'user' %}{{ '<\uff5cUser\uff5c>' + m.content }}{% endif %}", "<\uff5cUser\uff5c>"),
-    ("llama3", "{{ '<|im_start|>' + m.role }}", "<|im_start|>"), ("chatml", "{{ '<start_of_turn>' }}", "<start_of_turn>"),
+    ("llama3", "{{ '<|im_start|>' + m.role }}", "<|im_start|>"),
+    ("chatml", "{{ '<start_of_turn>' }}", "<start_of_turn>"),
     ("plain", [{"name": "default", "template": "<|user|>\n"}], "<|user|>"), ("plain", "{{ m.content }}", "?"),
     ("chatml", "{{ '<|im_start|>' }}", None), ("llama3", "{{ '<|start_header_id|>' }}", None), ("plain", None, None)])
 def test_another_chat_template_is_said(tmp_path, capsys, kind, template, mark):
@@ -829,8 +830,8 @@ def test_weights_by_other_names():
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
 def test_a_head_that_contradicts_the_config(tmp_path, kind, tf):
-    """config.json says tied. A head that differs is kept, as transformers does; an equal one may go; and a file that has
-    the head alone, from which safetensors' save_model has removed the embedding as a double, is whole."""
+    """config.json says tied. A head that differs is kept, as transformers does; an equal one may go; and a file that
+    has the head alone, from which safetensors' save_model has removed the embedding as a double, is whole."""
     tok, cfg = toy_tokenizer(tmp_path), CONFIGS[kind]
     model = shake(GPT(cfg))
     ids = some_ids(9)
@@ -1124,7 +1125,8 @@ def test_killed_while_saving(tmp_path):
 
 class Hub(http.server.BaseHTTPRequestHandler):
     files, log, hashes, lie, cut, ranges, code = {}, [], True, 0, None, True, None
-    cdn, tokens, gate, moved = "", None, None, None    # where files are; (host, path, token) of each request; the one it wants; where config.json is now
+    cdn, moved, gate = "", None, None    # where large files are and where config.json has gone; the token it wants
+    tokens = None                        # (host, path, token) of each request
 
     def do_GET(self):
         self.log.append((self.path, self.headers.get("Range")))

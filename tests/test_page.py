@@ -547,7 +547,7 @@ def test_curves_and_what_they_say(out, browser):
     assert browser.text("#ppo .note").startswith("Reward hacking")
     assert browser.text("#hacking .note").startswith("Reward hacking")
     cures = browser.text("#hacking tbody")
-    assert "confidence, none" in cures and "0.450" in cures       # the mean of two seeds
+    assert "confidence, none" in cures and "0.450" in cures and "NaN" not in cures     # the mean of two seeds
 
 
 def test_rlhf_beside_dpo_and_constitutional_ai(out, browser):

@@ -409,10 +409,11 @@ def bad(chain, tmp_path_factory):
     """A folder of things that scripts must refuse."""
     d = tmp_path_factory.mktemp("bad")
     for name, source in {"cut": "sft", "bigger": "sft", "no_tok": "sft", "no_config": "sft", "other_rm": "reward",
-                         "pad_rm": "reward", "json": "sft"}.items():
+                         "pad_rm": "reward", "json": "sft", "cut_rm": "reward"}.items():
         shutil.copytree(chain / source, d / name)
-    data = (d / "cut" / "model.safetensors").read_bytes()
-    (d / "cut" / "model.safetensors").write_bytes(data[:len(data) // 2])
+    for name in ("cut", "cut_rm"):
+        data = (d / name / "model.safetensors").read_bytes()
+        (d / name / "model.safetensors").write_bytes(data[:len(data) // 2])
     (d / "json" / "config.json").write_text('{"model_type": "llama", ')
     (d / "no_tok" / "tokenizer.json").unlink()
     (d / "no_config" / "config.json").unlink()
@@ -449,10 +450,10 @@ BAD_INPUT = [   # script, flags, what the message must hold
     ("ppo.py", PPO + "--reward {bad}/nosuch", "{bad}/nosuch"),
     ("data.chat", "{bad}/nosuch", "{bad}/nosuch"),
     ("sft.py", "--init {bad}/cut", "{bad}/cut/model.safetensors"),
-    ("ppo.py", PPO + "--reward {bad}/cut", "{bad}/cut/model.safetensors"),
+    ("ppo.py", PPO + "--reward {bad}/cut_rm", "{bad}/cut_rm/model.safetensors"),
     ("reward.py", "--init {bad}/bigger", "tokenizer.json has 1100 tokens"),
-    ("sft.py", "--init {bad}/no_tok", "{bad}/no_tok/tokenizer.json"),
-    ("sft.py", "--init {bad}/no_config", "{bad}/no_config/config.json"),
+    ("sft.py", "--init {bad}/no_tok", "{bad}/no_tok: has no tokenizer.json"),
+    ("sft.py", "--init {bad}/no_config", "{bad}/no_config: has no config.json"),
     ("sft.py", "--init {bad}/json", "{bad}/json/config.json"),
     ("ppo.py", PPO + "--reward {bad}/other_rm", "another tokenizer"),
     ("ppo.py", PPO + "--reward {bad}/pad_rm", "another tokenizer"),
@@ -513,7 +514,7 @@ BAD_INPUT = [   # script, flags, what the message must hold
     ("dpo.py", INIT + "--data {bad}/broken.jsonl", "{bad}/broken.jsonl:2: "),
     ("dpo.py", INIT + "--data {bad}/sft.jsonl", "{bad}/sft.jsonl:1: "),
     ("dpo.py", DPO + "--held_out 0", "--held_out"),
-    ("dpo.py", DPO + "--max_new 256", "--max_new 256"),
+    ("dpo.py", DPO + "--held_out 0.5 --max_new 256", "--max_new 256"),
     ("dpo.py", "--init {chain}/reward --data {bad}/pairs.jsonl", "is a reward model"),
     ("data.pretrain", "--device gpu", "--device gpu"),
     ("sft.py", INIT + "--device cuda:x", "--device cuda:x"),
@@ -1128,15 +1129,15 @@ def test_readme_commands_are_understood(command):
     parse_flags(import_module(module).Config, "", args)
 
 
-@pytest.mark.parametrize("command, stdin, word", [
+@pytest.mark.parametrize("start, stdin, word", [
     ("python -m data.world", "", "corpus.txt"),
     ("python -m data.chat", "What is the capital of Kenya?\n", "model>"),
     ("python ppo.py --inspect", "", "whitened"),
     ("python -m data.vote", "q\n", "votes in"),
     ("python -m data.evaluate out/base out/sft out/ppo", "", "gold")])
-def test_quick_readme_commands_run(suite, chain, tmp_path, command, stdin, word):
+def test_quick_readme_commands_run(suite, chain, tmp_path, start, stdin, word):
     """As printed, in a folder where out/ holds a finished chain."""
-    assert command in COMMANDS
+    [command, *_] = [command for command in COMMANDS if command.startswith(start)]
     root = copy_suite(tmp_path / "suite")
     shutil.copytree(chain, root / "out")
     r = subprocess.run([sys.executable, *command.split()[1:]], cwd=root, env=suite.env, input=stdin, timeout=300,
