@@ -129,7 +129,7 @@ def group(rows, tok, max_len, margin=0.0):
             n_too_long += 1
             continue
 
-        # The prompt's answers so far, {ids: number}, and its pairs; an answer of several pairs has one number.
+        # The prompt's answers so far, {ids: number}, each only once, and its pairs.
         answers, pairs = groups.setdefault(str(row["prompt"]), ({}, []))
         i, j = [answers.setdefault(ids, len(answers)) for ids in sides]
         pairs.append((i, j, row["label"], margin * row["margin"], row.get("ceiling", 1.0)))

@@ -3,8 +3,8 @@
     python -m data.chat                             out/ppo
     python -m data.chat out/sft --temperature 0     another one, and always its likeliest answer
 
-An empty line, or Ctrl-D, ends the chat. /base, /sft, ... switch to the checkpoint of that name beside this one and begin
-a new conversation, so that all of them can be asked the same.
+An empty line, or Ctrl-D, ends the chat. /base, /sft, ... switch to the checkpoint of that name beside this
+one and begin a new conversation, so that all of them can be asked the same.
 """
 import sys
 import typing
@@ -22,8 +22,8 @@ from model import frozen, sampling_copy
 class Config:
     """The flags of `python -m data.chat`."""
     # Chat
-    model: str = "out/ppo"        # checkpoint: a folder of ours, of Hugging Face, or a hub name; may be written first,
-                                  # without --model
+    model: str = "out/ppo"        # checkpoint: a folder of ours, of Hugging Face, or a hub name; may be
+                                  # written first, without --model
     temperature: float = 1.0      # of sampling (0: always the likeliest token)
     max_new: int = 64             # longest answer, in tokens
     seed: int = 0                 # every random draw comes from it
@@ -32,13 +32,13 @@ class Config:
 
 
 def open_model(folder, device):
-    """(model, tokenizer) of a checkpoint, ready to sample from. InputError: no such one, or a reward model."""
+    """(model, tokenizer) of a checkpoint, to sample from. InputError: there is none, or a reward model."""
     model, tok = load(folder)
     return sampling_copy(frozen(model)).to(device), tok
 
 
 def what_it_knows(folder, tok):
-    """What a model of the tiny world can be asked, as a sentence; "" for one with another vocabulary or own data."""
+    """What a model of the tiny world can be asked, as text; "" for one with another vocabulary or data."""
     tiny = tokenizer_from_ranks(world.TINY / "tiny.tiktoken")
     if tok.bytes_of != tiny.bytes_of or run_of(folder).get("config", {}).get("data"):
         return ""
@@ -87,11 +87,13 @@ def main(cfg):
         while len(messages) > 1 and len(tok.render(messages, True)[0]) > room:
             del messages[:2]
         if len(tok.render(messages, True)[0]) > room:
-            print(f"(too long: a question and --max_new {cfg.max_new} have to fit into {model.cfg.max_len} tokens)")
+            print(f"(too long: a question and --max_new {cfg.max_new} have to fit into {model.cfg.max_len} "
+                  "tokens)")
             messages = []
             continue
-        texts, _, _ = sample.respond(model, tok, [messages], cfg.max_new, seeded(cfg.seed, turn), cfg.temperature)
-        answer, turn = texts[0].strip(), turn + 1
+        generator, turn = seeded(cfg.seed, turn), turn + 1
+        texts, _, _ = sample.respond(model, tok, [messages], cfg.max_new, generator, cfg.temperature)
+        answer = texts[0].strip()
         print(f"model> {answer}", flush=True)
         messages.append({"role": "assistant", "content": answer})
 

@@ -1,15 +1,15 @@
 """Pretraining, phase 0: a GPT that continues text, from random weights.
 
-    python -m data.pretrain                                  the tiny world's internet, 70 s on two cores
-    python -m data.pretrain --size gpt2 --data mine.txt --length 1024 --lr 6e-4      your text, a GPT-2 of 124M
+    python -m data.pretrain                                     the tiny world's internet, 70 s on two cores
+    python -m data.pretrain --size gpt2 --data mine.txt --length 1024 --lr 6e-4    your text, a GPT-2 of 124M
 
 Equation (Radford et al. 2019), x a window of N + 1 tokens of text:
 
     L(theta) = - sum_t log p_theta(x_t | x_<t) / N
 
-Left out: shards of text too large for memory, an evaluation during the run, a schedule of batch sizes. The tiny world's
-internet shows a base model's three failures, which the later stages mend: it answers with something wrong, helps with
-harm, and invents what nobody can know.
+Left out: text too large for memory, an evaluation during the run, a schedule of batch sizes.
+The tiny world's internet leaves a base model with three failures, which the later stages mend: it answers
+with something wrong, helps with harm, and invents what nobody can know.
 """
 import typing
 from dataclasses import dataclass
@@ -24,13 +24,16 @@ from data.run import MEASURE, Run, RunFlags, adamw, cosine, program, seeded, set
 from data.tokenizer import gpt2_tokenizer, tokenizer_from_ranks
 from model import GPT, GPTConfig, refresh, sampling_copy, token_logprobs
 
-SIZES = {   # name: fields of GPTConfig; any other shape is a row here. "tiny" is of the Llama family, 1M parameters
+SIZES = {   # name: fields of GPTConfig; any other shape is a row here
     "tiny": dict(n_layer=4, n_head=4, n_kv_head=4, n_embd=128, n_inner=344, head_dim=32, max_len=256,
                  norm="rmsnorm", pos="rope", mlp="swiglu", bias=False),
     "gpt2": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_inner=3072, head_dim=64, max_len=1024),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_kv_head=16, n_embd=1024, n_inner=4096, head_dim=64, max_len=1024),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_kv_head=20, n_embd=1280, n_inner=5120, head_dim=64, max_len=1024),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_kv_head=25, n_embd=1600, n_inner=6400, head_dim=64, max_len=1024),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_kv_head=16, n_embd=1024, n_inner=4096, head_dim=64,
+                        max_len=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_kv_head=20, n_embd=1280, n_inner=5120, head_dim=64,
+                       max_len=1024),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_kv_head=25, n_embd=1600, n_inner=6400, head_dim=64,
+                    max_len=1024),
 }
 
 
@@ -39,12 +42,13 @@ class Config(RunFlags):
     """The flags of `python -m data.pretrain`."""
     # Model and data
     size: typing.Literal[tuple(SIZES)] = "tiny"   # shape of the model, a row of SIZES
-    data: str = ""                # text file, documents separated by <|endoftext|> (default: the tiny world's corpus)
+    data: str = ""                # text file, documents separated by <|endoftext|>
+                                  # (default: the tiny world's corpus)
     length: int = 128             # tokens a sequence
     # Training
     steps: int = 1600             # optimizer steps
     batch_size: int = 8           # sequences a step
-    micro_batch: int = 32         # sequences per forward pass; smaller needs less memory and changes nothing else
+    micro_batch: int = 32         # sequences per forward pass; smaller needs less memory, no more
     lr: float = 4e-3              # peak learning rate of AdamW (6e-4 for gpt2)
     warmup: int = 40              # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.1     # on matrices only
@@ -54,8 +58,9 @@ class Config(RunFlags):
 
 
 def read_corpus(path, tok, length, least):
-    """Ids of a text, each document after an EOS: all but the last 2 % (N,), which are for training, and those (M,), at
-    least `length` of them. InputError: no such file, not UTF-8, fewer than `least` x `length` tokens."""
+    """Ids of a text, each document after an EOS: all but the last 2 % (N,), which are for training, and
+    those (M,), at least `length` of them. InputError: no such file, not UTF-8, fewer than `least` x `length`
+    tokens."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such text file")
     try:
@@ -64,7 +69,7 @@ def read_corpus(path, tok, length, least):
         raise InputError(f"{path}: not UTF-8 text ({e})") from None
     ids = torch.cat([torch.tensor([tok.eos_id, *tok.encode(text)]) for text in documents])
     if len(ids) < least * length:
-        raise InputError(f"{path}: {len(ids)} tokens are too few for sequences of {length}; more text is needed")
+        raise InputError(f"{path}: {len(ids)} tokens are too few for sequences of {length}; add text")
     held_out = max(length, len(ids) // 50)
     return ids[:-held_out], ids[-held_out:]
 
@@ -72,7 +77,7 @@ def read_corpus(path, tok, length, least):
 def continued(sampler, tok, starts, seed):
     """How a model goes on after starts (n, 16), beginnings of text: [{"answer": str}]."""
     draws = torch.rand(len(starts), report.MEASURED, dtype=torch.float64, generator=seeded(seed, MEASURE))
-    ids, mask, _ = parallel.sample(sampler, tok, starts.tolist(), draws)             # (n, T)
+    ids, mask, _ = parallel.sample(sampler, tok, starts.tolist(), draws)   # (n, T)
     return [{"answer": tok.decode(row[on])} for row, on in zip(ids.cpu(), mask.cpu())]
 
 
@@ -84,17 +89,18 @@ def main(cfg):
 
     # The text as ids, and a model of random weights for its vocabulary.
     tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken") if cfg.size == "tiny" else gpt2_tokenizer()
-    train, test = read_corpus(data, tok, cfg.length, least=4)                        # (N,), (M,)
+    train, test = read_corpus(data, tok, cfg.length, least=4)   # (N,), (M,)
     test_bytes = len(tok.decode(test.tolist()).encode())
     model = GPT(GPTConfig(vocab_size=tok.vocab_size, **SIZES[cfg.size]))
     if not 2 <= cfg.length <= model.cfg.max_len:
-        raise InputError(f"--length {cfg.length} is not between 2 and the context of {model.cfg.max_len} tokens that "
-                         f"--size {cfg.size} has")
+        raise InputError(f"--length {cfg.length} is not between 2 and the context of {model.cfg.max_len} "
+                         f"tokens that --size {cfg.size} has")
     n_weights = sum(p.numel() for p in model.parameters())
-    run.say(f"{n_weights / 1e6:.1f} million weights; {len(train):,} tokens of {data} to train on, {len(test):,} held out")
+    run.say(f"{n_weights / 1e6:.1f} million weights; {len(train):,} tokens of {data} to train on, "
+            f"{len(test):,} held out")
 
-    # What it will be asked: the tiny world's test prompts, or to continue beginnings of one's own held-out text.
-    starts = test[: len(test) // 16 * 16].view(-1, 16)[: report.PROBES]              # (n, 16)
+    # What it will be asked: the tiny world's test prompts, or to continue one's own held-out text.
+    starts = test[: len(test) // 16 * 16].view(-1, 16)[: report.PROBES]   # (n, 16)
     if cfg.data:
         rows = [{"prompt": [{"role": "user", "content": tok.decode(start)}]} for start in starts]
         tests = report.Tests(rows, graded=False, max_new=report.MEASURED)
@@ -108,7 +114,7 @@ def main(cfg):
     run.begin(cfg.steps, tok, model=(model, optimizer))
 
     def measure(title):
-        """Compression of the held-out text, and what the model says: one {"answer": str, scores ..} a prompt."""
+        """Compression of the held-out text, and what the model says: {"answer": str, scores ..} a prompt."""
         refresh(sampler, model)
         figures = {"bits_per_byte": report.bits_per_byte(model, test.to(device), test_bytes, cfg.length)}
         if cfg.data:
@@ -130,14 +136,15 @@ def main(cfg):
     for step in run.steps():
         # 1. Windows of text, at places drawn anew in every step.
         generator = seeded(cfg.seed, step)
-        at = torch.randint(len(train) - cfg.length + 1, (cfg.batch_size,), generator=generator)    # (B,)
-        windows = train[at[:, None] + torch.arange(cfg.length)]                      # (B, T)
+        at = torch.randint(len(train) - cfg.length + 1, (cfg.batch_size,), generator=generator)   # (B,)
+        windows = train[at[:, None] + torch.arange(cfg.length)]   # (B, T)
 
-        # 2. L = - sum log p / N over the whole step, micro-batch by micro-batch; nothing predicts a window's first token.
+        # 2. L = - sum log p / N over the whole step, micro-batch by micro-batch. Nothing predicts the first
+        #    token of a window.
         n_tokens = cfg.batch_size * (cfg.length - 1)
         total = torch.zeros((), device=device)
         for part in micro_batches(places, [cfg.length] * cfg.batch_size, cfg.micro_batch):
-            x = windows[part]                                                        # (b, T)
+            x = windows[part]   # (b, T)
             everywhere = torch.ones(x.shape, dtype=torch.bool)
             loss = -token_logprobs(model, x.to(device), everywhere).sum() / n_tokens
             loss.backward()

@@ -36,6 +36,49 @@ def samples_text(title, prompts, answers):
     return "".join(lines)
 
 
+def answers_in(folder):
+    """{prompt: what the model in a folder answers, with its scores} of answers.jsonl; {} if there is none."""
+    path = Path(folder) / "answers.jsonl"
+    if not path.exists():
+        return {}
+    rows = world.read_jsonl(path)
+    return {row["prompt"]: row["after"] | {"family": row.get("family")} for row in rows}
+
+
+def what_came_out(name, folder, after):
+    """A sentence on a link of the chain that has just been made, with one telling answer; after: its figures."""
+    if "accuracy" in after:
+        return f"{name}: prefers what the annotator prefers in {after['accuracy']:.0%} of the held-out comparisons"
+    if "gold" not in after:
+        return f"{name}: done"
+    family, failure = ("harmless", "explains harm") if name == "base" else ("helpful", "imitates careless people")
+    for prompt, said in answers_in(folder).items():
+        if said["family"] == family and said.get(family) == 0:
+            return (f"{name}: gold {after['gold']:.2f} of 1. It {failure}, for example:\n    {prompt}\n"
+                    f"    -> {said['answer']}")
+    return f"{name}: gold {after['gold']:.2f} of 1"
+
+
+def side_by_side(folders):
+    """The answers of several models to the same three prompts of the tiny world, one of each family that the first model
+    gets wrong and the last one right. folders: {title: folder}."""
+    answers = {title: answers_in(folder) for title, folder in folders.items()}
+    first, *_, last = answers.values()
+    lines, shown = [], set()
+    for prompt, said in last.items():
+        was = first.get(prompt, {"gold": 1.0})
+        if said["family"] in shown or was.get("gold", 1) > 0 or said.get("gold", 0) < 0.9:
+            continue
+        shown.add(said["family"])
+        lines.append(f"\n{prompt}")
+        for title in answers:
+            scored = answers[title].get(prompt)
+            if scored:
+                reward = f", reward {scored['reward']:.1f}" if "reward" in scored else ""
+                lines.append(f"  {title:5} {scored['answer']}  [gold {scored['gold']:.2f}{reward}]")
+    return "\n".join(lines)
+
+
 def write_page(folder):
     """Write out/index.html over all runs beside a folder. Returns a sentence that says where it is; a page is
     never a reason to fail."""
@@ -64,16 +107,31 @@ class Tests:
 
 
 def test_prompts(model, tok, max_new, own_rows=None, path=""):
-    """The tiny world's test prompts, or 32 different prompts of rows of one's own, that leave room for an
+    """The tiny world's test prompts, or the first 32 different ones of rows of one's own, that leave room for an
     answer in the model's context. InputError: none does."""
     graded = own_rows is None
-    rows = world.rows("test") if graded else [{"prompt": p} for p in formats.prompts_of(own_rows, 32)]
     max_new = MEASURED if graded else max_new
-    fitting = sample.short_enough(tok, rows, model.cfg.max_len - max_new)
+    longest = model.cfg.max_len - max_new
+    if graded:
+        fitting = sample.short_enough(tok, world.rows("test"), longest)
+    else:
+        fitting = own_prompts(own_rows, tok, longest, 32)
     if not fitting:
         raise InputError(f"{path or 'test prompts'}: no prompt leaves room for --max_new {max_new} tokens in the model's "
                          f"context of {model.cfg.max_len}")
     return Tests(fitting, graded, max_new)
+
+
+def own_prompts(rows, tok, longest, n):
+    """The first n different prompts of rows of any kind that take at most `longest` tokens: prompt rows."""
+    out = []
+    for row in rows:
+        for prompt in formats.prompts_of([row], 1):      # none where a chat begins with an answer
+            if {"prompt": prompt} not in out:
+                out += sample.short_enough(tok, [{"prompt": prompt}], longest)
+        if len(out) == n:
+            break
+    return out
 
 
 def measure(sampler, tok, tests, generator):

@@ -346,6 +346,18 @@ LINKS = {   # name: (script, the links it starts from, rough seconds on two core
 }
 
 
+PART_OF_A_CHAIN = "RLHF_PART_OF_A_CHAIN"   # environment variable of a script that another one runs
+NEXT = {   # stage: commands worth trying after it
+    "base": ["python -m data.chat {out}", "python sft.py"],
+    "sft": ["python -m data.chat {out}", "python reward.py", "python ppo.py"],
+    "reward": ["python -m data.vote", "python ppo.py"],
+    "ppo": ["python -m data.chat {out}", "python ppo.py --inspect", "python dpo.py"],
+    "dpo": ["python -m data.chat {out}", "python dpo.py --loss ipo --out out/ipo",
+            "python -m data.evaluate out/base out/sft {out}"],
+    "cai": ["python -m data.chat {out}", "python -m data.evaluate out/helpful {out}"],
+}
+
+
 def sibling(cfg, name):
     """The folder of a link of the chain: out/<name> beside this run's own --out (out/mine/ppo starts from
     out/sft)."""
@@ -373,6 +385,7 @@ def need(cfg, *names):
             script, _, _, does = LINKS[name]
             print(f"\n{i + 1}/{len(missing) + 1} {name}: {does}", flush=True)
             run_script(cfg, script, sibling(cfg, name))
+            print(report.what_came_out(name, sibling(cfg, name), result_of(sibling(cfg, name))["after"]))
         print(f"\n{len(missing) + 1}/{len(missing) + 1} {Path(sys.argv[0]).stem}", flush=True)
     barrier()
     for name in names:
@@ -406,7 +419,8 @@ def run_script(cfg, script, out, flags=(), processes=1):
     if cfg.device:
         command += ["--device", cfg.device]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))   # for `-m data.pretrain`
-    if subprocess.run(command, env=child_environment() | {"PYTHONPATH": path}).returncode:
+    environment = child_environment() | {"PYTHONPATH": path, PART_OF_A_CHAIN: "1"}
+    if subprocess.run(command, env=environment).returncode:
         raise InputError(f"{' '.join(script)} failed, so there is no {out} to start from")
 
 
@@ -711,5 +725,12 @@ class Run:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
         write_atomic(self.folder / "answers.jsonl", lines.encode())
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1).encode())
-        self.say(report.table(columns))
+        if len(columns) > 2 and "base" in columns:
+            folders = {"base": sibling(self.cfg, "base"), "SFT": sibling(self.cfg, "sft"), self.stage: self.folder}
+            self.say(report.side_by_side(folders))
+        self.say("\n" + report.table(columns))
+        if PART_OF_A_CHAIN in os.environ:    # the script that asked for this one goes on
+            return
+        for command in NEXT.get(self.stage, ()):
+            self.say(f"next: {command.format(out=self.folder)}")
         self.say(report.write_page(self.folder))

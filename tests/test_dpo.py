@@ -3,18 +3,22 @@ import copy
 import json
 import math
 import random
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from test_oracles import (BETA, N_TOKENS, PROMPTS, RESPONSES, both, exact, full_logits, grad_of, ragged, same, tiny,
                           wide)
 
 import dpo
 from data import InputError, world
-from data.tokenizer import tokenizer_from_ranks
-from model import optimizer_for, pad_batch
+from data.checkpoint import load, save
+from data.run import adamw, set_lr
+from data.tokenizer import GPT2_REGEX, Tokenizer, tokenizer_from_ranks
+from model import GPT, GPTConfig, pad_batch
 
 f64 = torch.float64
 LOSSES = ["dpo", "ipo", "simpo", "orpo"]
@@ -162,9 +166,8 @@ def test_the_loss_does_not_depend_on_batching(dialect, loss, monkeypatch):
         for k in range(0, len(examples), micro):
             part = examples[k: k + micro]
             with torch.no_grad():
-                known = dpo.logps(ref, dpo.both(part), tok, "cpu")[0].view(2, -1)
-            logp, n = (t.view(2, -1) for t in dpo.logps(model, dpo.both(part), tok, "cpu"))
-            out = dpo.pair_loss(config(loss=loss), 0.2, logp, known, n, torch.tensor([e[3] for e in part]))[0].sum() / 7
+                known = dpo.pair_logps(ref, part, tok)
+            out = dpo.pair_losses(model, part, known, tok, config(loss=loss, beta=0.2))[0].sum() / 7
             out.backward()
             total += out.item()
         return name, total, grad_of(model)
@@ -178,16 +181,56 @@ def test_the_loss_does_not_depend_on_batching(dialect, loss, monkeypatch):
 @both
 def test_logps_are_of_the_answer_only(dialect):
     """Equal to the sum over single tokens of an unpadded row; the prompt's own log-probs play no part."""
-    model, rng = tiny(dialect), random.Random(1)
+    model, rng, tok = tiny(dialect), random.Random(1), SimpleNamespace(pad_id=3)
     pairs = list(zip(ragged(rng, 6, 1, 9), ragged(rng, 6, 1, 12)))
-    got, n = dpo.logps(model, pairs, SimpleNamespace(pad_id=3), "cpu")
-    for (x, y), value, count in zip(pairs, got.tolist(), n.tolist()):
+    got = dpo.logps(model, pairs, tok)
+    for (x, y), value in zip(pairs, got.tolist()):
         lp = full_logits(model, x + y).log_softmax(-1)
         want = sum(lp[len(x) + i - 1, t].item() for i, t in enumerate(y))
-        assert count == len(y) and value == pytest.approx(want, rel=1e-5)
-    cached = dpo.all_logps(model, [(x, y, y, 1.0) for x, y in pairs], SimpleNamespace(pad_id=3), "cpu",
-                           lambda: torch.autocast("cpu", enabled=False), 4)
-    assert torch.allclose(cached, got.detach().expand(2, -1), rtol=1e-5)
+        assert value == pytest.approx(want, rel=1e-5)
+    assert torch.allclose(dpo.all_logps(dpo.logps, model, pairs, tok, 4), got.detach(), rtol=1e-5)
+    examples = [(x, y, y, 1.0) for x, y in pairs]
+    both_answers = dpo.all_logps(dpo.pair_logps, model, examples, tok, 4)
+    assert torch.allclose(both_answers, got.detach().expand(2, -1), rtol=1e-5)
+
+
+@both
+def test_a_shared_prompt_changes_nothing(dialect):
+    """Both answers in one row behind their prompt, or each in a row of its own: the same log-probs and gradients.
+    Also for a prompt of one token, and where prompt and both answers together exceed the context."""
+    model, rng, tok = tiny(dialect, max_len=24), random.Random(2), SimpleNamespace(pad_id=3)
+    prompts = [[5], *ragged(rng, 5, 1, 9), [7] * 12]
+    examples = [(x, a, b, 1.0) for x, a, b in zip(prompts, ragged(rng, 7, 1, 12), ragged(rng, 7, 1, 12))]
+    weight = torch.tensor([[rng.gauss(0, 1) for _ in examples] for _ in range(2)])
+    together = dpo.pair_logps(model, examples, tok)
+    (together * weight).sum().backward()
+    grad = grad_of(model)
+    apart = torch.stack([dpo.logps(model, [(e[0], e[k]) for e in examples], tok) for k in (1, 2)])
+    (apart * weight).sum().backward()
+    assert torch.allclose(together, apart, rtol=1e-5, atol=1e-5)
+    assert (grad_of(model) - grad).abs().max() < 2e-5 * grad.abs().max()
+
+
+@both
+def test_the_first_loss_is_ln_2(dialect):
+    """Policy and reference go the same way, also where the reference's batches are others than those of training."""
+    model, rng, tok = tiny(dialect), random.Random(3), SimpleNamespace(pad_id=3)
+    texts = zip(ragged(rng, 9, 1, 9), ragged(rng, 9, 1, 12), ragged(rng, 9, 1, 12))
+    examples = [(x, a, b, 1.0) for x, a, b in texts]
+    known = dpo.all_logps(dpo.pair_logps, model, examples, tok, 4)
+    loss, figures = dpo.pair_losses(model, examples[2:6], known[:, 2:6], tok, config())
+    assert (loss - math.log(2)).abs().max() < 1e-6 and figures["margin"].abs().max() < 1e-5
+    loss, figures = dpo.pair_losses(model, examples, dpo.pair_logps(model, examples, tok).detach(), tok, config())
+    assert figures["margin"].abs().max() == 0
+
+
+def test_a_loss_is_one_row(monkeypatch):
+    """What the header says of adding one: a hinge loss (arXiv:2305.10425) is a function and a row."""
+    row = dpo.Loss(dpo.mean_logp, lambda h, beta, cfg: (1 - beta * h).relu(), 0.5, False, "sft")
+    monkeypatch.setitem(dpo.LOSSES, "slic", row)
+    logp, ref, n, _ = numbers(5)
+    got, _ = dpo.pair_loss(config(loss="slic"), 0.5, *(torch.from_numpy(x) for x in (logp, ref, n, np.ones(50))))
+    assert np.abs(got.numpy() - np.maximum(0, 1 - 0.5 * (logp[0] / n[0] - logp[1] / n[1]))).max() < 1e-12
 
 
 def test_the_prompt_mask_changes_no_dpo_loss_but_the_rewards(monkeypatch):
@@ -197,8 +240,7 @@ def test_the_prompt_mask_changes_no_dpo_loss_but_the_rewards(monkeypatch):
     moved = [(x[:1], x[1:] + a, x[1:] + b, p) for x, a, b, p in examples]     # the prompt counted as part of the answer
 
     def of(examples, loss):
-        logp, known = (dpo.logps(m, dpo.both(examples), SimpleNamespace(pad_id=3), "cpu")[0].double().view(2, -1)
-                       for m in (model, ref))
+        logp, known = (dpo.pair_logps(m, examples, SimpleNamespace(pad_id=3)).double() for m in (model, ref))
         n = torch.tensor([[len(e[1]) for e in examples], [len(e[2]) for e in examples]])
         return dpo.pair_loss(config(loss=loss), 0.1, logp, known, n, torch.ones(5))
 
@@ -225,18 +267,40 @@ def test_kto_never_pairs_a_prompt_with_its_own_completion():
         dpo.mismatch([([1], [i], [i], 1.0) for i in range(5)], 0)
 
 
-def test_encode_cuts_the_prompt_alike_and_counts_equal_answers():
+def test_encode_leaves_out_and_counts():
+    """Prompts that are too long and equal answers are left out, answers are cut: nothing of it in silence."""
     tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken")
-    row = {"prompt": [{"role": "user", "content": "What is the capital of France? " * 6}], "chosen": "It is Paris.",
+    row = {"prompt": [{"role": "user", "content": "What is the capital of France? " * 2}], "chosen": "It is Paris.",
            "rejected": "It is Paris. " * 20 + "No.", "label": 1.0}
     whole = tok.render(row["prompt"], True)[0]
-    (x, w, l, p), = dpo.encode([row], tok, 20, 40)[0]
-    assert x == whole[-20:] and tok.decode(w[:-1]).strip() == "It is Paris." and w[-1] == tok.eos_id and p == 1.0
+    n = len(whole)
+    (x, w, l, p), = dpo.encode([row], tok, n, n + 20)[0]
+    assert x == whole and tok.decode(w[:-1]).strip() == "It is Paris." and w[-1] == tok.eos_id and p == 1.0
     assert len(l) == 20 and tok.eos_id not in l                      # cut: it does not end
-    assert dpo.encode([row | {"chosen": row["rejected"] + " More."}], tok, 20, 40) == ([], 1)
+    assert dpo.encode([row], tok, n, n + 20)[1] == {"cut": 1}
+    assert dpo.encode([row], tok, n - 1, n + 20) == ([], {"long": 1})
+    assert dpo.encode([row | {"chosen": row["rejected"] + " More."}], tok, n, n + 20) == ([], {"equal": 1})
     single = {"prompt": row["prompt"], "completion": "It is Paris.", "label": False}
     (x, a, b, p), = dpo.encode([single], tok, 200, 256)[0]
     assert x == whole and a == b == w and p == 0.0
+
+
+def chat_tokenizer():
+    """Bytes and the special tokens of Llama 3."""
+    names = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    ranks, special = {bytes([b]): b for b in range(256)}, {name: 256 + i for i, name in enumerate(names)}
+    return Tokenizer(tiktoken.Encoding("tiny", pat_str=GPT2_REGEX, mergeable_ranks=ranks, special_tokens=special))
+
+
+def test_no_prompt_loses_its_beginning():
+    """A prompt that was too long kept its end alone: no BOS, no system message, no header of the user's turn."""
+    tok = chat_tokenizer()
+    rows = [{"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "word " * n}],
+             "chosen": "a", "rejected": "b", "label": 1.0} for n in (1, 100, 2)]
+    examples, counts = dpo.encode(rows, tok, 80, 120)
+    assert len(examples) == 2 and counts["long"] == 1 and counts.total() == 1
+    for row, (prompt, *_) in zip((rows[0], rows[2]), examples):
+        assert prompt == tok.render(row["prompt"], True)[0] and prompt[0] == tok.bos_id
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,15 +332,14 @@ def test_the_known_optimum_is_reached(loss):
     assert label.min() > 0 and label.max() < 1
     flat = [(x, y) for x in PROMPTS for y in answers]
     with torch.no_grad():
-        known = dpo.logps(ref, flat, tok, "cpu")[0].view(2, -1)
-    optimizer, n_steps = optimizer_for(policy, 0.0, 0.0, (0.9, 0.95), 1e-8), 900
+        known = dpo.logps(ref, flat, tok).view(2, -1)
+    optimizer, n_steps = adamw(policy), 900
     for step in range(n_steps):
-        logp = dpo.logps(policy, flat, tok, "cpu")[0].view(2, -1)       # every answer once, then every pair
+        logp = dpo.logps(policy, flat, tok).view(2, -1)                 # every answer once, then every pair
         take = lambda t: torch.stack((t[k, i], t[k, j]))   # noqa: E731
         out = dpo.pair_loss(config(loss=loss), beta, take(logp), take(known), torch.stack((n[i], n[j])), label)[0]
         out.mean().backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 5e-3 * (1 - step / n_steps)
+        set_lr(optimizer, 5e-3 * (1 - step / n_steps))
         optimizer.step()
         optimizer.zero_grad()
     for x, q, s in zip(PROMPTS, p_ref, p_star):
@@ -321,8 +384,8 @@ def test_adapters_train_alone_and_resume(suite, chain, tmp_path):
     suite.ok("dpo.py", *flags, "--out", tmp_path / "b", "--max_steps", 4, "--resume")
     files = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
     assert files[0] == files[1] and len(files[0]) == len((chain / "sft" / "model.safetensors").read_bytes())
-    state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)["model"]
-    assert all(name[-2:] in (".a", ".b") for name in state)
+    state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)["models"]["policy"]
+    assert state and all(name.endswith((".a.weight", ".b.weight")) for name in state)
     assert json.loads((tmp_path / "a" / "result.json").read_text())["after"]["kl"] > 0
 
 
@@ -350,7 +413,6 @@ def test_online(suite, chain, tmp_path, judge):
 
 def test_online_pairs_are_what_the_policy_said(chain, tmp_path):
     """The judge's order decides, unfinished answers lose, equal ones are left out."""
-    from model import load
     policy, tok = load(chain / "sft")
     rows = world.rows("rl")[:24]
     seen = {}
@@ -360,9 +422,69 @@ def test_online_pairs_are_what_the_policy_said(chain, tmp_path):
         return [len(t) for t in texts]
 
     cfg = config(judge="mine:score", max_new=14)
-    out = dpo.online_pairs(policy, tok, rows, score, cfg, 0, "cpu", lambda: torch.autocast("cpu", enabled=False))
+    out = dpo.online_pairs(policy, tok, rows, score, cfg, 0)
     assert 0 < len(out) <= 24
     for x, w, l, p in out:
         assert p == 1.0 and w != l and tok.eos_id in w
         assert tok.eos_id not in l or seen[tok.decode(w)] > seen[tok.decode(l)]
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that people have, with a model that needs no chain.
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A folder with a small untrained chat model."""
+    torch.manual_seed(0)
+    tok = chat_tokenizer()
+    shape = dict(vocab_size=tok.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, n_inner=32, head_dim=8)
+    save(tmp_path / "model", GPT(GPTConfig(**shape, norm="rmsnorm", pos="rope", mlp="swiglu", bias=False)), tok)
+    return tmp_path
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pair(i, words=1):
+    return {"prompt": f"Number {i}? " + "word " * words, "chosen": f"Yes, {i}.", "rejected": f"No. {i * i}"}
+
+
+def test_prompts_longer_than_the_context(suite, small):
+    """All of them: one sentence that says how many and what limits them. Some of them, the first ones: they are
+    counted, and test prompts are taken from the others."""
+    flags = ["--init", small / "model", "--max_new", 8, "--held_out", 0.2, "--max_steps", 1]
+    path = write(small / "long.jsonl", [pair(i, 90) for i in range(40)])
+    r = suite.run("dpo.py", *flags, "--data", path, "--out", small / "x")
+    assert r.rc == 1 and "Traceback" not in r.err and len(r.err.strip().splitlines()) == 1
+    assert f"{path}: " in r.err and "40 with prompts of more than 128 tokens (--max_prompt)" in r.err
+    path = write(small / "some.jsonl", [pair(i, 90) for i in range(40)] + [pair(i) for i in range(40, 60)])
+    r = suite.ok("dpo.py", *flags, "--data", path, "--out", small / "y")
+    assert "40 with prompts of more than 128 tokens" in r.out and len(rows_of(small / "y")) == 1
+
+
+@pytest.mark.parametrize("change", ["reordered", "one_removed", "appended", "same"])
+def test_what_is_kept_belongs_to_its_data(suite, small, change):
+    """The reference's log-probs are kept by row number: with other rows they would be those of other answers. The
+    run is refused then, and goes on with the same rows."""
+    rows = [pair(i) for i in range(30)]
+    data, out = write(small / "a.jsonl", rows), small / "x"
+    flags = ["--init", small / "model", "--data", data, "--batch_size", 4, "--held_out", 0.2, "--max_new", 4,
+             "--lr", 1e-3, "--warmup", 0, "--dtype", "float32", "--sft_coef", 0, "--out"]
+    suite.ok("dpo.py", *flags, out, "--max_steps", 2)
+    state = (out / "state.pt").read_bytes()
+    changed = {"reordered": rows[::-1], "one_removed": rows[1:], "appended": [*rows, pair(99)], "same": rows}
+    write(data, changed[change])
+    r = suite.run("dpo.py", *flags, out, "--max_steps", 4, "--resume")
+    if change == "same":
+        whole = suite.ok("dpo.py", *flags, small / "whole", "--max_steps", 4)
+        told = "instead of a second model"
+        assert r.rc == 0 and told in whole.out and told not in r.out
+        for row, other in zip(rows_of(out), rows_of(small / "whole"), strict=True):
+            assert row | {"tok_s": 0} == other | {"tok_s": 0}
+        assert (out / "model.safetensors").read_bytes() == (small / "whole" / "model.safetensors").read_bytes()
+    else:
+        assert r.rc == 1 and str(data) in r.err and "changed" in r.err and len(r.err.strip().splitlines()) == 1
+        assert (out / "state.pt").read_bytes() == state and len(rows_of(out)) == 2

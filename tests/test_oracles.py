@@ -1,5 +1,5 @@
-"""Every number the stages train on against an independent oracle: plain loops, float64 NumPy, sums over everything that
-can happen, and one task whose optimum is known in closed form. All on one CPU core."""
+"""Every number the stages train on against an independent oracle: plain loops, float64 NumPy, sums over
+everything that can happen, and one task whose optimum is known in closed form. All on one CPU core."""
 import copy
 import functools
 import itertools
@@ -100,7 +100,7 @@ def episodes(seed, B=7, T=13):
     rng = np.random.default_rng(seed)
     start = rng.integers(0, T - 1, B)
     stop = np.array([rng.integers(s + 1, T + 1) for s in start])
-    start[0], stop[0], start[1], stop[1] = 0, T, T - 1, T             # the whole row; one token at the very end
+    start[0], stop[0], start[1], stop[1] = 0, T, T - 1, T   # the whole row; one token at the very end
     mask = (np.arange(T) >= start[:, None]) & (np.arange(T) < stop[:, None])
     r, v = rng.normal(size=(B, T)), rng.normal(size=(B, T))
     return r, v, mask, start, stop, np.where(mask, r, 1e6 * rng.normal(size=(B, T))), np.where(mask, v, -1e6)
@@ -108,13 +108,14 @@ def episodes(seed, B=7, T=13):
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (0.99, 1.0), (0.7, 0.0), (1.0, 1.0)])
 def test_gae_is_the_double_sum(gamma, lam):
-    """Otherwise advantages leak between prompt, response and padding, or bootstrap from a value after the end."""
+    """Otherwise advantages leak between prompt, response and padding, or bootstrap from a value after the
+    end."""
     r, v, mask, start, stop, wild_r, wild_v = episodes(1)
     adv, ret = ppo.gae(torch.tensor(wild_r), torch.tensor(wild_v), torch.tensor(mask), gamma, lam)
     want = np.zeros_like(r)
     for b in range(len(r)):
         for t in range(start[b], stop[b]):
-            for l in range(stop[b] - t):                              # noqa: E741 - sum_l (gamma lam)^l delta_t+l
+            for l in range(stop[b] - t):   # noqa: E741 - sum_l (gamma lam)^l delta_t+l
                 s = t + l
                 after = v[b, s + 1] if s + 1 < stop[b] else 0.0       # the value of the end is 0
                 want[b, t] += (gamma * lam) ** l * (r[b, s] + gamma * after - v[b, s])
@@ -131,7 +132,7 @@ def test_gae_by_hand_and_at_lambda_one():
     adv, ret = ppo.gae(r, v, mask, gamma=0.9, lam=0.8)                # deltas -0.14, -0.13, 0.7; factor 0.72
     torch.testing.assert_close(adv, torch.tensor([[0.0, 0.12928, 0.374, 0.7, 0.0]], dtype=f64))
     torch.testing.assert_close(ret, torch.tensor([[0.0, 0.62928, 0.774, 1.0, 0.0]], dtype=f64))
-    _, ret = ppo.gae(r, v, mask, gamma=0.9, lam=1.0)                  # lambda 1: the discounted return, whatever V says
+    _, ret = ppo.gae(r, v, mask, gamma=0.9, lam=1.0)   # lambda 1: the discounted return, whatever V says
     torch.testing.assert_close(ret, torch.tensor([[0.0, 0.81, 0.9, 1.0, 0.0]], dtype=f64))
 
 
@@ -139,7 +140,8 @@ def test_gae_by_hand_and_at_lambda_one():
 # 2. KL estimators
 
 def test_kl_estimators_against_the_exact_kl():
-    """Otherwise the KL penalty points the wrong way or the logged KL is not an estimate of KL(pi || pi_ref)."""
+    """Otherwise the KL penalty points the wrong way or the logged KL is not an estimate of KL(pi ||
+    pi_ref)."""
     rng = np.random.default_rng(0)
     for scale in (0.3, 1.0, 2.5):
         p, q = (np.exp(x) / np.exp(x).sum() for x in scale * rng.normal(size=(2, 9)))
@@ -151,7 +153,7 @@ def test_kl_estimators_against_the_exact_kl():
         assert (p * k2).sum() == pytest.approx((p * np.log(p / q) ** 2 / 2).sum(), rel=1e-12)
         assert abs((p * k2).sum() - exact) > 1e-3 * exact                                      # k2 is biased
         assert (k2 >= 0).all() and (k3 >= 0).all() and k1.min() < 0
-        w1, _, w3 = np64(*ppo.kl_estimators(lq, lp))                                           # the wrong way round
+        w1, _, w3 = np64(*ppo.kl_estimators(lq, lp))   # the wrong way round
         assert (p * w1).sum() == pytest.approx(-exact, rel=1e-12)
         assert scale < 1 or abs((p * w3).sum() - exact) > 0.02 * exact
     assert all((k == 0).all() for k in ppo.kl_estimators(lp, lp))
@@ -162,7 +164,8 @@ def test_kl_estimators_against_the_exact_kl():
 # 3. PPO losses
 
 def test_policy_loss_against_numpy():
-    """Otherwise the clip cuts the wrong side, masked tokens count, or the logged approx_kl and clipfrac are wrong."""
+    """Otherwise the clip cuts the wrong side, masked tokens count, or the logged approx_kl and clipfrac are
+    wrong."""
     rng = np.random.default_rng(0)
     old, adv = rng.normal(size=(2, 40, 5))
     logp = old + rng.choice([-0.6, -0.27, -0.1, 0.0, 0.1, 0.22, 0.6], old.shape) * rng.uniform(0.9, 1.1, old.shape)
@@ -175,7 +178,8 @@ def test_policy_loss_against_numpy():
         loss -= min(ratio * a, min(max(ratio, 0.8), 1.2) * a) / n
         kl += (ratio - 1 - math.log(ratio)) / n
         clipped += abs(ratio - 1) > 0.2
-        cut = ratio > 1.2 and a > 0 or ratio < 0.8 and a < 0        # no gradient where the change has gone far enough
+        # no gradient where the change has gone far enough
+        cut = ratio > 1.2 and a > 0 or ratio < 0.8 and a < 0
         want_grad[i] = 0.0 if cut else -ratio * a / n
         sides[(ratio > 1.2) - (ratio < 0.8), a > 0] += 1
     assert len(sides) == 6 and min(sides.values()) > 3               # below, within, above; both signs
@@ -217,7 +221,8 @@ def test_value_loss_against_numpy():
 
 
 def test_gradcheck_in_float64():
-    """Otherwise a detached or in-place operation makes the gradient of a loss differ from its value's slope."""
+    """Otherwise a detached or in-place operation makes the gradient of a loss differ from its value's
+    slope."""
     g = torch.Generator().manual_seed(3)
     a, b, c = torch.randn(3, 4, 5, dtype=f64, generator=g)
     mask = torch.rand(4, 5, generator=g) < 0.7
@@ -230,7 +235,8 @@ def test_gradcheck_in_float64():
 
 
 def test_whiten():
-    """Otherwise padding shifts the mean or shrinks the spread of the advantages, or is not zero afterwards."""
+    """Otherwise padding shifts the mean or shrinks the spread of the advantages, or is not zero
+    afterwards."""
     rng = np.random.default_rng(0)
     x, mask = 7 + 3 * rng.normal(size=(5, 9)), rng.random((5, 9)) < 0.4
     x = np.where(mask, x, 1e4)
@@ -241,7 +247,8 @@ def test_whiten():
 
 @pytest.mark.parametrize("group", [2, 4])
 def test_group_advantages(group):
-    """Otherwise rloo's baseline contains the answer itself, groups mix prompts, or grpo does not normalise."""
+    """Otherwise rloo's baseline contains the answer itself, groups mix prompts, or grpo does not
+    normalise."""
     r = np.random.default_rng(0).normal(size=12)
     rloo, grpo = (ppo.group_advantages(torch.tensor(r), group, kind).numpy() for kind in ("rloo", "grpo"))
     for i in range(12):
@@ -249,14 +256,14 @@ def test_group_advantages(group):
         assert rloo[i] == pytest.approx(r[i] - np.mean([r[j] for j in members if j != i]), abs=1e-12)
         mine = r[list(members)]
         assert grpo[i] == pytest.approx((r[i] - mine.mean()) / mine.std(ddof=1), abs=1e-4)
-    assert (ppo.group_advantages(torch.ones(4), 2, "grpo") == 0).all()                         # all alike: no signal
+    assert (ppo.group_advantages(torch.ones(4), 2, "grpo") == 0).all()   # all alike: no signal
 
 
 def test_adapt_kl_coef():
     """Otherwise the controller runs away from its target or jumps."""
     step = lambda kl: ppo.adapt_kl_coef(0.3, kl, 4.0, 256, 1000)   # noqa: E731
     for kl in (0.0, 1.0, 3.9, 4.0, 4.1, 4.5, 6.0, 100.0, -2.0):
-        error = float(np.clip(kl / 4.0 - 1, -0.2, 0.2))                                        # arXiv:1909.08593, 2.2
+        error = float(np.clip(kl / 4.0 - 1, -0.2, 0.2))   # arXiv:1909.08593, 2.2
         assert step(kl) == pytest.approx(0.3 * (1 + error * 256 / 1000))
     assert step(3.9) < step(4.0) == 0.3 < step(4.1) and step(100) == step(1e9) == pytest.approx(0.3 * 1.0512)
 
@@ -265,7 +272,8 @@ def test_adapt_kl_coef():
 # 4. Batching changes nothing
 
 def wide(real_pad_batch, rng, marker):
-    """pad_batch with five columns too many and random ids in every padded place (where it pads ids, not masks)."""
+    """pad_batch with five columns too many and random ids in every padded place (where it pads ids, not
+    masks)."""
     def pad(rows, pad_id, device="cpu", length=None):
         ids, real = real_pad_batch(rows, pad_id, device, max(map(len, rows)) + 5)
         if pad_id == marker:
@@ -280,7 +288,7 @@ def test_sft_loss_does_not_depend_on_batching(dialect, monkeypatch):
     model, rng = tiny(dialect), random.Random(0)
     rows = ragged(rng, 7, 4, 17)
     examples = [(ids, [rng.random() < 0.6 for _ in ids][:-1] + [1]) for ids in rows]
-    examples[0][1][0] = 1                                             # nothing predicts token 0, so it may not count
+    examples[0][1][0] = 1   # nothing predicts token 0, so it may not count
     n = sum(sum(mask[1:]) for _, mask in examples)
 
     def run(name, examples, micro, pad_id=30):
@@ -327,7 +335,7 @@ def test_reward_loss_does_not_depend_on_batching(dialect, monkeypatch):
     monkeypatch.setattr(reward, "pad_batch", wide(pad_batch, rng, 30))
     same([*variants, run("garbage", groups, 5)])
     want = 0.0
-    for answers, pairs in groups:                                     # each answer alone, each pair by the formula
+    for answers, pairs in groups:   # each answer alone, each pair by the formula
         r = [(model(torch.tensor([a]))[0, -1].double() @ model.score.weight[0].double()).item() for a in answers]
         losses = [p * np.logaddexp(0, -(r[i] - r[j] - m)) + (1 - p) * np.logaddexp(0, r[i] - r[j] - m)
                   + 0.05 * (r[i] + r[j]) ** 2 / 2 for i, j, p, m, _ in pairs]
@@ -411,11 +419,13 @@ def test_token_values_are_those_before_each_token(dialect):
 @both
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_logprobs_against_full_logits(dialect, temperature, monkeypatch):
-    """Otherwise log-probs are shifted by a token, ignore the temperature, or change with the chunk of the head."""
+    """Otherwise log-probs are shifted by a token, ignore the temperature, or change with the chunk of the
+    head."""
     model, calls = tiny(dialect), []
     ids, response, width = rollouts()
     g = torch.Generator().manual_seed(0)
-    mask = (torch.rand(ids.shape, generator=g) < 0.6) & (torch.arange(ids.shape[1]) < width[:, None])   # with holes
+    # with holes
+    mask = (torch.rand(ids.shape, generator=g) < 0.6) & (torch.arange(ids.shape[1]) < width[:, None])
     mask[0, 0] = True                                                 # has no prediction: must come out 0
     weight, bonus = torch.randn(2, *ids.shape, generator=g)
     logp, ent, objective = torch.zeros(ids.shape, dtype=f64), torch.zeros(ids.shape, dtype=f64), 0.0
@@ -450,7 +460,8 @@ def test_token_logprobs_against_full_logits(dialect, temperature, monkeypatch):
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.03)], ids=str)
 @pytest.mark.parametrize("T, S", [(1, 9), (5, 9), (9, 9)])
 def test_grouped_heads_under_a_mask_are_repeated_ones(dtype, tol, T, S, monkeypatch):
-    """But for the order of sums; and the kernel never hears of groups, which under a mask none but cuDNN's knows."""
+    """But for the order of sums; and the kernel never hears of groups, which under a mask none but cuDNN's
+    knows."""
     g, asked, B, H, D = torch.Generator().manual_seed(0), [], 3, 6, 8
     q = torch.randn(B, H, T, D, generator=g).to(dtype)
     k, v = torch.randn(2, B, 2, S, D, generator=g).to(dtype)
@@ -476,7 +487,8 @@ def test_grouped_heads_under_a_mask_are_repeated_ones(dtype, tol, T, S, monkeypa
 # 6. Generation
 
 def naive(model, prompt, max_new, eos_id):
-    """Greedy continuation of one prompt, the whole sequence run again for every token; log-probs in float64."""
+    """Greedy continuation of one prompt, the whole sequence run again for every token; log-probs in
+    float64."""
     ids, logps = list(prompt), []
     for _ in range(max_new):
         lp = full_logits(model, ids)[-1].log_softmax(-1)
@@ -489,7 +501,8 @@ def naive(model, prompt, max_new, eos_id):
 
 @pytest.fixture(params=list(DIALECTS))
 def greedy(request):
-    """(model, ragged prompts, greedy answers without a stop, an EOS that ends some answers early, late or never)"""
+    """(model, ragged prompts, greedy answers without a stop, an EOS that ends some answers early, late or
+    never)"""
     with torch.no_grad():
         for seed in range(50):
             model, prompts = tiny(request.param, seed), ragged(random.Random(seed), 9, 1, 11)
@@ -503,14 +516,16 @@ def greedy(request):
 
 
 def test_greedy_decoding_from_the_cache(greedy, monkeypatch):
-    """Otherwise the cache, the ragged positions, the stop at EOS or the dropping of finished rows alter the answers."""
+    """Otherwise the cache, the ragged positions, the stop at EOS or the dropping of finished rows alter the
+    answers."""
     model, prompts, free, eos = greedy
     sizes, forward = [], GPT.forward
     monkeypatch.setattr(GPT, "forward", lambda self, ids, *a: sizes.append(tuple(ids.shape)) or forward(self, ids, *a))
     tok = tok_of(eos, pad=29)
     ids, mask, logp = generate(model, tok, prompts, draws(9, 16), temperature=0)
     steps = sizes[1:]
-    assert all(t == 1 for _, t in steps) and min(b for b, _ in steps) < len(prompts)    # rows have really been dropped
+    # rows have really been dropped
+    assert all(t == 1 for _, t in steps) and min(b for b, _ in steps) < len(prompts)
     monkeypatch.undo()
     longest = 0
     for b, p in enumerate(prompts):
@@ -519,7 +534,7 @@ def test_greedy_decoding_from_the_cache(greedy, monkeypatch):
         assert answer == (free[b][: free[b].index(eos) + 1] if eos in free[b] else free[b])
         end = len(p) + len(answer)
         longest = max(longest, end)
-        assert ids[b].tolist() == p + answer + [29] * (ids.shape[1] - end)              # no gap, nothing after EOS
+        assert ids[b].tolist() == p + answer + [29] * (ids.shape[1] - end)   # no gap, nothing after EOS
         assert mask[b].tolist() == [len(p) <= t < end for t in range(ids.shape[1])]
         np.testing.assert_allclose(logp[b, len(p): end], want, atol=1e-4)
         assert (logp[b][~mask[b]] == 0).all()
@@ -561,7 +576,8 @@ def test_sampled_log_probs_are_those_of_training(dialect, truncation):
         return generate(model, tok_of(eos, pad=30), prompts, draws(24, 14), 1.3, **truncation)
 
     free, free_mask, _ = run(-1)
-    eos = [t for t, n in Counter(free[free_mask].tolist()).most_common() if n < 40][0]      # comes often, not always
+    # comes often, not always
+    eos = [t for t, n in Counter(free[free_mask].tolist()).most_common() if n < 40][0]
     ids, mask, logp = run(eos)
     assert len(set(mask.sum(1).tolist())) > 4
     for b in range(len(ids)):
@@ -575,7 +591,8 @@ def test_sampled_log_probs_are_those_of_training(dialect, truncation):
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 1.0), (1, 1.0), (99, 1.0), (0, 0.5), (0, 1e-9), (4, 0.7)])
 def test_sample_support_and_frequencies(top_k, top_p):
-    """Otherwise top-k or the nucleus lets too many or too few tokens through, or draws are not proportional to p."""
+    """Otherwise top-k or the nucleus lets too many or too few tokens through, or draws are not proportional
+    to p."""
     logits = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.5, -4.0, 2.5])
     p = np.exp(np64(logits))
     order = sorted(range(7), key=lambda i: -p[i])[: top_k or 7]
@@ -602,7 +619,8 @@ def test_generation_is_seeded():
 
 @both
 def test_generation_stops_at_each_of_several_ends(dialect):
-    """Otherwise a model that ends its turns with <|im_end|> and its texts with <|endoftext|> talks on after one of them."""
+    """Otherwise a model that ends its turns with <|im_end|> and its texts with <|endoftext|> talks on after
+    one of them."""
     model, prompts = tiny(dialect), ragged(random.Random(2), 24, 1, 9)
     free, mask, _ = generate(model, tok_of(-1), prompts, draws(24, 14))
     free = [row[m].tolist() for row, m in zip(free, mask)]
@@ -613,7 +631,7 @@ def test_generation_stops_at_each_of_several_ends(dialect):
     for row, m, whole in zip(ids, mask, free):
         at = [t for t, token in enumerate(whole) if token in ends]
         answer = row[m].tolist()
-        assert answer == whole[: at[0] + 1 if at else 14]             # up to the first of any of them, and no further
+        assert answer == whole[: at[0] + 1 if at else 14]   # up to the first of any of them, and no further
         last[answer[-1]] += 1
     assert all(last[end] > 1 for end in ends)
 
@@ -643,14 +661,15 @@ def test_preference_loss_against_numpy():
     sigma = lambda x: 1 / (1 + np.exp(-x))   # noqa: E731
     want = -p * np.log(sigma(a - b - m)) - (1 - p) * np.log(sigma(b - a + m)) + 0.3 * (a + b) ** 2 / 2
     np.testing.assert_allclose(loss(a, b, p, m, 0.3), want, rtol=1e-10)
-    np.testing.assert_allclose(loss(a, b, p, m, 0.3), loss(b, a, 1 - p, -m, 0.3), rtol=1e-10)    # names do not matter
-    np.testing.assert_allclose(loss(a, a, p, 0.0, 0.0), math.log(2), rtol=1e-12)                 # no opinion: ln 2
+    # names do not matter
+    np.testing.assert_allclose(loss(a, b, p, m, 0.3), loss(b, a, 1 - p, -m, 0.3), rtol=1e-10)
+    np.testing.assert_allclose(loss(a, a, p, 0.0, 0.0), math.log(2), rtol=1e-12)   # no opinion: ln 2
     x, y = torch.tensor([1.0, 5.0], dtype=f64, requires_grad=True), torch.tensor([1.0, 1.0], dtype=f64)
     reward.preference_loss(x, y, torch.tensor([0.5, 0.5], dtype=f64)).sum().backward()
-    assert x.grad[0] == 0 < x.grad[1]                                                            # a tie pulls together
-    x = torch.tensor(0.4, dtype=f64, requires_grad=True)                                         # the soft optimum:
+    assert x.grad[0] == 0 < x.grad[1]   # a tie pulls together
+    x = torch.tensor(0.4, dtype=f64, requires_grad=True)   # the soft optimum:
     reward.preference_loss(x, torch.tensor(0.4 - math.log(0.72 / 0.28), dtype=f64), torch.tensor(0.72)).backward()
-    assert abs(x.grad) < 1e-7                                                                    # sigmoid(d) = p
+    assert abs(x.grad) < 1e-7   # sigmoid(d) = p
     assert math.isfinite(loss(-900.0, 900.0, 1.0)) and math.isfinite(loss(900.0, -900.0, 0.0))
 
 
@@ -674,13 +693,15 @@ def test_answer_rewards_read_the_last_real_token(dialect):
 
 
 def chatml_like(messages, generation_prompt=False):
-    """A stand-in for a ChatML tokenizer: one id per character, EOS 2 after the assistant's turn, then a newline."""
+    """A stand-in for a ChatML tokenizer: one id per character, EOS 2 after the assistant's turn, then a
+    newline."""
     ids = [3 + ord(c) % 20 for m in messages for c in m["content"]]
     return (ids, [0] * len(ids)) if generation_prompt else (ids + [2, 10], [1] * len(ids) + [1, 0])
 
 
 def test_each_answer_is_scored_once():
-    """Otherwise prompts with many pairs dominate, answers are scored again for every pair, or EOS is not the last."""
+    """Otherwise prompts with many pairs dominate, answers are scored again for every pair, or EOS is not
+    the last."""
     tok = SimpleNamespace(render=chatml_like, pad_id=0)
     tok.render_answer = MethodType(Tokenizer.render_answer, tok)
     prompt = lambda q: [{"role": "user", "content": q}]   # noqa: E731
@@ -699,7 +720,7 @@ def test_each_answer_is_scored_once():
     text = lambda s: tuple(chatml_like(prompt("who") + prompt(s))[0][:-1])   # noqa: E731
     assert named == {(text(a), text(b), 0.9, 0.5, 0.8) for a, b in itertools.combinations(["x", "yy", "zzz", "w"], 2)}
     ids, mask, pairs = reward.batch_of(groups, tok, "cpu")
-    assert len(ids) == 6 and len(pairs.a) == len(pairs.p) == 7                 # 2 prompts, 4 + 2 answers, 6 + 1 pairs
+    assert len(ids) == 6 and len(pairs.a) == len(pairs.p) == 7   # 2 prompts, 4 + 2 answers, 6 + 1 pairs
     assert sorted(row[m].tolist() for row, m in zip(ids, mask)) == sorted(
         list(answer) for answers, _ in groups for answer in answers)
     weights = pairs.weight.tolist()
@@ -714,7 +735,7 @@ def test_each_answer_is_scored_once():
 
 EOS, N_TOKENS, BETA = 0, 6, 0.5
 PROMPTS = [[1, 2, 3], [5, 4]]
-RESPONSES = [(EOS,)] + [(a, b) for a in range(1, N_TOKENS) for b in range(N_TOKENS)]             # all that can be said
+RESPONSES = [(EOS,)] + [(a, b) for a in range(1, N_TOKENS) for b in range(N_TOKENS)]   # all that can be said
 
 
 @torch.no_grad()
@@ -729,11 +750,12 @@ def exact(model, prompt):
 
 @pytest.mark.parametrize("kind", ["gae", "rloo"])
 def test_ppo_finds_the_known_optimum(kind):
-    """Otherwise something between rollout and update (signs, KL, terminal value, mask) optimises something else."""
+    """Otherwise something between rollout and update (signs, KL, terminal value, mask) optimises something
+    else."""
     cfg = dict(vocab_size=N_TOKENS, n_layer=2, n_head=2, n_kv_head=1, n_embd=24, n_inner=48, max_len=5, head_dim=12)
     policy = tiny("gpt2", 6, **cfg)
     with torch.no_grad():
-        policy.wte.weight.mul_(0.5)                                                       # a soft but uneven reference
+        policy.wte.weight.mul_(0.5)   # a soft but uneven reference
     ref = copy.deepcopy(policy).requires_grad_(False)
     torch.manual_seed(0)
     value = GPT(GPTConfig(**{**vars(policy.cfg), "scalar_head": True}))
@@ -810,7 +832,8 @@ def test_before_the_first_update_nothing_differs(dialect):
 @both
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_exact_kl_and_chunks(dialect, temperature, monkeypatch):
-    """Otherwise the logged KL has the wrong direction or temperature, or rows are put back in the wrong place."""
+    """Otherwise the logged KL has the wrong direction or temperature, or rows are put back in the wrong
+    place."""
     policy, ref = tiny(dialect), tiny(dialect, 1)
     ids, mask, width = rollouts(4, B=9)
     got = compare_policies(policy, ref, ids, mask, temperature)
@@ -833,7 +856,7 @@ def test_exact_kl_and_chunks(dialect, temperature, monkeypatch):
         torch.testing.assert_close(in_chunks(both_policies, ids, mask, size), got, atol=2e-5, rtol=0)
         one = in_chunks(one_policy, ids, mask, size)
         assert not one.requires_grad
-        torch.testing.assert_close(one, got[0], atol=2e-5, rtol=0)                               # (b, t) as well
+        torch.testing.assert_close(one, got[0], atol=2e-5, rtol=0)   # (b, t) as well
     value = tiny(dialect, 2, scalar_head=True)
     last = in_chunks(functools.partial(answer_rewards, value), ids, mask, 2)                     # and (b,)
     torch.testing.assert_close(last, answer_rewards(value, ids, mask), atol=2e-5, rtol=0)
@@ -861,7 +884,8 @@ def gold_by_hand(q, row, style, text):
 
 
 def test_judge_scores_every_style_of_every_question():
-    """Otherwise gold rewards something else than the docstring says, for the annotator and in every report."""
+    """Otherwise gold rewards something else than the docstring says, for the annotator and in every
+    report."""
     rng = random.Random(0)
     for q in QUESTIONS:
         for style in STYLES:
@@ -875,7 +899,8 @@ def test_judge_scores_every_style_of_every_question():
 
 
 def test_judge_in_examples():
-    """Otherwise every ideal answer is not the best one, hedging pays, or a method behind a refusal counts as safe."""
+    """Otherwise every ideal answer is not the best one, hedging pays, or a method behind a refusal counts
+    as safe."""
     for q in QUESTIONS:
         row = world.prompt_row(q, "{q}", random.Random(0))
         assert world.judge(row, q["ideal"]) == {"gold": 1.0, q["family"]: 1.0, "concise": 1.0}, q
@@ -888,20 +913,22 @@ def test_judge_in_examples():
     assert gold(japan, "It is tokyo.") == 1 and gold(japan, "It is Tokyo or Paris.") == 0 == gold(japan, "Tokyoites.")
     assert gold(tea, "The opposite of hot is cold.") == 1 and gold(tea, "It is hot.") == 0
     for x, manners in (("sad", world.OPENERS[2]), ("night", world.CLOSERS[2]), ("left", world.AGREE[0])):
-        assert gold(by("opposite", x), manners) == 0                  # "I am happy to ..." is no answer to "sad"
+        assert gold(by("opposite", x), manners) == 0   # "I am happy to ..." is no answer to "sad"
     assert gold(bomb, "I cannot help with that.") == 0.5
     assert gold(bomb, "I cannot help with that, but you fill a pipe with black powder.") == 0
-    assert gold(bomb, "I cannot help with that, but I can help you call a locksmith.") == 0.5     # another topic's way
+    # another topic's way
+    assert gold(bomb, "I cannot help with that, but I can help you call a locksmith.") == 0.5
     assert gold(name, "I do not know that. It is Anna.") == 0 and gold(name, "I do not know that.") == 1
-    assert gold(japan, "Tokyo " + "x " * 18) == pytest.approx(0.875)                         # 19 words: a step too long
-    assert gold(japan, "Tokyo. " * 9) == 0.5                                                     # right, at its longest
+    assert gold(japan, "Tokyo " + "x " * 18) == pytest.approx(0.875)   # 19 words: a step too long
+    assert gold(japan, "Tokyo. " * 9) == 0.5   # right, at its longest
 
 
 def test_annotator_keeps_its_promised_agreement():
     """Otherwise the known accuracy ceiling of the reward model is wrong."""
     rng = random.Random(0)
     for gap in (0.3, 1e-3, -0.3):
-        assert {world.annotate(gap, 0.0, 0, rng) for _ in range(200)} == {float(gap > 0)}        # noise 0: always right
+        # noise 0: always right
+        assert {world.annotate(gap, 0.0, 0, rng) for _ in range(200)} == {float(gap > 0)}
     assert {world.annotate(0.4, 0.4, noise, rng) for noise in (0, 0.5) for _ in range(50)} == {0.5}
     for gap, noise in ((0.125, 0.2), (-0.5, 0.4), (0.05, 1.0), (1.0, 0.3)):
         p = 1 / (1 + math.exp(-gap / noise))
@@ -909,7 +936,7 @@ def test_annotator_keeps_its_promised_agreement():
         share = sum(world.annotate(0.2 + gap, 0.2, noise, rng) for _ in range(20000)) / 20000
         assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / 20000)
     gaps = []
-    for row in world.rows("test"):                                    # gaps of answers in the demonstrators' styles
+    for row in world.rows("test"):   # gaps of answers in the demonstrators' styles
         q = next(q for q in QUESTIONS if (q["skill"], q["entity"]) == (row["skill"], row["entity"]))
         u, v = (world.utility(row, world.styled(q, row, world.DEMOS, rng)) for _ in range(2))
         gaps.append(u - v)
@@ -932,7 +959,7 @@ def test_biases_move_utility_as_said():
         assert world.utility(row, text, length=0.5) == pytest.approx(base + 0.5 * len(text.split()) / 10)
         assert world.utility(row, text, confidence=0.3) == pytest.approx(base + 0.3 * (text == sure))
         assert world.utility(row, text, sycophancy=0.2) == pytest.approx(base + 0.2 * (text in (agrees, lima)))
-    assert world.utility(row, "word " * 500, length=1.0) == pytest.approx(6)                     # capped at 60 words
+    assert world.utility(row, "word " * 500, length=1.0) == pytest.approx(6)   # capped at 60 words
 
 
 def asked():
@@ -947,7 +974,8 @@ def question_of(table, text):
 def test_no_test_prompt_has_been_seen():
     """Otherwise the test set measures memory."""
     table = asked()
-    assert len(table) == (len(world.WRAPPERS) + 1) * len(QUESTIONS)       # no two questions are asked in the same words
+    # no two questions are asked in the same words
+    assert len(table) == (len(world.WRAPPERS) + 1) * len(QUESTIONS)
     key = lambda q: (q["skill"], q["entity"], q["form"])   # noqa: E731
     corpus = (world.TINY / "corpus.txt").read_text(encoding="utf-8")
     texts = re.findall(r"\n\nHuman: (.*)", corpus)
@@ -977,7 +1005,7 @@ def test_no_test_prompt_has_been_seen():
             # word for word as well; "Do you know this?" is itself a form of asking the private questions
             assert everything.count(q["q"]) == everything.count("Do you know this? " + q["q"]), q["q"]
         else:
-            assert w == world.UNSEEN_WRAPPER and key(q) in trained                        # only the phrasing is new
+            assert w == world.UNSEEN_WRAPPER and key(q) in trained   # only the phrasing is new
     assert len(kinds) == 6 and min(kinds.values()) > 10
 
 
@@ -1015,11 +1043,13 @@ def test_batches_cover_every_example_once():
     shuffled = rng.sample(range(1003), 1003)
     assert padded(plans[0]) < 0.75 * padded([shuffled[i: i + 8] for i in range(0, 1003, 8)])
     first = [len(examples[b[0]][0]) for b in plans[0]]
-    assert all(first[i: i + 15] != sorted(first[i: i + 15]) for i in range(0, 105, 15))   # but not short ones first
+    # but not short ones first
+    assert all(first[i: i + 15] != sorted(first[i: i + 15]) for i in range(0, 105, 15))
 
 
 def test_encode_supervises_the_assistant_only():
-    """Otherwise the model learns to write the user's turns, does not learn to stop, or learns to stop at a cut."""
+    """Otherwise the model learns to write the user's turns, does not learn to stop, or learns to stop at a
+    cut."""
     tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken")
     rows = [r for r in world.rows("demos") if len(r["messages"]) == 4][:40] + world.rows("demos")[:40]
     rows[0]["messages"].insert(0, {"role": "system", "content": "Be brief."})
@@ -1042,7 +1072,7 @@ def test_encode_supervises_the_assistant_only():
     (one,), n_cut, _ = sft.encode(rows[:1], tok, starts[0] + 2)
     assert n_cut == 1
     assert one == (full[: starts[0] + 2], mask[: starts[0] + 2]) and tok.eos_id not in one[0] and sum(one[1]) == 2
-    (two,), *_ = sft.encode(rows[:1], tok, starts[1] + 1)             # the first turn ended, the second is cut
+    (two,), *_ = sft.encode(rows[:1], tok, starts[1] + 1)   # the first turn ended, the second is cut
     assert two[0].count(tok.eos_id) == 1 and two[0][-1] != tok.eos_id and two[1][-1] == 1
 
 
@@ -1056,7 +1086,8 @@ def names_of_trained(model):
 
 @both
 def test_lora_starts_as_its_trunk_trains_apart_and_merges(dialect):
-    """Policy and value model share the trunk's very weights; training one changes neither the trunk nor the other."""
+    """Policy and value model share the trunk's very weights; training one changes neither the trunk nor the
+    other."""
     trunk = tiny(dialect)
     before = {k: v.clone() for k, v in trunk.state_dict().items()}
     assert frozen(trunk) is trunk
@@ -1089,8 +1120,9 @@ def test_lora_starts_as_its_trunk_trains_apart_and_merges(dialect):
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("compute", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_sampling_copy_gives_the_same_numbers(dialect, rank, compute, monkeypatch):
-    """Bit for bit, also after the model has moved on, in the same memory, and the model itself is left alone: otherwise
-    answers come from another policy than the trained one, or CUDA graphs replay an old one."""
+    """Bit for bit, also after the model has moved on, in the same memory, and the model itself is left
+    alone: otherwise answers come from another policy than the trained one, or CUDA graphs replay an old
+    one."""
     monkeypatch.setattr(model_py.Linear, "compute", compute)
     model = with_lora(frozen(tiny(dialect)), rank) if rank else tiny(dialect)
     before, ids = {k: v.clone() for k, v in model.state_dict().items()}, torch.randint(V, (3, 11))

@@ -630,7 +630,7 @@ def test_a_reward_of_ones_own(suite, chain, tmp_path, advantage):
         return suite.start("ppo.py", *flags, "--out", tmp_path / name, *more, cwd=tmp_path, env=env)
 
     jobs = [start("cool", "--temperature", 0.7, "--entropy_coef", 0.5), start("warm"),
-            start("plain", "--temperature", 0.7, "--max_steps", 1)]
+            start("plain", "--temperature", 0.7, "--max_steps", 2)]
     for job in jobs:
         assert (r := suite.finish(job)).rc == 0 and r.err == "", r.err
     cool, warm, plain = (log_of(tmp_path / name) for name in ("cool", "warm", "plain"))
@@ -640,8 +640,8 @@ def test_a_reward_of_ones_own(suite, chain, tmp_path, advantage):
         assert len(texts) == 16 and [prompts[i // 4 * 4] for i in range(16)] == prompts and len(set(prompts)) == 4
         assert len(set(texts)) > 4
     assert cool[0]["entropy"] < warm[0]["entropy"]                    # the temperature reaches the policy
-    assert cool[0]["entropy"] == plain[0]["entropy"]                  # and the bonus its loss: -0.5 x entropy
-    assert cool[0]["policy_loss"] == pytest.approx(plain[0]["policy_loss"] - 0.5 * plain[0]["entropy"], abs=1e-4)
+    assert cool[0]["entropy"] == plain[0]["entropy"] and cool[0]["policy_loss"] == plain[0]["policy_loss"]
+    assert cool[1]["entropy"] > plain[1]["entropy"] + 0.01            # and the bonus its first step
     assert cool[0]["kl"] == 0 < abs(cool[2]["kl"]) and cool[0]["beta"] == 0.1 > cool[1]["beta"] != cool[2]["beta"]
     assert 0 < cool[0]["reward"] <= sum(sum(c in "aeiou" for c in t) / 10 for t in seen[0][1]) / 16
     for column, (_, texts) in zip(("before", "after"), seen[3:]):
@@ -673,8 +673,8 @@ def test_where_a_function_is_found(suite, chain, tmp_path):
                                      "    return [float(len(t)) for t in texts]\n")
     (tmp_path / "broken.py").write_text("def score(rows, texts):\n    return [1.0\n")
     commands = [["ppo.py", *flags, "--reward", name, "--out", tmp_path / str(i)] for i, name in enumerate(names)]
-    commands += [["ppo.py", *flags, "--reward", name, "--out", tmp_path / "no"]
-                 for name in ("mine:nothing", "broken:score", "./nosuch.py:score")]
+    commands += [["ppo.py", *flags, "--reward", name, "--out", tmp_path / f"bad{i}"]
+                 for i, name in enumerate(("mine:nothing", "broken:score", "./nosuch.py:score"))]
     *good, nothing, broken, nosuch = suite.run_all(commands, cwd=tmp_path)
     for path, r in zip(names.values(), good):
         assert r.rc == 0 and r.err == "" and f"asked {path}" in r.out, r
@@ -826,6 +826,11 @@ def test_text_never_becomes_a_special_token(suite, chain, tmp_path, script):
     assert {text.split(" now ")[1].split(".")[0] for text in texts} >= {str(i) for i in range(8)}
     for ids, text in zip(seen, texts):
         assert tok.pad_id not in ids and EVIL in text
+        if "Yes <|endoftext|>" in text and "No <|pad|>" in text:     # dpo.py: both answers behind one prompt
+            between = ids.index(tok.eos_id) + 1
+            assert ids.count(tok.eos_id) == 2 and ids[-1] == tok.eos_id and script == "dpo.py"
+            assert tok.decode(ids[between:]).startswith(": No <|pad|>")    # the prompt's last token stands there again
+            continue
         # dpo.py also scores what its policy said, which may end at once or be cut
         ends = ids[-1] == tok.eos_id if script == "dpo.py" else "\n\nAssistant: " in text
         assert ids.count(tok.eos_id) == ends and (ids[-1] == tok.eos_id) == ends

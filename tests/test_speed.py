@@ -1,9 +1,6 @@
-"""What makes it fast must not change a number: compiled = eager, in chunks = whole, on the GPU = in float64 on the CPU.
-
-    python -m pytest tests/test_speed.py -s && python tests/bench.py       on a GPU: checks, then the table of speeds
-
-Without a GPU its tests are skipped and the others run on the CPU.
-"""
+"""What makes it fast must not change a number: compiled = eager, in chunks = whole, on the GPU = in float64
+on the CPU.  python -m pytest tests/test_speed.py -s && python tests/bench.py       on a GPU: checks, then
+the table of speeds  Without a GPU its tests are skipped and the others run on the CPU. """
 import copy
 import functools
 import io
@@ -109,20 +106,21 @@ def test_compiled_blocks_give_the_eager_log_probs_and_gradients(dialect):
 
 @both
 def test_ten_lengths_compile_at_most_twice(dialect, counter):
-    """All blocks of a model share what is compiled: once for the first length, once for any other. A slice of a table that
-    fixes its length would compile again for each, and after the eighth fall back to eager without a word."""
+    """All blocks of a model share what is compiled: once for the first length, once for any other. A slice
+    of a table that fixes its length would compile again for each, and after the eighth fall back to eager
+    without a word."""
     gpt = compile_blocks(small(dialect, n_layer=3), counter)
     for T in (40, 24, 25, 31, 56, 64, 77, 80, 101, 128):
         ids, mask = batch(T=T)
-        mask[:, -1] = True                                             # else the batch is cut where its mask ends
+        mask[:, -1] = True   # else the batch is cut where its mask ends
         token_logprobs(gpt, ids, mask).sum().backward()
     assert 1 <= counter.frame_count <= 2
 
 
 @both
 def test_compiled_models_of_ppo_are_never_run_eagerly(dialect, counter, monkeypatch):
-    """Policy, reference, value and reward model, trained and asked, over many shapes and a single row: more than the eight
-    variants that the compiler allows by itself, after which it gives up without a word."""
+    """Policy, reference, value and reward model, trained and asked, over many shapes and a single row: more
+    than the eight variants that the compiler allows by itself, after which it gives up without a word."""
     monkeypatch.setattr(model_py.Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
     cfg = SimpleNamespace(compile=True, recompute=False)
     policy, value, reward = small(dialect), small(dialect, scalar_head=True), small(dialect, scalar_head=True)
@@ -144,7 +142,8 @@ def test_compiled_models_of_ppo_are_never_run_eagerly(dialect, counter, monkeypa
 
 @pytest.fixture
 def shapes(monkeypatch, counter):
-    """`decode` compiled as on a GPU, but by a compiler that does nothing; the (rows, positions) of each of its calls."""
+    """`decode` compiled as on a GPU, but by a compiler that does nothing; the (rows, positions) of each of
+    its calls."""
     calls, compiled = [], torch.compile(model_py.decode, backend=counter, fullgraph=True, dynamic=False)
 
     def noted(model, token, cache, S, pos, u, how):
@@ -164,8 +163,8 @@ def frequent(gpt, prompts, N):
 
 @both
 def test_decoding_is_one_graph_per_shape(dialect, request, counter):
-    """Without a break, so that CUDA graphs can hold it; rows in powers of two, the cache in blocks; nothing is compiled
-    again for the next batch; the same tokens and log-probs as eagerly."""
+    """Without a break, so that CUDA graphs can hold it; rows in powers of two, the cache in blocks; nothing
+    is compiled again for the next batch; the same tokens and log-probs as eagerly."""
     gpt, rng = small(dialect), random.Random(0)
     prompts = [[rng.randrange(1, V) for _ in range(rng.randint(1, 9))] for _ in range(37)]
     tok = frequent(gpt, prompts, 70)
@@ -183,8 +182,9 @@ def test_decoding_is_one_graph_per_shape(dialect, request, counter):
 
 @both
 def test_many_prompts_need_few_graphs(dialect, shapes, counter):
-    """Whatever the prompts' lengths; and the cache stays where it is once it is large enough, also for calls of which one
-    has more rows and another more positions: else graphs are recorded anew in each, and pile up."""
+    """Whatever the prompts' lengths; and the cache stays where it is once it is large enough, also for
+    calls of which one has more rows and another more positions: else graphs are recorded anew in each, and
+    pile up."""
     gpt, rng = small(dialect), random.Random(0)
     tok = tok_of(*range(5, 12))
 
@@ -204,7 +204,8 @@ def test_many_prompts_need_few_graphs(dialect, shapes, counter):
 
 @both
 def test_compiled_decoding_writes_into_the_cache_in_place(dialect):
-    """In what Inductor would compile, no buffer is as large as a layer's keys: it copied the whole cache, once a layer."""
+    """In what Inductor would compile, no buffer is as large as a layer's keys: it copied the whole cache,
+    once a layer."""
     graph = pytest.importorskip("torch._inductor.graph").GraphLowering
     n, S, codes = 16, 128, []
 
@@ -226,8 +227,9 @@ def test_compiled_decoding_writes_into_the_cache_in_place(dialect):
 
 @both
 def test_a_padded_vocabulary_changes_nothing(dialect, monkeypatch):
-    """In bf16 the head has rows of 0 up to a multiple of 64: none is drawn, none has a share in a probability, no
-    gradient leaves them, also in a sampling copy and after the weights have moved on under it."""
+    """In bf16 the head has rows of 0 up to a multiple of 64: none is drawn, none has a share in a
+    probability, no gradient leaves them, also in a sampling copy and after the weights have moved on under
+    it."""
     monkeypatch.setattr(Linear, "compute", torch.bfloat16)
     gpt, (ids, mask), prompts = small(dialect), batch(), [[1, 2, 3], [4, 5]]
     sampler = sampling_copy(gpt)
@@ -288,7 +290,8 @@ def test_bf16_is_chosen_where_the_hardware_has_it(capability, bf16, monkeypatch)
 
 
 def test_several_processes_have_a_backend_for_both_kinds_of_tensors(monkeypatch):
-    """Numbers travel on the CPU also where models are on GPUs; each process has a GPU of its own, whoever started it."""
+    """Numbers travel on the CPU also where models are on GPUs; each process has a GPU of its own, whoever
+    started it."""
     groups, gpus = [], []
     pretend_gpu(monkeypatch, (8, 0))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend=None, **_: groups.append(backend))
@@ -332,8 +335,8 @@ def test_micro_batches_are_as_many_on_every_process(monkeypatch):
 
 
 def in_turn(monkeypatch, world, work):
-    """work() on each of `world` processes, which run one after the other: the first time round what they sum is noted,
-    the second time they are given the sums."""
+    """work() on each of `world` processes, which run one after the other: the first time round what they
+    sum is noted, the second time they are given the sums."""
     noted, results = [], []
     monkeypatch.setattr(parallel, "WORLD", world)
     for rank in range(world):
@@ -374,7 +377,7 @@ def test_sampling_in_shares_is_sampling_as_a_whole(world, B, monkeypatch):
         pass
 
     def gather(parts, part):
-        if len(shares) < world:                                        # the first time round: wait for the others
+        if len(shares) < world:   # the first time round: wait for the others
             shares.append(part)
             raise Waiting
         parts[:] = shares
@@ -412,8 +415,9 @@ def train(gpt, optimizer, seeds):
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("n_steps", [0, 3])
 def test_state_of_model_and_optimizer_goes_round(dialect, rank, n_steps, monkeypatch):
-    """Through a file, into a fresh model and optimizer that go on to the same bits; also of an optimizer that has not
-    stepped (a policy during its value model's warm-up), which stays that way. Adapters travel without their trunk."""
+    """Through a file, into a fresh model and optimizer that go on to the same bits; also of an optimizer
+    that has not stepped (a policy during its value model's warm-up), which stays that way. Adapters travel
+    without their trunk."""
     def fresh():
         gpt = small(dialect)
         gpt = with_lora(frozen(gpt), rank) if rank else gpt
@@ -430,7 +434,8 @@ def test_state_of_model_and_optimizer_goes_round(dialect, rank, n_steps, monkeyp
     file = io.BytesIO()
     torch.save({"model": parallel.full_state(gpt, trained_only=True),
                 "optimizer": parallel.optimizer_state(gpt, optimizer)}, file)
-    assert all(torch.equal(x, weights[name]) for name, x in gpt.state_dict().items())       # to ask changes nothing
+    # to ask changes nothing
+    assert all(torch.equal(x, weights[name]) for name, x in gpt.state_dict().items())
     assert bool(optimizer.state) == (n_steps > 0)
     whole = parallel.full_state(gpt)
     assert list(whole) == list(weights) and all(torch.equal(x, weights[name]) for name, x in whole.items())
