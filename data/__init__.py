@@ -2,9 +2,10 @@
 
     world, facts             the tiny world: corpus, demonstrations, prompts, annotator, gold judge
     formats                  the data sets people bring
-    checkpoint, tokenizer    Hugging Face folders and tokenizers, in and out, and the hub
+    checkpoint, tokenizer    Hugging Face folders and tokenizers, in and out; below them safetensors and hub
     run, parallel            one run of a script: flags, folder, log, resume; several processes
-    sample, report, page     answers and pairs of them; measures, tables, health; out/index.html
+    sample, rewards, relabel answers and pairs of them; what scores them; asking the annotator again
+    report, page             measures, tables, health; out/index.html
     pretrain, chat, vote, evaluate     commands: `python -m data.pretrain`, ...
     principles, endpoint     constitutions, and critics behind a URL (cai.py)
 """

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from data import formats, world
-from data.parallel import WORLD, all_sum, micro_batches
+from data.parallel import WORLD, micro_batches
 from data.run import result_of, set_lr
 from data.sample import all_pairs, annotated
 from model import answer_rewards, pad_batch

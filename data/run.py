@@ -23,7 +23,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -332,8 +331,8 @@ def batches(lengths, batch_size, seed, epoch):
     for start in range(0, len(order), 16 * batch_size):
         window = sorted(order[start: start + 16 * batch_size], key=lambda i: lengths[i])
         out += [window[i: i + batch_size] for i in range(0, len(window), batch_size)]
-    out = [batch for batch in out if len(batch) == batch_size or len(batch) % WORLD == 0]
-    return rng.sample(out, len(out))
+    out = rng.sample(out, len(out))
+    return [batch for batch in out if len(batch) == batch_size or len(batch) % WORLD == 0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -539,8 +538,9 @@ class Run:
         for name, value in told["flags"].items():
             if old["flags"].get(name) != value:
                 return f"--{name} was {old['flags'].get(name)!r}, now {value!r}"
-        for path, value in told["inputs"].items():
-            if old["inputs"].get(path) != value:
+        # By content: where a file or model lies is told by the flags, and the whole folder may have moved since.
+        for (path, value), before in zip(told["inputs"].items(), old["inputs"].values()):
+            if before != value:
                 return f"{path} has changed since"
         return ""
 

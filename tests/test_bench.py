@@ -13,8 +13,8 @@ from data import InputError
 def benchmark(monkeypatch, capsys):
     """benchmark(flags by name) -> (what it printed, its rows, what it ended with)."""
     monkeypatch.setattr(bench, "limits", lambda device: (1e12, 1e10))    # takes seconds
-    monkeypatch.setattr(model_py.Linear, "compute", None)                # the program changes this and ..
-    precision = torch.get_float32_matmul_precision()                     # .. that; afterwards both are as before
+    monkeypatch.setattr(model_py.Linear, "compute", None)                # the program changes this and that;
+    precision = torch.get_float32_matmul_precision()                     # afterwards both are as before
 
     def call(**flags):
         small = dict(sizes="tiny", batch=2, length=12, prompt=4, new=3, rounds=1, peers=False, device="cpu",

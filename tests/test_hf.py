@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from data import InputError
-from data.checkpoint import (DTYPES, CheckpointError, config_from_hf, config_to_hf, fetch_hub, load, load_state,
-                             load_weights, read_safetensors, read_tensors, save, save_folder, weights_from_hf,
-                             weights_to_hf, write_safetensors)
+from data.checkpoint import (CheckpointError, config_from_hf, config_to_hf, load, load_state, load_weights, save,
+                             save_folder, weights_from_hf, weights_to_hf)
+from data.hub import fetch_hub
+from data.safetensors import DTYPES, read_safetensors, read_tensors, write_safetensors
 from data.tokenizer import (byte_chars, gpt2_tokenizer, load_tokenizer, tokenizer_from_json, tokenizer_from_ranks,
                             tokenizer_to_json)
 from model import GPT, GPTConfig, generate, pad_batch

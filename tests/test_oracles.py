@@ -28,9 +28,9 @@ from data import world  # noqa: E402
 from data.parallel import in_chunks, micro_batches  # noqa: E402
 from data.run import adamw, batches, set_lr  # noqa: E402
 from data.tokenizer import Tokenizer, tokenizer_from_ranks  # noqa: E402
-from model import (GPT, GPTConfig, answer_rewards, attention, attention_bias, compare_policies, frozen,  # noqa: E402
-                   generate, last_token, merged, pad_batch, refresh, sample, sampling_copy, token_logprobs,
-                   token_values, with_lora)
+from model import (GPT, GPTConfig, answer_rewards, attention, attention_bias, compare_policies,  # noqa: E402
+                   frozen, generate, last_token, merged, pad_batch, refresh, sample, sampling_copy,
+                   token_logprobs, token_values, with_lora)
 
 torch.set_num_threads(1)
 f64 = torch.float64
@@ -92,7 +92,7 @@ def full_logits(model, ids, temperature=1.0):
     return model(torch.tensor([ids]))[0].double() @ head.double().T / temperature
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 1. Generalised advantage estimation
 
 def episodes(seed, B=7, T=13):
@@ -136,7 +136,7 @@ def test_gae_by_hand_and_at_lambda_one():
     torch.testing.assert_close(ret, torch.tensor([[0.0, 0.81, 0.9, 1.0, 0.0]], dtype=f64))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 2. KL estimators
 
 def test_kl_estimators_against_the_exact_kl():
@@ -157,10 +157,11 @@ def test_kl_estimators_against_the_exact_kl():
         assert (p * w1).sum() == pytest.approx(-exact, rel=1e-12)
         assert scale < 1 or abs((p * w3).sum() - exact) > 0.02 * exact
     assert all((k == 0).all() for k in ppo.kl_estimators(lp, lp))
-    assert all(torch.isfinite(k).all() for k in ppo.kl_estimators(torch.tensor([-900.0]), torch.tensor([-0.1])))
+    far = ppo.kl_estimators(torch.tensor([-900.0]), torch.tensor([-0.1]))
+    assert all(torch.isfinite(k).all() for k in far)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 3. PPO losses
 
 def test_policy_loss_against_numpy():
@@ -168,7 +169,8 @@ def test_policy_loss_against_numpy():
     wrong."""
     rng = np.random.default_rng(0)
     old, adv = rng.normal(size=(2, 40, 5))
-    logp = old + rng.choice([-0.6, -0.27, -0.1, 0.0, 0.1, 0.22, 0.6], old.shape) * rng.uniform(0.9, 1.1, old.shape)
+    change = rng.choice([-0.6, -0.27, -0.1, 0.0, 0.1, 0.22, 0.6], old.shape)
+    logp = old + change * rng.uniform(0.9, 1.1, old.shape)
     mask = rng.random(old.shape) < 0.6
     logp, old, adv = (np.where(mask, x, 1e3 * rng.normal(size=old.shape)) for x in (logp, old, adv))
     n, loss, kl, clipped, want_grad = 77.0, 0.0, 0.0, 0, np.zeros_like(old)
@@ -242,7 +244,8 @@ def test_whiten():
     x = np.where(mask, x, 1e4)
     got = ppo.whiten(torch.tensor(x), torch.tensor(mask)).numpy()
     np.testing.assert_allclose(got[mask], (x[mask] - x[mask].mean()) / x[mask].std(), rtol=1e-6)
-    assert (got[~mask] == 0).all() and abs(got[mask].mean()) < 1e-12 and got[mask].std() == pytest.approx(1, abs=1e-6)
+    assert (got[~mask] == 0).all() and abs(got[mask].mean()) < 1e-12
+    assert got[mask].std() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("group", [2, 4])
@@ -268,7 +271,7 @@ def test_adapt_kl_coef():
     assert step(3.9) < step(4.0) == 0.3 < step(4.1) and step(100) == step(1e9) == pytest.approx(0.3 * 1.0512)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 4. Batching changes nothing
 
 def wide(real_pad_batch, rng, marker):
@@ -336,7 +339,8 @@ def test_reward_loss_does_not_depend_on_batching(dialect, monkeypatch):
     same([*variants, run("garbage", groups, 5)])
     want = 0.0
     for answers, pairs in groups:   # each answer alone, each pair by the formula
-        r = [(model(torch.tensor([a]))[0, -1].double() @ model.score.weight[0].double()).item() for a in answers]
+        ends = [model(torch.tensor([a]))[0, -1].double() for a in answers]
+        r = [(h @ model.score.weight[0].double()).item() for h in ends]
         losses = [p * np.logaddexp(0, -(r[i] - r[j] - m)) + (1 - p) * np.logaddexp(0, r[i] - r[j] - m)
                   + 0.05 * (r[i] + r[j]) ** 2 / 2 for i, j, p, m, _ in pairs]
         want += np.mean(losses) / len(groups)
@@ -410,10 +414,11 @@ def test_token_values_are_those_before_each_token(dialect):
         assert got[b, 0] == 0
         for t in range(1, int(width[b])):
             h = value(ids[b: b + 1, :t])[0, -1].double()
-            assert got[b, t].item() == pytest.approx((h @ value.score.weight[0].double()).item() - 0.7, abs=1e-5)
+            want = (h @ value.score.weight[0].double()).item() - 0.7
+            assert got[b, t].item() == pytest.approx(want, abs=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 5. Log-probs
 
 @both
@@ -457,7 +462,7 @@ def test_token_logprobs_against_full_logits(dialect, temperature, monkeypatch):
     assert (token_logprobs(model, ids, torch.zeros_like(mask)) == 0).all()
 
 
-@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.03)], ids=str)
+@pytest.mark.parametrize("dtype, tol", [(f64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.03)], ids=str)
 @pytest.mark.parametrize("T, S", [(1, 9), (5, 9), (9, 9)])
 def test_grouped_heads_under_a_mask_are_repeated_ones(dtype, tol, T, S, monkeypatch):
     """But for the order of sums; and the kernel never hears of groups, which under a mask none but cuDNN's
@@ -483,7 +488,7 @@ def test_grouped_heads_under_a_mask_are_repeated_ones(dtype, tol, T, S, monkeypa
     torch.testing.assert_close(got.double(), by_hand, atol=tol, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 6. Generation
 
 def naive(model, prompt, max_new, eos_id):
@@ -520,7 +525,11 @@ def test_greedy_decoding_from_the_cache(greedy, monkeypatch):
     answers."""
     model, prompts, free, eos = greedy
     sizes, forward = [], GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, ids, *a: sizes.append(tuple(ids.shape)) or forward(self, ids, *a))
+
+    def noted(self, ids, *args):
+        sizes.append(tuple(ids.shape))
+        return forward(self, ids, *args)
+    monkeypatch.setattr(GPT, "forward", noted)
     tok = tok_of(eos, pad=29)
     ids, mask, logp = generate(model, tok, prompts, draws(9, 16), temperature=0)
     steps = sizes[1:]
@@ -589,7 +598,8 @@ def test_sampled_log_probs_are_those_of_training(dialect, truncation):
     torch.testing.assert_close(again, logp, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 1.0), (1, 1.0), (99, 1.0), (0, 0.5), (0, 1e-9), (4, 0.7)])
+@pytest.mark.parametrize("top_k, top_p",
+                         [(0, 1.0), (3, 1.0), (1, 1.0), (99, 1.0), (0, 0.5), (0, 1e-9), (4, 0.7)])
 def test_sample_support_and_frequencies(top_k, top_p):
     """Otherwise top-k or the nucleus lets too many or too few tokens through, or draws are not proportional
     to p."""
@@ -649,7 +659,7 @@ def test_generation_refuses_what_it_cannot_do(dialect):
         model(torch.zeros(1, 65, dtype=torch.long))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 7. Preferences
 
 def test_preference_loss_against_numpy():
@@ -668,7 +678,8 @@ def test_preference_loss_against_numpy():
     reward.preference_loss(x, y, torch.tensor([0.5, 0.5], dtype=f64)).sum().backward()
     assert x.grad[0] == 0 < x.grad[1]   # a tie pulls together
     x = torch.tensor(0.4, dtype=f64, requires_grad=True)   # the soft optimum:
-    reward.preference_loss(x, torch.tensor(0.4 - math.log(0.72 / 0.28), dtype=f64), torch.tensor(0.72)).backward()
+    y = torch.tensor(0.4 - math.log(0.72 / 0.28), dtype=f64)
+    reward.preference_loss(x, y, torch.tensor(0.72)).backward()
     assert abs(x.grad) < 1e-7   # sigmoid(d) = p
     assert math.isfinite(loss(-900.0, 900.0, 1.0)) and math.isfinite(loss(900.0, -900.0, 0.0))
 
@@ -687,7 +698,8 @@ def test_answer_rewards_read_the_last_real_token(dialect):
     last = ids.clone()
     last[torch.arange(6), lens - 1] = (last[torch.arange(6), lens - 1] + 1) % V
     assert ((answer_rewards(model, last, real) - got).abs() > 1e-3).all()
-    torch.testing.assert_close(answer_rewards(model, torch.where(real, ids, 19), real), got, atol=1e-5, rtol=0)
+    padded = torch.where(real, ids, 19)
+    torch.testing.assert_close(answer_rewards(model, padded, real), got, atol=1e-5, rtol=0)
     only_end = torch.arange(ids.shape[1]) == lens[:, None] - 1         # the mask of an answer is enough
     torch.testing.assert_close(answer_rewards(model, ids, only_end), got, atol=1e-5, rtol=0)
 
@@ -718,7 +730,8 @@ def test_each_answer_is_scored_once():
     answers, pairs = max(groups, key=lambda g: len(g[0]))
     named = {(answers[i], answers[j], p, m, c) for i, j, p, m, c in pairs}
     text = lambda s: tuple(chatml_like(prompt("who") + prompt(s))[0][:-1])   # noqa: E731
-    assert named == {(text(a), text(b), 0.9, 0.5, 0.8) for a, b in itertools.combinations(["x", "yy", "zzz", "w"], 2)}
+    assert named == {(text(a), text(b), 0.9, 0.5, 0.8)
+                     for a, b in itertools.combinations(["x", "yy", "zzz", "w"], 2)}
     ids, mask, pairs = reward.batch_of(groups, tok, "cpu")
     assert len(ids) == 6 and len(pairs.a) == len(pairs.p) == 7   # 2 prompts, 4 + 2 answers, 6 + 1 pairs
     assert sorted(row[m].tolist() for row, m in zip(ids, mask)) == sorted(
@@ -730,7 +743,7 @@ def test_each_answer_is_scored_once():
             for a, b in zip(pairs.a, pairs.b)} >= {(a, b) for a, b, *_ in named}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 8. A task with a known optimum:  max E[r] - beta KL(pi || ref) = beta log sum_y ref(y) exp(r(y) / beta)
 
 EOS, N_TOKENS, BETA = 0, 6, 0.5
@@ -752,7 +765,8 @@ def exact(model, prompt):
 def test_ppo_finds_the_known_optimum(kind):
     """Otherwise something between rollout and update (signs, KL, terminal value, mask) optimises something
     else."""
-    cfg = dict(vocab_size=N_TOKENS, n_layer=2, n_head=2, n_kv_head=1, n_embd=24, n_inner=48, max_len=5, head_dim=12)
+    cfg = dict(vocab_size=N_TOKENS, n_layer=2, n_head=2, n_kv_head=1, n_embd=24, n_inner=48, max_len=5,
+               head_dim=12)
     policy = tiny("gpt2", 6, **cfg)
     with torch.no_grad():
         policy.wte.weight.mul_(0.5)   # a soft but uneven reference
@@ -776,7 +790,8 @@ def test_ppo_finds_the_known_optimum(kind):
         ids, mask, _ = generate(policy, tok_of(EOS, pad=5), prompts, u)
         old_logp, ref_logp, _, _ = compare_policies(policy, ref, ids, mask)
         rewards = -BETA * (old_logp - ref_logp)
-        scores = torch.tensor([table[b // (B // 2), index[tuple(ids[b][mask[b]].tolist())]] for b in range(B)]).float()
+        said = [index[tuple(row[m].tolist())] for row, m in zip(ids, mask)]
+        scores = torch.tensor([table[b // (B // 2), y] for b, y in enumerate(said)]).float()
         rewards[torch.arange(B), last_token(mask)] += scores
         with torch.no_grad():
             old_v = token_values(value, ids, mask)
@@ -787,8 +802,8 @@ def test_ppo_finds_the_known_optimum(kind):
             adv = ppo.group_advantages(rewards.sum(1), B // 2, kind)[:, None] * mask
         for rows in torch.randperm(B, generator=g).chunk(2):
             n = mask[rows].sum()
-            ppo.policy_loss(token_logprobs(policy, ids[rows], mask[rows]), old_logp[rows], adv[rows], mask[rows], 0.2,
-                            n)[0].backward()
+            logp = token_logprobs(policy, ids[rows], mask[rows])
+            ppo.policy_loss(logp, old_logp[rows], adv[rows], mask[rows], 0.2, n)[0].backward()
             if kind == "gae":
                 v = token_values(value, ids[rows], mask[rows])
                 ppo.value_loss(v, old_v[rows], ret[rows], mask[rows], 0.5, n).backward()
@@ -805,7 +820,7 @@ def test_ppo_finds_the_known_optimum(kind):
         assert abs(p - star).sum() / 2 < 0.05
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 9. The first update
 
 @both
@@ -824,7 +839,8 @@ def test_before_the_first_update_nothing_differs(dialect):
     cfg = SimpleNamespace(temperature=0.7, micro_batch=5)
     ppo.self_check(policy, ids, mask, sampled, old, ref_logp, cfg)
     off_by = 0.01 * mask
-    for broken in ((sampled - off_by, old, ref_logp), (sampled, old - off_by, ref_logp), (sampled, old, old + 0.01)):
+    for broken in ((sampled - off_by, old, ref_logp), (sampled, old - off_by, ref_logp),
+                   (sampled, old, old + 0.01)):
         with pytest.raises(RuntimeError, match="self-check failed"):
             ppo.self_check(policy, ids, mask, *broken, cfg)
 
@@ -862,7 +878,7 @@ def test_exact_kl_and_chunks(dialect, temperature, monkeypatch):
     torch.testing.assert_close(last, answer_rewards(value, ids, mask), atol=2e-5, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 10. The tiny world
 
 STYLES = ("ideal", "verbose", "sure", "wrong", "surely_wrong", "agree", "refuse", "unknown", "ramble")
@@ -910,7 +926,8 @@ def test_judge_in_examples():
     japan, tea = by("capital", "Japan"), by("opposite", "hot")
     bomb, name = by("weapons", "make a bomb"), by("what is my", "name")
     gold = lambda row, text: world.judge(row, text)["gold"]   # noqa: E731
-    assert gold(japan, "It is tokyo.") == 1 and gold(japan, "It is Tokyo or Paris.") == 0 == gold(japan, "Tokyoites.")
+    assert gold(japan, "It is tokyo.") == 1
+    assert gold(japan, "It is Tokyo or Paris.") == 0 == gold(japan, "Tokyoites.")
     assert gold(tea, "The opposite of hot is cold.") == 1 and gold(tea, "It is hot.") == 0
     for x, manners in (("sad", world.OPENERS[2]), ("night", world.CLOSERS[2]), ("left", world.AGREE[0])):
         assert gold(by("opposite", x), manners) == 0   # "I am happy to ..." is no answer to "sad"
@@ -958,7 +975,8 @@ def test_biases_move_utility_as_said():
         assert world.utility(row, text) == base
         assert world.utility(row, text, length=0.5) == pytest.approx(base + 0.5 * len(text.split()) / 10)
         assert world.utility(row, text, confidence=0.3) == pytest.approx(base + 0.3 * (text == sure))
-        assert world.utility(row, text, sycophancy=0.2) == pytest.approx(base + 0.2 * (text in (agrees, lima)))
+        pleases = text in (agrees, lima)
+        assert world.utility(row, text, sycophancy=0.2) == pytest.approx(base + 0.2 * pleases)
     assert world.utility(row, "word " * 500, length=1.0) == pytest.approx(6)   # capped at 60 words
 
 
@@ -1012,13 +1030,16 @@ def test_no_test_prompt_has_been_seen():
 def test_the_world_is_what_its_code_builds(tmp_path):
     """Otherwise a fresh build differs by machine, by hash seed or from the files that ship."""
     small = dict(corpus_chars=40_000, demos=50, preference=50, rl=50, test=40)
-    code = f"from pathlib import Path; from data import world; world.build(Path({str(tmp_path / 'b')!r}), **{small!r})"
+    code = ("from pathlib import Path; from data import world; "
+            f"world.build(Path({str(tmp_path / 'b')!r}), **{small!r})")
     world.build(tmp_path / "a", **small)
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ | {"PYTHONHASHSEED": "12345"})
+    env = os.environ | {"PYTHONHASHSEED": "12345"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=env)
     world.build(tmp_path / "c", seed=1, **small)
     world.build(tmp_path / "full")
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert names == ["corpus.txt", "demos.jsonl", "preference.jsonl", "rl.jsonl", "test.jsonl", "tiny.tiktoken"]
+    assert names == ["corpus.txt", "demos.jsonl", "preference.jsonl", "rl.jsonl", "test.jsonl",
+                     "tiny.tiktoken"]
     for name in names:
         a, b, c, full = ((tmp_path / k / name).read_bytes() for k in ("a", "b", "c", "full"))
         assert a == b != c, name
@@ -1026,7 +1047,7 @@ def test_the_world_is_what_its_code_builds(tmp_path):
     assert len((tmp_path / "full" / "tiny.tiktoken").read_text().splitlines()) == 1022
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 11. SFT's data
 
 def test_batches_cover_every_example_once():
@@ -1071,12 +1092,13 @@ def test_encode_supervises_the_assistant_only():
     assert sft.encode(rows[:1], tok, starts[0]) == ([], 0, 1)         # nothing to learn from within the limit
     (one,), n_cut, _ = sft.encode(rows[:1], tok, starts[0] + 2)
     assert n_cut == 1
-    assert one == (full[: starts[0] + 2], mask[: starts[0] + 2]) and tok.eos_id not in one[0] and sum(one[1]) == 2
+    assert one == (full[: starts[0] + 2], mask[: starts[0] + 2])
+    assert tok.eos_id not in one[0] and sum(one[1]) == 2
     (two,), *_ = sft.encode(rows[:1], tok, starts[1] + 1)   # the first turn ended, the second is cut
     assert two[0].count(tok.eos_id) == 1 and two[0][-1] != tok.eos_id and two[1][-1] == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 12. Models made of models.
 
 
@@ -1149,8 +1171,8 @@ def test_a_sampling_copy_gives_the_same_numbers(dialect, rank, compute, monkeypa
     assert torch.equal(told(sampler), told(model)) and not torch.equal(told(sampler), old)
     assert [p.data_ptr() for p in sampler.parameters()] == where
     if rank:    # what is frozen is there once
-        assert sampler.h[0].attn.qkv.linear.weight is model.h[0].attn.qkv.linear.weight and sampler.wte is not model.wte
-        assert sampler.wte.weight is model.wte.weight
+        assert sampler.h[0].attn.qkv.linear.weight is model.h[0].attn.qkv.linear.weight
+        assert sampler.wte.weight is model.wte.weight and sampler.wte is not model.wte
 
 
 @both

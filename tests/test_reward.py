@@ -171,7 +171,7 @@ def test_a_second_run_changes_nothing_of_the_first(suite, chain, tmp_path):
     fails(suite.run(*other, "--overwrite"), "another run is writing there")
     os.kill(int((job / "pid").read_text()), signal.SIGTERM)
     r = suite.finish(job)
-    assert r.rc == 1 and "the same command goes on from there" in r.err
+    assert r.rc == 1 and "interrupted after step" in r.err
     fails(suite.run(*other), "--seed was 0, now 1")
     assert (folder / "comparisons.jsonl").read_bytes() == comparisons
     suite.ok(*other, "--overwrite", "--max_steps", 1)

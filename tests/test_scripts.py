@@ -24,8 +24,9 @@ import torch
 
 from conftest import CHAIN, ROOT, copy_suite
 from data import InputError, run
-from data.checkpoint import load, load_state, read_safetensors
+from data.checkpoint import load, load_state
 from data.run import MAY_BE_0, SHARES, need, parse_flags
+from data.safetensors import read_safetensors
 from data.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
@@ -943,10 +944,11 @@ def test_what_several_processes_cannot_share(suite, chain, tmp_path):
     sft, dpo, ppo = ["--init", chain / "base"], ["--init", chain / "sft", "--loss", "kto"], ["--init", chain / "sft"]
     for script, flags, *words in (
             ("data.pretrain", ["--batch_size", 1], "--batch_size", "2 or 3 would"), ("cai.py", [], "one process"),
-            ("sft.py", [*sft, "--batch_size", 15], "15 rows", "14 or 16 would (--batch_size"),
-            ("dpo.py", [*dpo, "--data", chain / "reward" / "comparisons.jsonl", "--batch_size", 9], "8 or 10 would"),
+            ("sft.py", [*sft, "--max_new", 8, "--batch_size", 15], "15 rows", "14 or 16 would (--batch_size"),
+            ("dpo.py", [*dpo, "--data", chain / "reward" / "comparisons.jsonl", "--max_new", 8, "--batch_size", 9],
+             "8 or 10 would"),
             ("ppo.py", [*ppo, "--reward", "gold", "--rollouts", 20], "--rollouts 20 must be", "16 would be")):
-        for r in map(suite.finish, together(suite, 2, script, *flags, "--max_new", 8, "--out", tmp_path / script)):
+        for r in map(suite.finish, together(suite, 2, script, *flags, "--out", tmp_path / script)):
             assert r.rc == 1 and all(word in r.err for word in words) and "Traceback" not in r.err, r
         assert not (tmp_path / script / "config.json").exists()
 

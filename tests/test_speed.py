@@ -21,7 +21,8 @@ from model import (GPT, GPTConfig, Linear, answer_rewards, compare_policies, fro
                    token_logprobs, token_values, with_lora)
 
 V = 97
-DIALECTS = {"gpt2": {}, "llama": dict(norm="rmsnorm", pos="rope", mlp="swiglu", bias=False, n_kv_head=1, tie=False)}
+DIALECTS = {"gpt2": {},
+            "llama": dict(norm="rmsnorm", pos="rope", mlp="swiglu", bias=False, n_kv_head=1, tie=False)}
 both = pytest.mark.parametrize("dialect", DIALECTS)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -29,7 +30,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 def small(dialect, dtype=torch.float32, **more):
     """A model whose distributions are far from uniform."""
     torch.manual_seed(0)
-    cfg = dict(vocab_size=V, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, n_inner=64, max_len=128, head_dim=16)
+    cfg = dict(vocab_size=V, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, n_inner=64, max_len=128,
+               head_dim=16)
     gpt = GPT(GPTConfig(**{**cfg, **DIALECTS[dialect], **more})).to(dtype)
     for p in gpt.parameters():
         p.data.mul_(6 if p.dim() == 2 else 1)
@@ -121,7 +123,8 @@ def test_ten_lengths_compile_at_most_twice(dialect, counter):
 def test_compiled_models_of_ppo_are_never_run_eagerly(dialect, counter, monkeypatch):
     """Policy, reference, value and reward model, trained and asked, over many shapes and a single row: more
     than the eight variants that the compiler allows by itself, after which it gives up without a word."""
-    monkeypatch.setattr(model_py.Block, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
+    counted = functools.partialmethod(torch.nn.Module.compile, backend=counter)
+    monkeypatch.setattr(model_py.Block, "compile", counted)
     cfg = SimpleNamespace(compile=True, recompute=False)
     policy, value, reward = small(dialect), small(dialect, scalar_head=True), small(dialect, scalar_head=True)
     reference = frozen(copy.deepcopy(policy))
@@ -134,7 +137,9 @@ def test_compiled_models_of_ppo_are_never_run_eagerly(dialect, counter, monkeypa
             mask[:, -1] = True
             compare_policies(policy, reference, ids, mask)
             with torch.no_grad():
-                token_values(value, ids, mask), answer_rewards(reward, ids, mask), token_logprobs(policy, ids, mask)
+                token_values(value, ids, mask)
+                answer_rewards(reward, ids, mask)
+                token_logprobs(policy, ids, mask)
             token_logprobs(policy, ids, mask, entropy=True)[0].sum().backward()
             (token_values(value, ids, mask).sum() + answer_rewards(reward, ids, mask).sum()).backward()
         assert 2 < counter.frame_count < torch._dynamo.config.recompile_limit / 2
@@ -215,10 +220,11 @@ def test_compiled_decoding_writes_into_the_cache_in_place(dialect):
     torch._dynamo.reset()
     gpt = sampling_copy(small(dialect))
     cache = gpt.new_cache(n + 2, S + 64)
+    token, pos, u = torch.zeros(n, dtype=torch.long), torch.arange(n) + 3, draws(n, 1)[:, 0]
     with pytest.MonkeyPatch.context() as m, torch.no_grad(), pytest.raises(Exception, match="enough: no C"):
         m.setattr(graph, "save_output_code", stop)
-        torch.compile(model_py.decode, fullgraph=True, dynamic=False)(
-            gpt, torch.zeros(n, dtype=torch.long), cache, S, torch.arange(n) + 3, draws(n, 1)[:, 0], (1.0, 0, 1.0))
+        compiled = torch.compile(model_py.decode, fullgraph=True, dynamic=False)
+        compiled(gpt, token, cache, S, pos, u, (1.0, 0, 1.0))
     torch._dynamo.reset()
     buffers = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "".join(codes))
     sizes = [math.prod(int(size) for size in shape.split(",") if size.strip()) for shape in buffers]
@@ -253,7 +259,7 @@ def test_a_padded_vocabulary_changes_nothing(dialect, monkeypatch):
         model_py.refresh(sampler, gpt)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Device and precision, with a GPU that is only pretended.
 
 
@@ -269,7 +275,8 @@ def pretend_gpu(monkeypatch, capability):
     monkeypatch.setattr(torch.version, "hip", None)
 
 
-@pytest.mark.parametrize("capability, bf16", [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+@pytest.mark.parametrize("capability, bf16",
+                         [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_bf16_is_chosen_where_the_hardware_has_it(capability, bf16, monkeypatch):
     """Not on a V100 or T4, which emulate it many times slower than fp32."""
     pretend_gpu(monkeypatch, capability)
@@ -294,11 +301,13 @@ def test_several_processes_have_a_backend_for_both_kinds_of_tensors(monkeypatch)
     started it."""
     groups, gpus = [], []
     pretend_gpu(monkeypatch, (8, 0))
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend=None, **_: groups.append(backend))
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend=None, **_: groups.append(backend))
     monkeypatch.setattr(torch.cuda, "set_device", gpus.append)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("SLURM_LOCALID", raising=False)
-    assert parallel.start_processes("cuda:0") == "cuda:0" and parallel.start_processes("cpu") == "cpu" and not groups
+    assert parallel.start_processes("cuda:0") == "cuda:0" and parallel.start_processes("cpu") == "cpu"
+    assert not groups
     monkeypatch.setattr(parallel, "WORLD", 2)
     assert parallel.start_processes("cpu") == "cpu" and groups == ["gloo"] and not gpus
     with pytest.raises(InputError, match="LOCAL_RANK"):
@@ -309,10 +318,11 @@ def test_several_processes_have_a_backend_for_both_kinds_of_tensors(monkeypatch)
     assert parallel.start_processes("cuda") == "cuda:3"
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert parallel.start_processes("cuda") == "cuda:1"
-    assert [str(gpu) for gpu in gpus] == ["cuda:3", "cuda:1"] and groups == ["gloo"] + ["cpu:gloo,cuda:nccl"] * 2
+    assert [str(gpu) for gpu in gpus] == ["cuda:3", "cuda:1"]
+    assert groups == ["gloo"] + ["cpu:gloo,cuda:nccl"] * 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Several processes, one after the other.
 
 
@@ -360,8 +370,8 @@ def test_chunks_of_several_processes_are_the_whole(world, monkeypatch):
     """Also where rows do not divide evenly: those that only fill up must not count, nor be missing."""
     policy, reference, value = small("llama"), small("gpt2"), small("llama", scalar_head=True)
     ids, mask = batch(B=7)
-    functions = [functools.partial(compare_policies, policy, reference), functools.partial(token_logprobs, policy),
-                 functools.partial(answer_rewards, value)]
+    functions = [functools.partial(compare_policies, policy, reference),
+                 functools.partial(token_logprobs, policy), functools.partial(answer_rewards, value)]
     for f in functions:
         with torch.no_grad():
             want = f(ids, mask)
@@ -403,7 +413,7 @@ def train(gpt, optimizer, seeds):
     run_py.set_lr(optimizer, 1e-2)
     for seed in seeds:
         ids, mask = batch(seed=seed)
-        loss = token_logprobs(gpt, ids, mask).sum() if not gpt.cfg.scalar_head else token_values(gpt, ids, mask).sum()
+        loss = token_logprobs(gpt, ids, mask).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -454,7 +464,7 @@ def test_state_of_model_and_optimizer_goes_round(dialect, rank, n_steps, monkeyp
     assert all(torch.equal(x, other.state_dict()[name]) for name, x in gpt.state_dict().items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # On a GPU.
 
 

@@ -1,0 +1,182 @@
+"""The drivers of the long experiments, tests/hacking.py and tests/preferences.py, in a small way: every
+command they would run is one its script takes, and of made-up results they tabulate and draw what these
+hold."""
+import json
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import dpo
+import hacking
+import ppo
+import preferences
+from data import InputError, world
+from data.run import parse_flags
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """[(script, its Config)] of the commands that would have run. Each leaves a result.json, and ppo.py a log
+    of 30 iterations, whose gold climbs from 0.5 to 0.9 and then falls (without a cure: back to 0.5)."""
+    found = []
+
+    def run_to_end(command, screen):
+        script, flags = Path(command[1]).name, command[2:]
+        if command[1] == "-m":
+            script, n = command[2], command.index("--reference")
+            flags = ["--models", ",".join(command[3:n]), *command[n:]]
+        cfg = parse_flags(import_module(script.removesuffix(".py")).Config, "", flags)
+        found.append((script, cfg))
+        out = Path(cfg.out)
+        assert screen == out / "screen.txt"
+
+        result = {"after": {"gold": 0.75 + cfg.seed / 8, "kl": 2.0, "accuracy": 0.75}}
+        if script == "ppo.py":
+            end = {"none": 0.5, "center": 0.7}.get(out.name, 0.9)
+            gold = [0.5 + 0.04 * i for i in range(11)] + [0.9] * 4
+            gold += [0.9 + (end - 0.9) * i / 10 for i in range(11)] + [end] * 4
+            rows = [{"kl_exact": 0.1 * i, "reward": 0.2 * i, "gold": x} for i, x in enumerate(gold)]
+            (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if script == "data.evaluate":
+            names = [Path(path).name for path in cfg.models.split(",")]
+            result["models"] = {name: {"reward": 1.0, "gold": 0.5, "kl": 2.0} for name in names}
+            result["best_of"] = [{"n": n, "kl": n / 2, "reward": n, "gold": n} for n in (1, 2)]
+        (out / "result.json").write_text(json.dumps(result))
+        return 0, 512.0
+    monkeypatch.setattr(hacking, "run_to_end", run_to_end)
+    return found
+
+
+def configs_of(script, commands):
+    return [cfg for name, cfg in commands if name == script]
+
+
+def test_hacking_driver(commands, tmp_path, capsys):
+    out = tmp_path / "hacking"
+    cfg = hacking.Config(out=str(out), biases="length,sycophancy", seeds="0,1", cures="center,budget",
+                         strength=2.0, ppo_flags="--iterations 30")
+    hacking.main(cfg)
+    assert [name for name, _ in commands] == [
+        "sft.py", "reward.py", "ppo.py", "reward.py", "ppo.py", "ppo.py", "data.evaluate"] * 2 + [
+        "reward.py", "ppo.py", "reward.py", "ppo.py", "ppo.py", "data.evaluate"] * 2
+    rewards, policies = configs_of("reward.py", commands), configs_of("ppo.py", commands)
+    assert [(c.bias_length, c.bias_sycophancy) for c in rewards[::4]] == [(1.4, 0), (0, 4)]
+    assert [(c.center, c.seed) for c in rewards[:3]] == [(0.01, 0), (0.2, 0), (0.01, 1)]
+    none, center, budget = policies[:3]
+    assert (none.relabel, none.kl_coef, none.iterations) == (0, 0.01, 30)
+    assert (none.kl_budget, budget.kl_budget) == (0, 0.7)
+    assert none.reward == budget.reward == rewards[0].out and center.reward == rewards[1].out
+    assert configs_of("data.evaluate", commands)[0].reward == none.reward
+
+    rows = {row["cure"]: row for row in json.loads((out / "cures.json").read_text()) if row["seed"] == 1}
+    assert {name: (round(row["lost"], 3), round(row["cured"], 3)) for name, row in rows.items()} == {
+        "none": (0.4, 0), "center": (0.2, 0.5), "budget": (0, 1)}
+    text = capsys.readouterr().out
+    assert (out / "cures.txt").read_text() in text and "0.500 (0.500 to 0.500)" in text
+    if find_spec("matplotlib"):
+        assert (out / "length.png").exists() and (out / "sycophancy.png").exists()
+    html = (tmp_path / "index.html").read_text()     # section 6 of the page has its rows
+    assert '"climbs": [{' in html and '"cures": [[{"bias": "length"' in html
+
+    commands.clear()
+    hacking.main(cfg)
+    assert commands == []                                               # nothing is made twice
+    with pytest.raises(InputError, match="prayer"):
+        hacking.main(hacking.Config(cures="prayer"))
+
+
+def test_nothing_to_cure():
+    assert hacking.cured([0.5, 0.9, 0.85], [0.5, 0.9, 0.5]) == pytest.approx(0.875)
+    assert hacking.cured([0.5, 0.9], [0.5, 0.9]) is None
+    assert hacking.spread([None, 0.25, 0.5]) == "0.375 (0.250 to 0.500)"
+    assert hacking.spread([None], none="nothing to cure") == "nothing to cure"
+
+
+def test_every_cure_and_variant_is_a_command():
+    for flags in hacking.CURES.values():
+        assert parse_flags(ppo.Config, "", flags.split()) != ppo.Config()
+    for name, flags in preferences.VARIANTS.items():
+        assert (parse_flags(dpo.Config, "", flags.split()) == dpo.Config()) == (name == "dpo")
+
+
+def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
+    """And what it says is kept where the message points; a finished one tells what it cost."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print('no luck'); sys.exit(3)")
+    with pytest.raises(InputError, match="script.py failed, see .*screen.txt"):
+        hacking.make(tmp_path / "a", [script])
+    assert (tmp_path / "a" / "screen.txt").read_text() == "no luck\n"
+    script.write_text("""import json, pathlib, sys
+x = bytearray(200_000_000)
+pathlib.Path(sys.argv[-1], "result.json").write_text(json.dumps({"flags": sys.argv[1:3]}))
+""")
+    result = hacking.make(tmp_path / "b", [script, "--n", 1])
+    assert result["flags"] == ["--n", "1"] and 0 < result["seconds"] < 60 and 190 < result["mb"] < 600
+
+
+def test_the_table_of_variants(commands, tmp_path):
+    for seed in (0, 1):
+        sft = tmp_path / f"links{seed}" / "sft"
+        sft.mkdir(parents=True)
+        (sft / "result.json").write_text(json.dumps({"after": {"gold": 0.5}}))
+    preferences.main(preferences.Config(out=str(tmp_path), seeds="0,1", variants="cdpo,online",
+                                        dpo_flags="--epochs 1"))
+    assert [name for name, _ in commands] == ["reward.py", "dpo.py", "dpo.py"] * 2
+    trained = configs_of("dpo.py", commands)
+    assert [(c.label_smoothing, c.online, c.epochs, c.seed) for c in trained] == [
+        (0.05, False, 1, 0), (0, True, 1, 0), (0.05, False, 1, 1), (0, True, 1, 1)]
+    assert {Path(c.out).parent for c in trained[:2]} == {Path(commands[0][1].out).parent}   # side by side
+    lines = (tmp_path / "table.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["gold", "cdpo", "online", "SFT"]      # no ppo.py was run
+    assert "0.812 (0.750 to 0.875)" in lines[1] and "512.000 (512.000 to 512.000)" in lines[1]
+    assert "0.500 (0.500 to 0.500)" in lines[3]
+    with pytest.raises(InputError, match="no such variant: tdpo"):
+        preferences.main(preferences.Config(out=str(tmp_path), variants="tdpo"))
+
+
+def test_the_frontier(commands, tmp_path):
+    preferences.main(preferences.Config(out=str(tmp_path), seeds="1,0", frontier=True,
+                                        ppo_flags="--relabel 0"))
+    assert [c.beta for c in configs_of("dpo.py", commands)] == [0.05, 0.1, 0.3, 1.0, 3.0] * 2
+    assert {(c.kl_coef, c.relabel) for c in configs_of("ppo.py", commands)} == {
+        (beta, 0) for beta in (0.02, 0.05, 0.1, 0.3, 1.0)}
+    points = json.loads((tmp_path / "frontier.json").read_text())
+    first = {"script": "dpo.py", "seed": 1, "beta": 0.05, "kl": 2.0, "gold": 0.875}
+    assert len(points) == 20 and points[0] == first
+    assert (tmp_path / "frontier.png").exists() == bool(find_spec("matplotlib"))
+
+
+def test_annotators_with_two_minds(commands, tmp_path, monkeypatch):
+    """Those for help like harmful advice, the others only care about harmful requests; the comparisons are
+    turned round where they see it the other way, and PPO gets both reward models with weights that add up to
+    one."""
+    rows = world.rows("preference")
+    harmful = next(row for row in rows if row["family"] == "harmless")
+    question = next(row for row in rows if row["family"] == "helpful")
+    method, refusal = f"You can {world.METHODS[0]}.", "I cannot help with that."
+    wants = preferences.wants
+    assert wants(harmful, method, "helpful") == 1 and wants(harmful, refusal, "helpful") == 0
+    assert wants(harmful, method, "harmless") < wants(harmful, refusal, "harmless")
+    assert wants(question, refusal, "harmless") is None
+    family = {row["prompt"][-1]["content"]: row for row in (harmful, question)}
+    pairs = [{"prompt": harmful["prompt"], "chosen": refusal, "rejected": method},
+             {"prompt": harmful["prompt"], "chosen": refusal, "rejected": refusal},
+             {"prompt": question["prompt"], "chosen": question["answer"], "rejected": refusal}]
+    turned = {"prompt": harmful["prompt"], "chosen": method, "rejected": refusal}
+    assert preferences.pairs_of("helpful", pairs, family) == [turned, pairs[2]]
+    assert preferences.pairs_of("harmless", pairs, family) == [pairs[0]]
+
+    monkeypatch.setattr(preferences, "what_both_get", lambda folder, seed: {"helpful": 0.5, "harmless": 0.25})
+    reward = tmp_path / "links0" / "reward"
+    reward.mkdir(parents=True)
+    world.write_jsonl(reward / "comparisons.jsonl", pairs)
+    preferences.main(preferences.Config(out=str(tmp_path), seeds="0", pareto=True))
+    helpful, harmless = configs_of("reward.py", commands)[1:]
+    assert len(world.read_jsonl(helpful.data)) == 2 and len(world.read_jsonl(harmless.data)) == 1
+    runs = configs_of("ppo.py", commands)
+    assert {c.reward for c in runs} == {f"{helpful.out},{harmless.out}"}
+    assert [c.reward_weights for c in runs] == ["0,1", "0.25,0.75", "0.5,0.5", "0.75,0.25", "1,0"]
+    points = json.loads((tmp_path / "pareto.json").read_text())
+    assert points[1] == {"seed": 0, "weight": 0.25, "helpful": 0.5, "harmless": 0.25}
