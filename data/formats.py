@@ -653,17 +653,23 @@ def split(rows, fraction, seed):
     """Rows of any kind -> (train, held_out) in the same order, with about `fraction` of the prompts held out.
 
     The side of a row depends on its prompt and the seed alone: rows with one prompt stay together, and more
-    rows or another order move none. Raises ValueError unless 0 <= fraction <= 1.
+    rows or another order move none. Only where few rows leave one side empty does a prompt go over to it.
+    Raises ValueError unless 0 <= fraction <= 1.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction!r}")
-    train, held_out = [], []
+    places = []
     for row in rows:
         # The hash of a prompt is the same on every machine, Python's hash() is not.
         text = json.dumps([seed, [(turn["role"], turn["content"]) for turn in _prompt_of(row)]])
-        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48  # uniform in [0, 1)
-        side = held_out if place < fraction else train
-        side.append(row)
+        places.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48)  # in [0, 1)
+
+    # Held out is what lies below the fraction: of two prompts or more at least one, and not all.
+    border, different = fraction, sorted(set(places))
+    if 0 < fraction < 1 and len(different) > 1:
+        border = min(max(border, different[1]), different[-1])
+    train = [row for row, place in zip(rows, places) if place >= border]
+    held_out = [row for row, place in zip(rows, places) if place < border]
     return train, held_out
 
 

@@ -322,17 +322,21 @@ def cosine(step, steps, warmup, floor=0.1):
 
 
 def batches(lengths, batch_size, seed, epoch):
-    """One pass over examples of these lengths, as lists of their numbers, batch by batch, each of similar
-    lengths, so that little is padded: shuffle, sort within windows of 16 batches, shuffle the batches. With
-    several processes a last batch that does not divide evenly over them is left out."""
+    """One pass over examples of these lengths, as lists of their numbers, batch by batch, each of similar lengths,
+    so that little is padded: shuffle, sort within windows of 16 batches, shuffle the batches. With several
+    processes the last batch loses the examples that do not divide evenly over them. InputError: --batch_size does
+    not, or there are fewer examples than processes."""
+    if batch_size % WORLD or len(lengths) < WORLD:
+        raise InputError(f"--batch_size {batch_size}, {len(lengths)} examples: they do not divide evenly over {WORLD} "
+                         f"processes; --batch_size {max(1, batch_size // WORLD) * WORLD} would")
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
     out = []
     for start in range(0, len(order), 16 * batch_size):
         window = sorted(order[start: start + 16 * batch_size], key=lambda i: lengths[i])
         out += [window[i: i + batch_size] for i in range(0, len(window), batch_size)]
-    out = rng.sample(out, len(out))
-    return [batch for batch in out if len(batch) == batch_size or len(batch) % WORLD == 0]
+    out = [batch[: len(batch) // WORLD * WORLD] for batch in rng.sample(out, len(out))]
+    return [batch for batch in out if batch]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -365,9 +369,10 @@ def sibling(cfg, name):
 
 
 def unfinished(folder):
-    """True where a link has to be made, or its run was cut off (a state.pt, but no result.json)."""
-    there = {name for name in ("config.json", "state.pt", "result.json") if (Path(folder) / name).exists()}
-    return "config.json" not in there or there == {"config.json", "state.pt"}
+    """True where a link has to be made, or its run was cut off (a run.json, but no result.json)."""
+    folder = Path(folder)
+    cut_off = (folder / "run.json").exists() and not (folder / "result.json").exists()
+    return not (folder / "config.json").exists() or cut_off
 
 
 def need(cfg, *names):
@@ -463,6 +468,10 @@ def fingerprint(path):
 # ------------------------------------------------------------------------------------------------------------
 
 
+LEFT_BY_A_RUN = ("state.pt", "log.jsonl", "samples.txt", "answers.jsonl", "result.json", "comparisons.jsonl",
+                 "held_out.jsonl", "inspect.json")   # beside the checkpoint and run.json
+
+
 class Run:
     """The folder of one run, and its voice: it alone writes there and prints. Files: run.json (flags and
     inputs), log.jsonl, samples.txt, answers.jsonl, the checkpoint with state.pt, result.json (its absence
@@ -488,7 +497,7 @@ class Run:
             self.lock()
             goes_on = self.what_is_there(told)
             if not goes_on:
-                for name in ("state.pt", "log.jsonl", "samples.txt", "answers.jsonl", "result.json"):
+                for name in LEFT_BY_A_RUN:
                     (self.folder / name).unlink(missing_ok=True)
             write_atomic(self.folder / "run.json", json.dumps(told, indent=1).encode())
         barrier()
@@ -576,6 +585,7 @@ class Run:
 
     def steps(self):
         """The numbers of the steps that are left, from 0 on."""
+        self.loop_start = time.time()
         for step in range(self.first, self.n_steps):
             self.step_start = time.time()
             yield step
@@ -622,7 +632,7 @@ class Run:
         now, pause = time.time(), 0.2 if sys.stdout.isatty() else 5
         if now - self.shown > pause or left == 0:
             self.shown = now
-            remaining = (now - self.start) / (step + 1 - self.first) * left
+            remaining = (now - self.loop_start) / (step + 1 - self.first) * left
             shown = {name: row[name] for name in show or row if name in row}
             self.show(step, shown, row.get("tok_s"), remaining)
 

@@ -254,6 +254,8 @@ def noise_for(agreement, gaps):
     """The noise at which the annotator agrees with its own utilities on this share of the pairs with these
     gaps."""
     gaps, low, high = [abs(g) for g in gaps if abs(g) > 1e-6], 1e-3, 100.0
+    if not gaps:    # all are ties
+        return 1.0
     for _ in range(60):
         mid = (low * high) ** 0.5
         agrees = sum(choice_probability(g, mid) for g in gaps) / len(gaps)
