@@ -159,7 +159,8 @@ class Attention(nn.Module):
                 rows = torch.arange(B, device=x.device)
                 keys[rows, :, pos[:, 0]] = k[:, :, 0]
                 values[rows, :, pos[:, 0]] = v[:, :, 0]
-                k, v = keys, values
+                S = bias.shape[-1]
+                k, v = keys[:B, :, :S], values[:B, :, :S]
         y = attention(q, k, v, bias)                                                   # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, H * D))
 
@@ -236,15 +237,12 @@ class GPT(nn.Module):
         it.
 
         cache, one (keys, values) a layer: what is computed for these tokens is stored there too. With pos (B,
-        1) as well, T is 1 and row b's token stands at position pos[b]: it is written there and looks at all
-        up to there. Without a cache, pos (B, T) and mask (B, 1, T, T) say where each token stands and which
-        others it looks at."""
+        1) and mask (B, 1, 1, S) as well, T is 1 and row b's token is written at position pos[b] of row b of
+        the cache, and looks at those of its first S positions that the mask says. Without a cache, pos (B, T)
+        and mask (B, 1, T, T) say where each token stands and which others it looks at."""
         T = ids.shape[1]
         if pos is None and T > self.cfg.max_len:
             raise ValueError(f"{T} tokens are longer than the model's context of {self.cfg.max_len}")
-        if cache is not None and pos is not None:
-            S = cache[0][0].shape[2]
-            mask = (torch.arange(S, device=ids.device) <= pos)[:, None, None]   # (B, 1, 1, S)
 
         # Token embeddings, and where each token stands: added here (GPT-2), or turned into q and k (Llama).
         x, rope = self.wte(ids), None   # (B, T, C)
@@ -445,10 +443,9 @@ def decode(model, token, cache, S, pos, u, how):
     """One step of `generate`: reads tokens (n,) at positions pos (n,) and S positions of the cache, and draws
     the next tokens (n,), with their log-probs (n,). Its shapes depend on n and S alone and nothing in it
     waits for the host, so that on a GPU each such pair can become a CUDA graph (compile_decoding)."""
-    window = []
-    for keys, values in cache:
-        window.append((keys[: len(token), :, :S], values[: len(token), :, :S]))
-    hidden = model(token[:, None], window, pos[:, None])                                           # (n, 1, C)
+    # The cache itself is handed on: of slices of it, compiled code would write copies and copy them back.
+    mask = (torch.arange(S, device=token.device) <= pos[:, None])[:, None, None]   # (n, 1, 1, S)
+    hidden = model(token[:, None], cache, pos[:, None], mask)   # (n, 1, C)
     return draw(model.logits(hidden[:, 0]), u, how)
 
 

@@ -45,7 +45,7 @@ import torch   # noqa: E402
 
 import model as gpt   # noqa: E402
 from data import InputError, read_json, report, write_atomic   # noqa: E402
-from data.checkpoint import load_state, save   # noqa: E402
+from data.checkpoint import finish_save, load_state, save   # noqa: E402
 from data.parallel import (RANK, WORLD, all_sum, barrier, child_environment, full_state,   # noqa: E402
                            load_full_state, load_optimizer_state, optimizer_state, start_processes)
 
@@ -492,19 +492,33 @@ class Run:
             flags["max_steps"] = cfg.max_steps
         told = {"stage": stage, "config": asdict(cfg), "flags": flags,
                 "inputs": {str(path): fingerprint(path) for path in inputs}}
-        if RANK == 0 and not dry:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock()
-            goes_on = self.what_is_there(told)
-            if not goes_on:
-                for name in LEFT_BY_A_RUN:
-                    (self.folder / name).unlink(missing_ok=True)
-            write_atomic(self.folder / "run.json", json.dumps(told, indent=1).encode())
-        barrier()
+        # The first process looks. Where it ends, the others end too: 1 stands for success, 2 for an error.
+        ends = 0
+        try:
+            if RANK == 0 and not dry:
+                self.open_folder(told)
+        except BaseException as e:
+            ends = 1 if isinstance(e, SystemExit) else 2
+            raise
+        finally:
+            ends = all_sum(ends)
+        if ends:
+            sys.exit(int(ends) - 1)
         self.state = load_state(self.folder)
         self.first = self.state.get("step", 0)
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.stop)
+
+    def open_folder(self, told):
+        """Lock the folder and make it ready. Ends the program if the run is finished; InputError if it may
+        not begin."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        finish_save(self.folder)      # one that was cut off in the midst counts
+        goes_on = self.what_is_there(told)
+        for name in ("result.json",) if goes_on else LEFT_BY_A_RUN:
+            (self.folder / name).unlink(missing_ok=True)
+        write_atomic(self.folder / "run.json", json.dumps(told, indent=1).encode())
 
     def lock(self):
         """InputError if another run is writing here. The system lets go of the lock when this process
@@ -547,7 +561,7 @@ class Run:
         for name, value in told["flags"].items():
             if old["flags"].get(name) != value:
                 return f"--{name} was {old['flags'].get(name)!r}, now {value!r}"
-        # By content: where a file or model lies is told by the flags, and the whole folder may have moved since.
+        # By content: where a file lies is told by the flags, and the whole folder may have moved since.
         for (path, value), before in zip(told["inputs"].items(), old["inputs"].values()):
             if before != value:
                 return f"{path} has changed since"
