@@ -12,15 +12,15 @@ One iteration:
   2. score      r(x, y) by the reward model, read at EOS; a response without EOS gets -eos_penalty instead
   3. reward     R_t = -beta (log pi(y_t) - log pi_ref(y_t)) + [t is the last token] r       (k1, no gradient)
   4. advantage  delta_t = R_t + gamma V_t+1 - V_t,   A_t = delta_t + gamma lam A_t+1,   V after the end = 0
-                (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; then A is whitened over response tokens
+                (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; A is whitened over the response tokens
   5. update     epochs x minibatches:  ratio = pi / pi_old,
                 L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)                (arXiv:1707.06347, eq. 7)
                 L_V = max((V - ret)^2, (clip(V, V_old - eps_v, V_old + eps_v) - ret)^2) / 2
   6. relabel    the annotator compares the answers to each prompt, and the reward model learns from that
 
 Step 6 in every iteration, the default, is iterated RLHF (arXiv:2204.05862, 4.5; data/relabel.py). --relabel 0
-is the paper's loop, whose reward model stays as it is. All means are over response tokens, EOS included, of
-the whole minibatch.
+is the paper's loop, whose reward model stays as it is. Losses are means over the response tokens, EOS
+included, of a whole minibatch.
 
 Four models: policy (trained), reference (frozen policy), reward model, value model (trained, starts as the
 reward model). --advantage rloo or grpo needs no value model: the other answers to a prompt are the baseline.
@@ -70,7 +70,7 @@ class Config(RunFlags):
     kl_coef: float = 0.1          # beta (the initial one if adaptive)
     kl: typing.Literal["fixed", "adaptive"] = "fixed"   # adaptive: beta is steered to --kl_target
     kl_target: float = 4.0        # nats per response, for --kl adaptive
-    kl_horizon: float = 10000.0   # responses over which beta may change e-fold, roughly, for --kl adaptive
+    kl_horizon: float = 10000.0   # responses over which beta may change by a fifth, for --kl adaptive
     kl_budget: float = 0.0        # stop where the exact KL reaches so many nats per response (0: no limit)
     eos_penalty: float = 4.0      # a response that does not end gets minus this instead of its score
     advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"   # the latter two compare --group answers
@@ -99,7 +99,7 @@ class Config(RunFlags):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The algorithm as pure functions. All tensors (B, T), index t is token t, mask is True on response tokens.
+# The algorithm as pure functions. Index t of a tensor (B, T) is token t; a mask is True on response tokens.
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -107,22 +107,24 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     outside the mask is ignored and comes out 0; the value after the last response token is 0
     (arXiv:1506.02438, eq. 16)."""
     rewards, values = rewards * mask, values * mask
-    advantages, last = torch.zeros_like(values), torch.zeros_like(values[:, 0])
-    next_value = torch.zeros_like(last)
+    advantages = torch.zeros_like(values)
+    next_value, next_advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])     # (B,)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        last = (delta + gamma * lam * last) * mask[:, t]
-        advantages[:, t] = last
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        advantages[:, t] = next_advantage
         next_value = values[:, t]
     return advantages, advantages + values
 
 
 def group_advantages(scores, group, kind):
     """Advantages (B,) of sequence rewards (B,) in consecutive groups of answers to one prompt. rloo: minus
-    the mean of the others (arXiv:2402.14740, eq. 7). grpo: (r - mean) / std (arXiv:2402.03300, 4.1.2)."""
+    the mean of the others (arXiv:2402.14740, eq. 7). grpo: (r - mean) / std (arXiv:2402.03300, 4.1.2; the
+    rest of GRPO, its KL term in the loss, is not taken over)."""
     r = scores.view(-1, group)
     if kind == "rloo":
-        return ((r - r.mean(1, keepdim=True)) * group / (group - 1)).flatten()
+        others = (r.sum(1, keepdim=True) - r) / (group - 1)
+        return (r - others).flatten()
     return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).flatten()
 
 
@@ -189,7 +191,9 @@ def check_flags(cfg):
     for name, n in (("group", cfg.group), ("minibatches x processes", cfg.minibatches * WORLD)):
         if cfg.rollouts % n:
             raise InputError(f"--rollouts {cfg.rollouts} must be a multiple of --{name}, which is {n}; "
-                             f"{cfg.rollouts // n * n or n} would be")
+                             f"{max(1, cfg.rollouts // n) * n} would be")
+    if cfg.ptx_coef and 8 % WORLD:
+        raise InputError(f"--ptx_coef reads 8 windows a step, which do not divide over {WORLD} processes")
     if cfg.temperature == 0:
         raise InputError("--temperature 0: a policy that always says the same has nothing to learn from")
 
@@ -212,7 +216,8 @@ def load_prompts(run, tok, longest, cfg):
 
 
 def pick(n_rows, n, rng):
-    """n of the numbers below n_rows, in order. If there are fewer, each comes more than once."""
+    """n of the numbers below n_rows, in order, so that equal ones stand together. If there are fewer, they
+    come again."""
     rounds = [torch.randperm(n_rows, generator=rng) for _ in range(0, n, n_rows)]
     return torch.cat(rounds)[:n].sort().values.tolist()
 
@@ -239,25 +244,15 @@ def self_check(policy, ids, mask, sampled_logp, old_logp, ref_logp, cfg):
     return "\n".join(lines)
 
 
-def check_finite(at, **tensors):
-    """InputError if a tensor (B, ..) has an entry that is not finite. at: the rows of --data that the
-    responses are to."""
-    for name, x in tensors.items():
-        good = x.reshape(len(x), -1).isfinite().all(1)
-        if not good.all():
-            bad = [i for i, fine in zip(at, good.tolist()) if not fine]
-            raise InputError(f"the {name} is not finite for the prompts in rows {bad[:8]}; nothing was updated."
-                             " Look at that model's weights, and try --dtype float32")
-
-
-def add(sums, n, **figures):
-    """Add 1/n of each figure to the sums of that name."""
+def add_mean(sums, n, **figures):
+    """Add 1/n of each figure to the sum of that name."""
     for name, value in figures.items():
         sums[name] = sums.get(name, 0.0) + value.detach() / n
 
 
 def load_models(policy, init, reward_models, cfg):
-    """(policy, reference, value model or None), on the CPU, of a policy that was loaded from init."""
+    """(policy, reference, value model or None), on the CPU still, of a policy that was loaded from init. The
+    copies are made before anything is frozen, which casts weights."""
     use_value, value = cfg.advantage == "gae", None
     if cfg.lora:
         # One frozen trunk: the reference is the policy without its adapters, the value model has its own.
@@ -281,8 +276,10 @@ def prepare_models(policy, reference, value, reward_models, teaches, cfg, device
     for model in reward_models:
         prepare(model if teaches else frozen(model), cfg, device)
     if teaches:
-        trained["reward"] = (reward_models[0], adamw(reward_models[0], weight_decay=0.01))
-    if not cfg.lora:    # else it is the trunk that the adapters share
+        trained["reward_model"] = (reward_models[0], adamw(reward_models[0], weight_decay=0.01))
+    if cfg.lora:    # it is the trunk that the adapters share, and stays whole
+        reference.to(device)
+    else:
         prepare(reference, cfg, device)
     return trained
 
@@ -293,6 +290,20 @@ def rollout(sampler, tok, prompts, cfg, step):
     draws = torch.rand(len(prompts), cfg.max_new, dtype=torch.float64, generator=seeded(cfg.seed, step))
     ids, mask, logp = sample(sampler, tok, prompts, draws, cfg.temperature)
     return ids, mask, logp, [x[m].tolist() for x, m in zip(ids.cpu(), mask.cpu())]
+
+
+def logprobs_and_bonus(policy, ids, mask, cfg):
+    """Log-probs (B, T) of the responses, and --entropy_coef times the sum of the entropies."""
+    if not cfg.entropy_coef:
+        return token_logprobs(policy, ids, mask, cfg.temperature), 0.0
+    logp, entropy = token_logprobs(policy, ids, mask, cfg.temperature, entropy=True)
+    return logp, cfg.entropy_coef * entropy.sum()
+
+
+def token_figures(mask, kl, kl_k3, exact_kl, entropy):
+    """What the log says of (B, T) tensors: KL and length per response, entropy per token."""
+    return {"kl": kl.sum(1).mean(), "kl_k3": kl_k3.sum(1).mean(), "kl_exact": exact_kl.sum(1).mean(),
+            "length": mask.sum(1).float().mean(), "entropy": entropy.sum() / mask.sum()}
 
 
 def ptx_windows(cfg, tok, max_len):
@@ -306,13 +317,14 @@ def main(cfg):
     """Train a policy against a reward; or --inspect one iteration."""
     check_flags(cfg)
     device = setup(cfg)
-    init, reward = cfg.init or sibling(cfg, "sft"), cfg.reward or sibling(cfg, "reward")
     need(cfg, *[name for name, own in (("sft", cfg.init), ("reward", cfg.reward)) if not own])
-    run = Run(cfg, "ppo", [init, *names_in(reward), cfg.data or world.TINY / "rl.jsonl"], dry=cfg.inspect)
+    init, reward_name = cfg.init or sibling(cfg, "sft"), cfg.reward or sibling(cfg, "reward")
+    inputs = [init, *names_in(reward_name), cfg.data or world.TINY / "rl.jsonl"]
+    run = Run(cfg, "ppo", inputs, dry=cfg.inspect)
 
     # The models, on the CPU still; prompts to learn from, and to be measured on.
     policy, tok = load(init)
-    rewards = Rewards("--reward", reward, tok, cfg.reward_weights, cfg.ensemble)
+    rewards = Rewards("--reward", reward_name, tok, cfg.reward_weights, cfg.ensemble)
     reward_models = rewards.models()
     policy, reference, value = load_models(policy, init, reward_models, cfg)
     longest = min(model.cfg.max_len for model in [policy, *reward_models]) - cfg.max_new
@@ -323,10 +335,10 @@ def main(cfg):
     # Copies that sample, because decoding reads every weight for every token; then all models to their
     # device.
     sampler, ref_sampler = sampling_copy(policy).to(device), sampling_copy(reference).to(device)
-    teaches = len(reward_models) == 1 and Relabelling.possible(cfg, reward)
+    teaches = len(reward_models) == 1 and Relabelling.possible(cfg, reward_name)
     trained = prepare_models(policy, reference, value, reward_models, teaches, cfg, device)
     run.begin(cfg.iterations, tok, **trained)
-    relabelling = Relabelling(run, reward, *trained["reward"]) if teaches else None
+    relabelling = Relabelling(run, reward_name, *trained["reward_model"]) if teaches else None
     beta, inspected = run.state.get("beta", cfg.kl_coef), run.state.get("inspected", {})
 
     def measure(title):
@@ -334,35 +346,37 @@ def main(cfg):
         refresh(sampler, policy)
         figures, answers = report.measure(sampler, tok, tests, seeded(cfg.seed, MEASURE))
         run.samples(title, tests.prompts[: report.PROBES], answers.texts)
-        return figures, answers.scored
+        return figures, answers
 
     before, first_answers = run.state.get("before"), run.state.get("answers")
     if not run.first and not cfg.inspect:
-        before, first_answers = measure("before")
+        before, answers = measure("before")
+        first_answers = answers.scored
 
     for it in run.steps():
         # Everything random follows from (seed, iteration). Learning rates fall to a third.
-        rng, decay, sums = seeded(cfg.seed, it), 1 - 2 / 3 * it / cfg.iterations, {}
+        rng = seeded(cfg.seed, it)
+        decay = 1 - 2 / 3 * it / cfg.iterations
 
-        # 1. Rollout: `group` answers to each prompt. ids (B, T) is prompt, answer, padding; mask (B, T) is
-        # True
-        #    on the answer and its EOS. Index t is token t in every tensor below.
+        # 1. Rollout: `group` answers to each prompt, B in all. ids (B, T) is prompt, answer, padding; mask
+        #    (B, T) is True on the answer and its EOS. Index t is token t in every tensor below.
         refresh(sampler, policy)
         asked = pick(len(rows), cfg.rollouts // cfg.group, rng)
-        at = torch.tensor(asked).repeat_interleave(cfg.group).tolist()
-        ids, mask, sampled_logp, said = rollout(sampler, tok, [prompts[i] for i in at], cfg, it)
-        texts, batch_rows = [tok.decode(answer) for answer in said], [rows[i] for i in at]
+        row_of = torch.tensor(asked).repeat_interleave(cfg.group).tolist()
+        ids, mask, sampled_logp, said = rollout(sampler, tok, [prompts[i] for i in row_of], cfg, it)
+        texts, batch_rows = [tok.decode(answer) for answer in said], [rows[i] for i in row_of]
+        last = last_token(mask)                                                                  # (B,)
         ended = torch.tensor([answer[-1] in tok.eos_ids for answer in said], device=device)      # (B,)
 
         # 2. What the models say of these answers, before any of them changes. One that does not end is fined.
         scores = rewards.score(batch_rows, texts, ids, mask, cfg.micro_batch)                    # (B,)
         scores = torch.where(ended, scores, -cfg.eos_penalty)
-        both = partial(compare_policies, policy, reference, temperature=cfg.temperature)
-        old_logp, ref_logp, exact_kl, entropy = in_chunks(both, ids, mask, cfg.micro_batch)      # (B, T) each
+        compare = partial(compare_policies, policy, reference, temperature=cfg.temperature)
+        old_logp, ref_logp, exact_kl, entropy = in_chunks(compare, ids, mask, cfg.micro_batch)   # (B, T) each
         old_values = torch.zeros_like(old_logp)
         if value is not None:
             old_values = in_chunks(partial(token_values, value), ids, mask, cfg.micro_batch)     # (B, T)
-        check_finite(at, score=scores, policy=old_logp, reference=ref_logp, value=old_values)
+        run.check_finite(row_of, score=scores, policy=old_logp, reference=ref_logp, value=old_values)
         if it == 0 and not cfg.inspect:
             run.say(self_check(policy, ids, mask, sampled_logp, old_logp, ref_logp, cfg))
 
@@ -370,7 +384,7 @@ def main(cfg):
         # last.
         kl, _, kl_k3 = kl_estimators(old_logp, ref_logp)                                         # (B, T)
         token_rewards = -beta * kl
-        token_rewards[torch.arange(len(ids)), last_token(mask)] += scores
+        token_rewards[torch.arange(len(ids)), last] += scores
 
         # 4. Advantage: how much better than expected, by the value model or by the other answers to the
         # prompt.
@@ -383,38 +397,38 @@ def main(cfg):
 
         # 5. Update. A minibatch is one optimizer step. Micro-batches only bound the memory: every loss is
         #    divided by the tokens of the whole minibatch, so that their gradients add up to the same sum.
-        over_budget = bool(cfg.kl_budget and exact_kl.sum(1).mean() >= cfg.kl_budget)
+        over_budget = bool(cfg.kl_budget and exact_kl.sum(1).mean() >= cfg.kl_budget and not cfg.inspect)
         trains_policy = it >= cfg.value_warmup or value is None or cfg.inspect
-        widths, n_updates = (last_token(mask) + 1).tolist(), cfg.epochs * cfg.minibatches
+        widths, sums, n_updates = (last + 1).tolist(), {}, cfg.epochs * cfg.minibatches
         for _ in range(0 if over_budget else cfg.epochs):
             for mini in torch.randperm(len(ids), generator=rng).chunk(cfg.minibatches):
                 n_tokens = mask[mini].sum()
                 for part in micro_batches(mini.tolist(), widths, cfg.micro_batch):
                     x, m = ids[part], mask[part]                                                 # (b, T)
                     if trains_policy:
-                        logp, ent = token_logprobs(policy, x, m, cfg.temperature, entropy=True)
+                        logp, bonus = logprobs_and_bonus(policy, x, m, cfg)                      # (b, T), ()
                         old, adv = old_logp[part], advantages[part]
                         loss, stats = policy_loss(logp, old, adv, m, cfg.clip, n_tokens)
-                        (loss - cfg.entropy_coef * ent.sum() / n_tokens).backward()
-                        add(sums, n_updates, policy_loss=loss, **stats)
+                        (loss - bonus / n_tokens).backward()
+                        add_mean(sums, n_updates, policy_loss=loss, **stats)
                     if value is not None:
                         v = token_values(value, x, m)
                         loss = value_loss(v, old_values[part], returns[part], m, cfg.value_clip, n_tokens)
                         loss.backward()
-                        add(sums, n_updates, value_loss=loss)
+                        add_mean(sums, n_updates, value_loss=loss)
                 if corpus is not None and trains_policy:
                     # L_ptx = - mean log pi(x_t | x_<t) over 8 windows of text
                     window = torch.randint(len(corpus), (8,), generator=rng)[RANK::WORLD]
                     x = corpus[window].to(device)                                                # (8, T)
                     loss = -token_logprobs(policy, x, torch.ones_like(x)).sum() / (8 * (x.shape[1] - 1))
                     (cfg.ptx_coef * loss).backward()
-                    add(sums, n_updates, ptx_loss=loss)
+                    add_mean(sums, n_updates, ptx_loss=loss)
                 for name, lr in (("policy", cfg.lr), ("value", cfg.value_lr)):
                     if name in trained:
                         model, optimizer = trained[name]
                         set_lr(optimizer, lr * decay)
                         norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
-                        if run.finite(norm, model, [at[i] for i in mini]):
+                        if run.finite(norm, model, [row_of[i] for i in mini]):
                             optimizer.step()
                         optimizer.zero_grad()
 
@@ -426,22 +440,21 @@ def main(cfg):
             sums |= relabelling.step(it, [rows[i] for i in asked], answers, cfg.reward_lr * decay)
 
         # 7. Write the log, keep some numbers to look at, steer beta, save.
-        figures = {"reward": scores.mean(), "kl": kl.sum(1).mean(), "kl_k3": kl_k3.sum(1).mean(),
-                   "kl_exact": exact_kl.sum(1).mean(), "beta": beta, "entropy": entropy.sum() / mask.sum(),
-                   "length": mask.sum(1).float().mean(), "eos_rate": ended.float().mean(),
+        figures = {"reward": scores.mean(), "beta": beta, "eos_rate": ended.float().mean(),
                    "unique": len(set(texts)) / len(texts)} | all_sum(sums)
+        figures |= token_figures(mask, kl, kl_k3, exact_kl, entropy)
         if value is not None:
             figures["explained_var"] = explained_variance(old_values, returns, mask)
-        if tests.graded:    # gold is shown, never trained on
+        if not cfg.data:    # the tiny world knows the gold score, which is shown and never trained on
             figures |= world.report(batch_rows, texts)
         run.log(it, tokens=sum(widths), show=("reward", "gold", "kl", "length", "eos_rate"), **figures)
-        moment = {cfg.value_warmup: "first", cfg.value_warmup + 5: "middle", run.n_steps - 1: "last"}.get(it)
-        if cfg.inspect or moment:
+        moments = {cfg.value_warmup: "first", run.n_steps // 2: "middle", run.n_steps - 1: "last"}
+        if cfg.inspect or over_budget or it in moments:
             numbers = {"score": scores, "logp": old_logp, "ref_logp": ref_logp, "reward": token_rewards,
                        "value": old_values, "advantage": raw_advantages, "whitened": advantages,
                        "return": returns}
             page = report.inspection(policy, value, tok, batch_rows, (ids, mask), numbers, cfg)
-            inspected[moment or "last"] = page | {"iteration": it + 1, "beta": beta}
+            inspected[moments.get(it, "last")] = page | {"iteration": it + 1, "beta": beta}
         if cfg.kl == "adaptive":
             beta = adapt_kl_coef(beta, kl.sum(1).mean().item(), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
         if run.due(it) or over_budget:
@@ -455,15 +468,16 @@ def main(cfg):
     if cfg.inspect:
         run.say(report.inspection_text(inspected["last"]))
         return
+    # The closing figures; the reward of the first and of the last answers by the reward model as it is now.
     after, answers = measure("after")
-    after |= {name: run.history[-1][name] for name in ("kl", "entropy") if run.history}
-    for figures, said in ((before, first_answers), (after, answers)):  # both by the reward model as it is now
-        report.add_rewards(figures, said, rewards.score_texts(tests.rows, [x["answer"] for x in said]))
+    after["kl"], after["entropy"] = report.mean_kl(policy, reference, tok, answers.prompt_ids, answers.ids)
+    for figures, scored in ((before, first_answers), (after, answers.scored)):
+        report.add_rewards(figures, scored, rewards.score_texts(tests.rows, [x["answer"] for x in scored]))
     if relabelling:
         save(Path(cfg.out) / "reward", reward_models[0], tok)
     run.write("inspect.json", inspected)
     run.finish(before, after, chain_columns(cfg, "PPO", before, after),
-               report.answer_rows(tests, first_answers, answers))
+               report.answer_rows(tests, first_answers, answers.scored))
 
 
 if __name__ == "__main__":

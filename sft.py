@@ -123,7 +123,7 @@ def main(cfg):
     else:
         before, answers = measure()
         first_answers = answers.scored
-        run.samples("before", tests.prompts, answers.texts)
+        run.samples("before", tests.prompts[: report.PROBES], answers.texts)
 
     for step in run.steps():
         # 1. This step's conversations, and how many supervised tokens they have: N of the equation.
@@ -150,7 +150,7 @@ def main(cfg):
             run.save(step, before=before, answers=first_answers)
 
     after, answers = measure()
-    run.samples("after", tests.prompts, answers.texts)
+    run.samples("after", tests.prompts[: report.PROBES], answers.texts)
     run.finish(before, after, answers=report.answer_rows(tests, first_answers, answers.scored))
 
 

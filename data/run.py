@@ -81,8 +81,8 @@ class RunFlags:
 MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora")   # others count from 1
 MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")
 SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate")   # between 0 and 1
-FREE = ("out", "overwrite", "resume", "max_steps", "save_every", "device", "compile", "recompute", "micro_batch",
-        "inspect", "nproc_per_node", "parallel", "timeout", "retries")   # a run that goes on may change these
+FREE = ("out", "overwrite", "resume", "max_steps", "save_every", "device", "compile", "recompute",
+        "micro_batch", "inspect", "nproc_per_node", "parallel", "timeout", "retries")   # a run that goes on may change these
 
 
 def described_fields(Config):
@@ -239,15 +239,15 @@ def setup(cfg):
         raise InputError(f"--device {device}: expected cpu, cuda, cuda:1 or the like")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: this torch sees no CUDA device; try --device cpu")
+    device = start_processes(device)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")   # the first rank speaks
     bf16 = cfg.dtype == "bfloat16"
     if cfg.dtype == "auto" and device.startswith("cuda"):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif cfg.dtype == "auto" and device == "cpu":
         bf16 = cpu_has_bf16()
     gpt.Linear.compute = torch.bfloat16 if bf16 else None
-    device = start_processes(device)
-    if RANK:
-        sys.stdout = open(os.devnull, "w")   # the first rank speaks
     if device == "cpu":
         choose_threads()
     if getattr(cfg, "compile", False) and device.startswith("cuda"):
@@ -322,13 +322,13 @@ def cosine(step, steps, warmup, floor=0.1):
 
 
 def batches(lengths, batch_size, seed, epoch):
-    """One pass over examples of these lengths, as lists of their numbers, batch by batch, each of similar lengths,
-    so that little is padded: shuffle, sort within windows of 16 batches, shuffle the batches. With several
-    processes the last batch loses the examples that do not divide evenly over them. InputError: --batch_size does
-    not, or there are fewer examples than processes."""
+    """One pass over examples of these lengths, as lists of their numbers, batch by batch, each of similar
+    lengths, so that little is padded: shuffle, sort within windows of 16 batches, shuffle the batches. With
+    several processes the last batch loses the examples that do not divide evenly over them. InputError:
+    --batch_size does not, or there are fewer examples than processes."""
     if batch_size % WORLD or len(lengths) < WORLD:
-        raise InputError(f"--batch_size {batch_size}, {len(lengths)} examples: they do not divide evenly over {WORLD} "
-                         f"processes; --batch_size {max(1, batch_size // WORLD) * WORLD} would")
+        raise InputError(f"--batch_size {batch_size}, {len(lengths)} examples: they do not divide evenly over "
+                         f"{WORLD} processes; --batch_size {max(1, batch_size // WORLD) * WORLD} would")
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
     out = []
@@ -531,7 +531,7 @@ class Run:
         except BlockingIOError:
             raise InputError(f"{self.folder}: another run is writing there; choose another --out") from None
         except OSError as e:
-            print(f"{self.folder}: no locks on this file system ({e.strerror}); see that one run writes there")
+            print(f"{self.folder}: no locks here ({e.strerror}); see that no other run writes there")
 
     def what_is_there(self, told):
         """Whether the folder holds an unfinished run with the same flags. Ends the program if it is
@@ -623,6 +623,15 @@ class Run:
         self.say(what)
         return False
 
+    def check_finite(self, row_of, **tensors):
+        """InputError if an entry of a tensor (B, ..) is not finite. row_of: the data row of each of the B."""
+        for name, x in tensors.items():
+            good = x.reshape(len(x), -1).isfinite().all(1)
+            if not good.all():
+                bad = [i for i, fine in zip(row_of, good.tolist()) if not fine]
+                raise InputError(f"the {name} is not finite for the prompts in rows {bad[:8]}; nothing was "
+                                 "updated. Look at that model's weights, and try --dtype float32")
+
     def log(self, step, tokens=0, show=(), **figures):
         """Record step (from 0), with `tokens` read in it; show the figures named in `show` (default: all) at
         most every few seconds. JSON has no NaN; it is left out."""
@@ -690,7 +699,7 @@ class Run:
         now = sorted(self.step_seconds[-10:])[2]
         if now > 4 * best:
             self.slow = True
-            self.say(f"steps take {now / best:.0f} times as long as before: other programs use the processor.\n"
+            self.say(f"steps take {now / best:.0f} times as long as before: others use the processor.\n"
                      "Ctrl-C saves; with OMP_NUM_THREADS=1 before the same command it goes on, often faster")
 
     def say(self, text):
@@ -750,7 +759,8 @@ class Run:
         write_atomic(self.folder / "answers.jsonl", lines.encode())
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1).encode())
         if len(columns) > 2 and "base" in columns:
-            folders = {"base": sibling(self.cfg, "base"), "SFT": sibling(self.cfg, "sft"), self.stage: self.folder}
+            folders = {"base": sibling(self.cfg, "base"), "SFT": sibling(self.cfg, "sft")}
+            folders[self.stage] = self.folder
             self.say(report.side_by_side(folders))
         self.say("\n" + report.table(columns))
         if PART_OF_A_CHAIN in os.environ:    # the script that asked for this one goes on

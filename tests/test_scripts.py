@@ -859,18 +859,17 @@ def together(suite, n, script, *args):
 @pytest.mark.parametrize("script, flags", [
     ("data.pretrain", "--steps 4"),
     ("sft.py", "--init {chain}/base --micro_batch 3 --batch_size 14"),
-    ("reward.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 6 --micro_batch 2"),
+    ("reward.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 8 --micro_batch 3"),
     ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 8 --micro_batch 3"),
     ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --loss kto --batch_size 8"),
-    ("dpo.py", "--init {chain}/sft --online true --online_steps 3 --batch_size 8"),
+    ("dpo.py", "--init {chain}/sft --online --batch_size 16 --max_new 24 --seed 3"),    # two pairs in each step
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --micro_batch 3 "
                "--value_warmup 1 --ptx_coef 0.1 --relabel 2 --recompute"),
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --value_warmup 1 --lora 4")])
 def test_two_processes_are_one(suite, chain, tmp_path, script, flags):
     """The same losses and the same checkpoint, whoever computes which rows and keeps which weights."""
-    flags = [*flags.format(chain=chain).split(), "--max_steps", 3, "--dtype", "float32", "--max_new", 12]
-    if script == "data.pretrain":
-        flags = flags[:-2]
+    short = [] if script == "data.pretrain" else ["--max_new", 12]
+    flags = [*short, "--max_steps", 3, "--dtype", "float32", *flags.format(chain=chain).split()]
     jobs = [suite.start(script, *flags, "--out", tmp_path / "one")]
     jobs += together(suite, 2, script, *flags, "--out", tmp_path / "two")
     for r in map(suite.finish, jobs):
@@ -949,7 +948,7 @@ def test_what_several_processes_cannot_share(suite, chain, tmp_path):
     """Rows that do not divide evenly: which numbers would, where there are no such."""
     pairs = ["--data", chain / "reward" / "comparisons.jsonl"]
     for script, flags, *words in (
-            ("data.pretrain", ["--batch_size", 1], "--batch_size", "2 or 3 would"), ("cai.py", [], "one process"),
+            ("data.pretrain", ["--batch_size", 1], "1 rows a step", "2 would (--batch_size"), ("cai.py", [], "one process"),
             ("sft.py", ["--init", chain / "base", "--batch_size", 15], "--batch_size 15", "--batch_size 14 would"),
             ("dpo.py", ["--init", chain / "sft", *pairs, "--loss", "kto", "--batch_size", 9], "--batch_size 8 would"),
             ("dpo.py", ["--init", chain / "sft", *pairs, "--batch_size", 9], "--batch_size 9", "--batch_size 8 would"),
