@@ -53,41 +53,8 @@ from data.run import (MEASURE, Run, RunFlags, adamw, batches, chain_columns, cos
 from model import frozen, logprobs_from, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
 
 # ------------------------------------------------------------------------------------------------------------
-# The losses as pure functions. First what they compare: implicit rewards (2, B), without beta, of the chosen
-# (row 0) and the rejected answers, from their log-probs under the policy, logp (2, B), and the reference,
-# ref (2, B), summed over their tokens, and their numbers of tokens, n (2, B).
-
-
-def log_ratio(logp, ref, n):
-    """log pi / pi_ref, summed over tokens."""
-    return logp - ref
-
-
-def mean_log_ratio(logp, ref, n):
-    """log pi / pi_ref, the mean over tokens."""
-    return (logp - ref) / n
-
-
-def mean_logp(logp, ref, n):
-    """log pi, the mean over tokens."""
-    return logp / n
-
-
-def mean_log_odds(logp, ref, n):
-    """log odds of the mean over tokens."""
-    return log_odds(logp / n)
-
-
-def log_odds(p):
-    """log(e^p / (1 - e^p)) of mean log-probs p < 0, without overflow, or 0 * inf in the gradient."""
-    p = p.clamp(max=-1e-7)
-    near_0 = p > -math.log(2)
-    of_near = torch.log(-torch.expm1(torch.where(near_0, p, -1.0)))
-    of_far = torch.log1p(-torch.exp(torch.where(near_0, -1.0, p)))
-    return p - torch.where(near_0, of_near, of_far)
-
-
-# Then the losses (B,) of h (B,), the reward of the chosen answer minus that of the rejected one.
+# The losses as pure functions: (B,) of h (B,), the implicit reward of the chosen answer minus that of the
+# rejected one, without beta. LOSSES says what these rewards are.
 
 
 def dpo(h, beta, cfg=None):
@@ -105,6 +72,15 @@ def simpo(h, beta, cfg):
     return -F.logsigmoid(beta * h - cfg.gamma)
 
 
+def log_odds(p):
+    """log(e^p / (1 - e^p)) of mean log-probs p < 0, without overflow, or 0 * inf in the gradient."""
+    p = p.clamp(max=-1e-7)
+    near_0 = p > -math.log(2)
+    of_near = torch.log(-torch.expm1(torch.where(near_0, p, -1.0)))
+    of_far = torch.log1p(-torch.exp(torch.where(near_0, -1.0, p)))
+    return p - torch.where(near_0, of_near, of_far)
+
+
 def orpo(h, beta, cfg):
     """arXiv:2403.07691, eq. 6, second term; the first one is `nll` of its row."""
     return -cfg.odds_coef * F.logsigmoid(h)
@@ -119,7 +95,9 @@ def kto_loss(r, good, z, beta, good_weight=1.0, bad_weight=1.0):
 @dataclass
 class Loss:
     """A row of LOSSES."""
-    rewards: typing.Callable      # (logp, ref, n) -> (2, B), what it compares
+    rewards: typing.Callable      # (logp, ref, n) -> (2, B): the rewards of the chosen (row 0) and the rejected
+                                  # answers, from their log-probs (2, B) under policy and reference, summed over
+                                  # tokens, and their numbers of tokens (2, B)
     of: typing.Callable           # (h, beta, cfg) -> (B,)
     beta: float                   # default of --beta
     needs_reference: bool
@@ -128,12 +106,12 @@ class Loss:
 
 
 LOSSES = {
-    #             compares        loss      beta  reference  starts from
-    "dpo":   Loss(log_ratio,      dpo,      0.3,  True,      "sft"),
-    "ipo":   Loss(mean_log_ratio, ipo,      0.5,  True,      "sft"),
-    "simpo": Loss(mean_logp,      simpo,    2.0,  False,     "sft"),
-    "orpo":  Loss(mean_log_odds,  orpo,     1.0,  False,     "base", nll=1.0),   # beta: of its rewards alone
-    "kto":   Loss(log_ratio,      kto_loss, 0.3,  True,      "sft"),             # no pairs: see kto_losses
+    #             rewards                                  loss      beta  reference  starts from
+    "dpo":   Loss(lambda logp, ref, n: logp - ref,         dpo,      0.3,  True,      "sft"),
+    "ipo":   Loss(lambda logp, ref, n: (logp - ref) / n,   ipo,      0.5,  True,      "sft"),
+    "simpo": Loss(lambda logp, ref, n: logp / n,           simpo,    2.0,  False,     "sft"),
+    "orpo":  Loss(lambda logp, ref, n: log_odds(logp / n), orpo,     1.0,  False,     "base", nll=1.0),
+    "kto":   Loss(None,                                    None,     0.3,  True,      "sft"),  # kto_losses
 }
 
 
@@ -182,17 +160,17 @@ def share_preferring(p, label_smoothing=0.0, flip_rate=0.0):
 
 
 def pair_loss(cfg, beta, logp, ref, n, p):
-    """Losses (B,) and implicit rewards (2, B) of pairs. logp, ref, n (2, B): see above; p (B,): the share of
+    """Losses (B,) and implicit rewards (2, B) of pairs. logp, ref, n (2, B): see Loss; p (B,): the share of
     people who prefer the chosen answer."""
-    loss = LOSSES[cfg.loss]
+    spec = LOSSES[cfg.loss]
     p = share_preferring(p, cfg.label_smoothing, cfg.flip_rate)
-    rewards = loss.rewards(logp, ref, n)                                            # (2, B)
+    rewards = spec.rewards(logp, ref, n)                                            # (2, B)
     h = rewards[0] - rewards[1]
-    out = p * loss.of(h, beta, cfg) + (1 - p) * loss.of(-h, beta, cfg)
-    nll_coef = loss.nll + cfg.sft_coef
+    loss = p * spec.of(h, beta, cfg) + (1 - p) * spec.of(-h, beta, cfg)
+    nll_coef = spec.nll + cfg.sft_coef
     if nll_coef:
-        out = out - nll_coef * logp[0] / n[0]
-    return out, beta * rewards
+        loss = loss - nll_coef * logp[0] / n[0]
+    return loss, beta * rewards
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -237,6 +215,8 @@ def read_comparisons(path, kind, tok, cfg, max_len):
             f"{counts['equal']:,} with equal answers; {counts['cut']:,} cut at {max_len} tokens (--max_len)")
     if not train or not held:
         raise InputError(f"{path}: {told}; both need at least one (--held_out)")
+    if kind == "kto" and len({label for *_, label in train}) < 2:
+        raise InputError(f"{path}: {told}; kto needs good and bad answers to train on")
     return train, held, rows, f"{formats.describe(rows, dropped, path)}\n{told}"
 
 
@@ -268,7 +248,8 @@ def pair_logps(model, examples, tok):
 
     Each answer stands where it would alone, and sees the prompt and itself. The prompt's last token predicts
     the first one of an answer, so each answer has its own copy of it."""
-    device, rows, n_prompt, n_first = model.wte.weight.device, [], [], []
+    device = model.wte.weight.device
+    rows, n_prompt, n_first = [], [], []
     for prompt, first, second, _ in examples:
         rows.append(prompt + first + prompt[-1:] + second)
         n_prompt.append([len(prompt)])
@@ -308,14 +289,6 @@ def pair_losses(model, examples, known, tok, cfg):
 
 # ------------------------------------------------------------------------------------------------------------
 # KTO: single answers, good or bad. Their second answers belong to other prompts and make the reference point.
-
-
-def kto_examples(train, held, path, seed):
-    """The examples with second answers. InputError: there is nothing to tell apart."""
-    if len({label for *_, label in train}) < 2:
-        raise InputError(f"{path}: all {len(train)} answers to train on have one label; kto needs good and "
-                         "bad answers")
-    return mismatch(train, seed), mismatch(held, seed)
 
 
 def mismatch(examples, seed):
@@ -381,12 +354,11 @@ def kto_steps(steps, policy, run):
 @torch.no_grad()
 def all_logps(logps_of, model, items, tok, size, say=None):
     """logps_of(model, items, tok), (.., N), of many items: `size` of similar length at a time, each rank its
-    share. Policy and reference must go the same way, so that they start equal. say: where progress is
-    told."""
+    share. Policy and reference must go the same way, so that they start equal. say: prints progress."""
     order = sorted(range(len(items)), key=lambda i: length_of(items[i]))
     order += (order * WORLD)[: -len(order) % WORLD]    # all ranks get as many; some are computed twice
     mine = order[RANK::WORLD]
-    total, times, told = None, None, time.time()
+    total, times, spoke = None, None, time.time()
     for start in range(0, len(mine), size):
         part = mine[start: start + size]
         logp = logps_of(model, [items[i] for i in part], tok)                       # (.., n)
@@ -395,8 +367,8 @@ def all_logps(logps_of, model, items, tok, size, say=None):
             times = logp.new_zeros(len(items))
         total[..., part] = logp
         times[part] = 1.0
-        if say and time.time() - told > 4:
-            told = time.time()
+        if say and time.time() - spoke > 4:
+            spoke = time.time()
             say(f"log-probs of the reference: {start * WORLD:,} of {len(items):,}")
     return all_sum(total) / all_sum(times)
 
@@ -519,21 +491,13 @@ def held_out_figures(losses, policy, held, known, tok, cfg):
     return {name: x.item() for name, x in sums.items() if name != "z"}
 
 
-def win_rate(first, last):
-    """Share of the test prompts on which gold is higher in the last answers than in the first, ties 1/2."""
-    wins = 0.0
-    for one, two in zip(first, last):
-        wins += (two["gold"] > one["gold"]) + 0.5 * (two["gold"] == one["gold"])
-    return wins / len(first)
-
-
 def main(cfg):
     """Train a policy on comparisons, given or (--online) of its own answers."""
     device = setup(cfg)
     init, data = find_start(cfg)
     run = Run(cfg, "dpo", [init, data, cfg.judge] if cfg.online else [init, data])
     policy, tok = load(init)
-    row, is_kto = LOSSES[cfg.loss], cfg.loss == "kto"
+    spec, is_kto = LOSSES[cfg.loss], cfg.loss == "kto"
     losses = kto_losses if is_kto else pair_losses
 
     # What there is to learn from, and which of it each step reads.
@@ -546,10 +510,9 @@ def main(cfg):
         kind = "kto" if is_kto else "preference"
         train, held, rows, told = read_comparisons(data, kind, tok, cfg, min(cfg.max_len, context))
         if is_kto:
-            train, held = kto_examples(train, held, data, cfg.seed)
-        lengths = [length_of(example) for example in train]
+            train, held = mismatch(train, cfg.seed), mismatch(held, cfg.seed)
         for epoch in range(cfg.epochs):
-            plan += batches(lengths, cfg.batch_size, cfg.seed, epoch)
+            plan += batches([length_of(example) for example in train], cfg.batch_size, cfg.seed, epoch)
     run.say(told)
     tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, data)
 
@@ -559,7 +522,7 @@ def main(cfg):
     if cfg.lora:
         reference = frozen(policy).to(device)
         policy = with_lora(reference, cfg.lora)
-    elif cfg.online and row.needs_reference:
+    elif cfg.online and spec.needs_reference:
         reference = frozen(load(init)[0]).to(device)
     sampler = sampling_copy(policy).to(device)
     policy = prepare(policy, cfg, device)
@@ -569,7 +532,7 @@ def main(cfg):
     # What the reference says of all given comparisons, ref_logp (2, N), and where the steps come from.
     ref_logp = run.state.get("ref_logp")
     if cfg.online:
-        known_by = reference if row.needs_reference else None
+        known_by = reference if spec.needs_reference else None
         steps = online_steps(run, plan, rows, policy, sampler, known_by, judge_of(cfg.judge, device))
     else:
         if ref_logp is None:
@@ -628,13 +591,14 @@ def main(cfg):
     if reference is None:
         reference = frozen(load(init)[0]).to(device)
     after["kl"], _ = report.mean_kl(sampler, reference, tok, answers.prompt_ids, answers.ids)
-    if tests.graded:
-        after["win_rate"] = win_rate(first_answers, answers.scored)
-    if after.get("chosen_reward", 0.0) < 0 and row.needs_reference and not cfg.sft_coef:
+    if tests.graded:     # share of test prompts on which gold is higher than at first, ties one half
+        gold = [(old["gold"], new["gold"]) for old, new in zip(first_answers, answers.scored)]
+        after["win_rate"] = sum((new > old) + 0.5 * (new == old) for old, new in gold) / len(gold)
+    if after.get("chosen_reward", 0.0) < 0 and spec.needs_reference and not cfg.sft_coef:
         run.say("The chosen answers lost log-probability too: the loss only asks that the rejected ones lose "
                 "more, and both share tokens. --sft_coef holds the chosen ones up.")
     columns = None
-    if row.start == "sft" and not cfg.data and not cfg.init:
+    if spec.start == "sft" and not cfg.data and not cfg.init:
         columns = chain_columns(cfg, cfg.loss.upper(), before, after)
     run.finish(before, after, columns, report.answer_rows(tests, first_answers, answers.scored))
 

@@ -82,7 +82,7 @@ class Config(RunFlags):
     micro_batch: int = 32   # sequences per forward pass; smaller needs less memory and changes nothing else
     lr: float = 2e-4              # of the policy, falling linearly to a third (1e-6 to 1e-5 for real models)
     value_lr: float = 5e-4        # of the value model, likewise
-    value_warmup: int = 4         # first iterations that train only the value model
+    value_warmup: int = 4         # first iterations that train only the value model, at most a quarter of all
     clip: float = 0.2             # eps of the ratio
     value_clip: float = 0.5       # eps_v of the values, in units of reward
     entropy_coef: float = 0.0     # weight of an entropy bonus
@@ -353,6 +353,10 @@ def main(cfg):
         before, answers = measure("before")
         first_answers = answers.scored
 
+    warmup = min(cfg.value_warmup, cfg.iterations // 4) if value is not None else 0
+    if run.first < warmup and not cfg.inspect:
+        run.say(f"the first {warmup} iterations train the value model alone, so that the KL is 0 (--value_warmup)")
+
     for it in run.steps():
         # Everything random follows from (seed, iteration). Learning rates fall to a third.
         rng = seeded(cfg.seed, it)
@@ -398,7 +402,7 @@ def main(cfg):
         # 5. Update. A minibatch is one optimizer step. Micro-batches only bound the memory: every loss is
         #    divided by the tokens of the whole minibatch, so that their gradients add up to the same sum.
         over_budget = bool(cfg.kl_budget and exact_kl.sum(1).mean() >= cfg.kl_budget and not cfg.inspect)
-        trains_policy = it >= cfg.value_warmup or value is None or cfg.inspect
+        trains_policy = it >= warmup or cfg.inspect
         widths, sums, n_updates = (last + 1).tolist(), {}, cfg.epochs * cfg.minibatches
         for _ in range(0 if over_budget else cfg.epochs):
             for mini in torch.randperm(len(ids), generator=rng).chunk(cfg.minibatches):
@@ -448,7 +452,7 @@ def main(cfg):
         if not cfg.data:    # the tiny world knows the gold score, which is shown and never trained on
             figures |= world.report(batch_rows, texts)
         run.log(it, tokens=sum(widths), show=("reward", "gold", "kl", "length", "eos_rate"), **figures)
-        moments = {cfg.value_warmup: "first", run.n_steps // 2: "middle", run.n_steps - 1: "last"}
+        moments = {warmup: "first", run.n_steps // 2: "middle", run.n_steps - 1: "last"}
         if cfg.inspect or over_budget or it in moments:
             numbers = {"score": scores, "logp": old_logp, "ref_logp": ref_logp, "reward": token_rewards,
                        "value": old_values, "advantage": raw_advantages, "whitened": advantages,

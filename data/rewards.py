@@ -85,8 +85,9 @@ class Rewards:
         response."""
         if RANK:
             return all_sum(torch.zeros(len(rows)))
+        answer = function(rows, texts)      # an error of its own is shown as it is
         try:
-            out = torch.as_tensor(function(rows, texts), dtype=torch.float)
+            out = torch.as_tensor(answer, dtype=torch.float)
         except (TypeError, ValueError, RuntimeError) as e:
             raise InputError(f"{self.flag} {name}: expected a list of {len(rows)} numbers ({e})") from None
         if out.shape != (len(rows),) or not out.isfinite().all():

@@ -92,6 +92,7 @@ class Suite:
 
     def __init__(self, folder):
         self.root, self.jobs, self.n, self.early = copy_suite(folder / "suite"), folder / "jobs", 0, {}
+        self.jobs.mkdir()
         self.env = ENV | {"NANORLHF_CACHE": str(folder / "cache")}
         with open(folder / "server_errors", "wb") as errors:
             self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, text=True,

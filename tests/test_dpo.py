@@ -226,7 +226,8 @@ def test_the_first_loss_is_ln_2(dialect):
 
 def test_a_loss_is_one_row(monkeypatch):
     """What the header says of adding one: a hinge loss (arXiv:2305.10425) is a function and a row."""
-    row = dpo.Loss(dpo.mean_logp, lambda h, beta, cfg: (1 - beta * h).relu(), 0.5, False, "sft")
+    row = dpo.Loss(lambda logp, ref, n: logp / n, lambda h, beta, cfg: (1 - beta * h).relu(), 0.5,
+                   False, "sft")
     monkeypatch.setitem(dpo.LOSSES, "slic", row)
     logp, ref, n, _ = numbers(5)
     got, _ = dpo.pair_loss(config(loss="slic"), 0.5, *(torch.from_numpy(x) for x in (logp, ref, n, np.ones(50))))

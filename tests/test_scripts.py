@@ -859,7 +859,8 @@ def together(suite, n, script, *args):
 @pytest.mark.parametrize("script, flags", [
     ("data.pretrain", "--steps 4"),
     ("sft.py", "--init {chain}/base --micro_batch 3 --batch_size 14"),
-    ("reward.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 8 --micro_batch 3"),
+    ("reward.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 8 --held_out 0.3 "
+                  "--micro_batch 3"),
     ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 8 --micro_batch 3"),
     ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --loss kto --batch_size 8"),
     ("dpo.py", "--init {chain}/sft --online --batch_size 16 --max_new 24 --seed 3"),    # two pairs in each step
@@ -1027,7 +1028,8 @@ def test_a_second_run_beside_the_first_writes_nothing(suite, chain, tmp_path, sc
     before = snapshot(folder)
     with open(folder / ".lock", "w") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        r = suite.run(script, *links(script, chain), "--out", folder, "--seed", 9, "--overwrite")
+        own = [] if script == "cai.py" else links(script, chain)
+        r = suite.run(script, *own, "--out", folder, "--seed", 9, "--overwrite")
         assert r.err == f"error: {folder}: another run is writing there; choose another --out\n" and r.rc == 1
         assert snapshot(folder) == before
 
@@ -1113,7 +1115,8 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
         run.Run(module_of("sft.py").Config(out=str(tmp_path / "x")), "sft")
     finally:
         signal.signal(signal.SIGINT, old[0]), signal.signal(signal.SIGTERM, old[1])
-    assert f"{tmp_path / 'x'}: this file system has no locks (Function not implemented)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path / 'x'}: ") and "locks" in said and "Function not implemented" in said
     assert (tmp_path / "x" / "run.json").exists()
 
 
@@ -1149,7 +1152,7 @@ def test_readme_commands_are_understood(command):
     ("python -m data.evaluate out/base out/sft out/ppo", "", "gold")])
 def test_quick_readme_commands_run(suite, chain, tmp_path, start, stdin, word):
     """As printed, in a folder where out/ holds a finished chain."""
-    [command, *_] = [command for command in COMMANDS if command.startswith(start)]
+    command = next((command for command in COMMANDS if command.startswith(start)), start)
     root = copy_suite(tmp_path / "suite")
     shutil.copytree(chain, root / "out")
     r = subprocess.run([sys.executable, *command.split()[1:]], cwd=root, env=suite.env, input=stdin, timeout=300,
@@ -1189,9 +1192,10 @@ def test_a_file_is_readable_in_one_sitting(name):
     for node in parts_of(tree, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp):
         assert len(node.generators) == 1, f"line {node.lineno}: a comprehension with two `for`s"
     for node in parts_of(tree, ast.FunctionDef):
-        n = len(node.args.args) + len(node.args.kwonlyargs) - (node.args.args[:1] and node.args.args[0].arg == "self")
-        assert n <= 8, f"{node.name} has {n} parameters"
-        assert node.end_lineno - node.lineno < 140, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+        names = [arg.arg for arg in node.args.args + node.args.kwonlyargs if arg.arg != "self"]
+        assert len(names) <= 8, f"{node.name} has {len(names)} parameters"
+        n_lines = node.end_lineno - node.lineno + 1
+        assert n_lines <= 140, f"{node.name} has {n_lines} lines"
     if name == "model":
         assert roots_imported(tree) - set(sys.stdlib_module_names) == {"torch"}
     else:
