@@ -48,7 +48,7 @@ from data import InputError, formats, report, sample, world
 from data.checkpoint import load
 from data.parallel import RANK, WORLD, all_sum, micro_batches, prepare
 from data.rewards import Rewards
-from data.run import (MEASURE, Run, RunFlags, adamw, batches, chain_columns, cosine, need, program, seeded,
+from data.run import (Run, RunFlags, adamw, batches, chain_columns, cosine, need, program, seeded,
                       set_lr, setup, sibling)
 from model import frozen, logprobs_from, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
 
@@ -95,9 +95,9 @@ def kto_loss(r, good, z, beta, good_weight=1.0, bad_weight=1.0):
 @dataclass
 class Loss:
     """A row of LOSSES."""
-    rewards: typing.Callable      # (logp, ref, n) -> (2, B): the rewards of the chosen (row 0) and the rejected
-                                  # answers, from their log-probs (2, B) under policy and reference, summed over
-                                  # tokens, and their numbers of tokens (2, B)
+    rewards: typing.Callable      # (logp, ref, n) -> (2, B): rewards of the chosen (row 0) and the rejected
+                                  # answers, from their log-probs (2, B) under policy and reference, summed
+                                  # over tokens, and their numbers of tokens (2, B)
     of: typing.Callable           # (h, beta, cfg) -> (B,)
     beta: float                   # default of --beta
     needs_reference: bool
@@ -263,8 +263,9 @@ def pair_logps(model, examples, tok):
     is_second, is_shared = at >= n_prompt + n_first, at < n_prompt - 1              # (B, U) each
     pos = (at - is_second * (n_first + 1)) * real                                   # (B, U)
     is_answer = real & (at >= n_prompt) & (at != n_prompt + n_first)                # (B, U), stays on the CPU
-    ids, pos = ids.to(device), pos.to(device)
-    is_second, is_shared = is_second.to(device), is_shared.to(device)
+    ids, pos = ids.to(device, non_blocking=True), pos.to(device, non_blocking=True)
+    is_second = is_second.to(device, non_blocking=True)
+    is_shared = is_shared.to(device, non_blocking=True)
 
     # Run the model, and add up what it says of each answer.
     sees = is_shared[:, None] | (is_second[:, None] == is_second[:, :, None])       # (B, U, U)
@@ -542,10 +543,10 @@ def main(cfg):
         if is_kto:
             steps = kto_steps(steps, policy, run)
 
-    def measure():
+    def measure(title):
         """Held-out figures, and what the policy answers to prompts it has not been trained on."""
         refresh(sampler, policy)
-        figures, answers = report.measure(sampler, tok, tests, seeded(cfg.seed, MEASURE))
+        figures, answers = run.measure(title, sampler, tests)
         if held:
             known = ref_logp[:, len(train):]
             if is_kto:
@@ -556,9 +557,8 @@ def main(cfg):
     if run.first:
         before, first_answers = run.state["before"], run.state["answers"]
     else:
-        before, answers = measure()
+        before, answers = measure("before")
         first_answers = answers.scored
-        run.samples("before", tests.prompts[: report.PROBES], answers.texts)
 
     # 1. and 2. Comparisons, and known (2, B): what the reference says of them (kto: and the reference point).
     for step, examples, known in steps:
@@ -586,8 +586,7 @@ def main(cfg):
             run.save(step, before=before, answers=first_answers, ref_logp=ref_logp)
 
     # How good the policy has become, and how far it is from the reference.
-    after, answers = measure()
-    run.samples("after", tests.prompts[: report.PROBES], answers.texts)
+    after, answers = measure("after")
     if reference is None:
         reference = frozen(load(init)[0]).to(device)
     after["kl"], _ = report.mean_kl(sampler, reference, tok, answers.prompt_ids, answers.ids)

@@ -558,7 +558,7 @@ def logprobs_from(model, hidden, ids, mask, temperature=1.0, entropy=False):
     """`token_logprobs` of hidden states (B, T, C) that the model has computed already."""
     B, T = ids.shape
     # Token t is predicted at t - 1. at (N,) numbers the masked tokens: row x (T - 1) + t - 1.
-    at = mask[:, 1:].bool().flatten().nonzero()[:, 0].to(ids.device)
+    at = mask[:, 1:].bool().flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)
     h, y = hidden[:, :-1].flatten(0, 1)[at], ids[:, 1:].flatten()[at]    # (N, C), (N,)
     w, V = model.head(), model.cfg.vocab_size
 

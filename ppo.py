@@ -40,7 +40,7 @@ from data.parallel import RANK, WORLD, all_sum, in_chunks, micro_batches, prepar
 from data.pretrain import read_corpus
 from data.relabel import Relabelling
 from data.rewards import Rewards, names_in
-from data.run import (MEASURE, RELABEL, Run, RunFlags, adamw, chain_columns, need, program, seeded, set_lr,
+from data.run import (RELABEL, Run, RunFlags, adamw, chain_columns, need, program, seeded, set_lr,
                       setup, sibling)
 from data.sample import short_enough
 from model import (compare_policies, frozen, last_token, refresh, sampling_copy, token_logprobs, token_values,
@@ -341,16 +341,9 @@ def main(cfg):
     relabelling = Relabelling(run, reward_name, *trained["reward_model"]) if teaches else None
     beta, inspected = run.state.get("beta", cfg.kl_coef), run.state.get("inspected", {})
 
-    def measure(title):
-        """What the policy says to prompts it has not been trained on."""
-        refresh(sampler, policy)
-        figures, answers = report.measure(sampler, tok, tests, seeded(cfg.seed, MEASURE))
-        run.samples(title, tests.prompts[: report.PROBES], answers.texts)
-        return figures, answers
-
     before, first_answers = run.state.get("before"), run.state.get("answers")
     if not run.first and not cfg.inspect:
-        before, answers = measure("before")
+        before, answers = run.measure("before", sampler, tests)
         first_answers = answers.scored
 
     warmup = min(cfg.value_warmup, cfg.iterations // 4) if value is not None else 0
@@ -452,13 +445,13 @@ def main(cfg):
         if not cfg.data:    # the tiny world knows the gold score, which is shown and never trained on
             figures |= world.report(batch_rows, texts)
         run.log(it, tokens=sum(widths), show=("reward", "gold", "kl", "length", "eos_rate"), **figures)
-        moments = {warmup: "first", run.n_steps // 2: "middle", run.n_steps - 1: "last"}
-        if cfg.inspect or over_budget or it in moments:
+        moment = run.moment(it, warmup, over_budget)
+        if moment:
             numbers = {"score": scores, "logp": old_logp, "ref_logp": ref_logp, "reward": token_rewards,
                        "value": old_values, "advantage": raw_advantages, "whitened": advantages,
                        "return": returns}
             page = report.inspection(policy, value, tok, batch_rows, (ids, mask), numbers, cfg)
-            inspected[moments.get(it, "last")] = page | {"iteration": it + 1, "beta": beta}
+            inspected[moment] = page | {"iteration": it + 1, "beta": beta}
         if cfg.kl == "adaptive":
             beta = adapt_kl_coef(beta, kl.sum(1).mean().item(), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
         if run.due(it) or over_budget:
@@ -473,7 +466,8 @@ def main(cfg):
         run.say(report.inspection_text(inspected["last"]))
         return
     # The closing figures; the reward of the first and of the last answers by the reward model as it is now.
-    after, answers = measure("after")
+    refresh(sampler, policy)
+    after, answers = run.measure("after", sampler, tests)
     after["kl"], after["entropy"] = report.mean_kl(policy, reference, tok, answers.prompt_ids, answers.ids)
     for figures, scored in ((before, first_answers), (after, answers.scored)):
         report.add_rewards(figures, scored, rewards.score_texts(tests.rows, [x["answer"] for x in scored]))

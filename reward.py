@@ -157,7 +157,8 @@ def batch_of(groups, tok, device):
         for i, j, p, margin, ceiling in pairs:
             columns.append((start + i, start + j, p, margin, ceiling, 1 / len(pairs)))
     ids, mask = pad_batch(rows, tok.pad_id, device)
-    return ids, mask, Pairs(*[torch.tensor(column, device=device) for column in zip(*columns)])
+    tensors = [torch.tensor(column).to(device, non_blocking=True) for column in zip(*columns)]
+    return ids, mask, Pairs(*tensors)
 
 
 # ------------------------------------------------------------------------------------------------------------

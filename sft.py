@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from data import InputError, formats, report, world
 from data.checkpoint import load
 from data.parallel import all_sum, micro_batches, prepare
-from data.run import MEASURE, Run, RunFlags, adamw, batches, cosine, need, program, seeded, set_lr, setup
+from data.run import Run, RunFlags, adamw, batches, cosine, need, program, set_lr, setup
 from model import pad_batch, refresh, sampling_copy, token_logprobs
 
 
@@ -112,18 +112,17 @@ def main(cfg):
         plan += batches(lengths, cfg.batch_size, cfg.seed, epoch)
     run.begin(len(plan), tok, model=(model, optimizer))
 
-    def measure():
+    def measure(title):
         """Held-out loss, and what the model answers to prompts it has not been trained on."""
         refresh(sampler, model)
-        figures, answers = report.measure(sampler, tok, tests, seeded(cfg.seed, MEASURE))
+        figures, answers = run.measure(title, sampler, tests)
         return figures | {"loss": held_out_loss(model, held, tok)}, answers
 
     if run.first:
         before, first_answers = run.state["before"], run.state["answers"]
     else:
-        before, answers = measure()
+        before, answers = measure("before")
         first_answers = answers.scored
-        run.samples("before", tests.prompts[: report.PROBES], answers.texts)
 
     for step in run.steps():
         # 1. This step's conversations, and how many supervised tokens they have: N of the equation.
@@ -149,8 +148,7 @@ def main(cfg):
         if run.due(step):
             run.save(step, before=before, answers=first_answers)
 
-    after, answers = measure()
-    run.samples("after", tests.prompts[: report.PROBES], answers.texts)
+    after, answers = measure("after")
     run.finish(before, after, answers=report.answer_rows(tests, first_answers, answers.scored))
 
 

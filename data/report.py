@@ -306,6 +306,9 @@ def inspection(policy, value, tok, rows, said, numbers, cfg):
     up = numbers["whitened"][:INSPECTED] > 0
     clipped = torch.where(up, ratio > 1 + cfg.clip, ratio < 1 - cfg.clip)
 
+    # To the CPU once, not number by number.
+    ids, mask, logp, values, ratio, clipped = (x.cpu() for x in (ids, mask, logp, values, ratio, clipped))
+    numbers = {name: x.cpu() for name, x in numbers.items()}
     responses = []
     for i in range(len(ids)):
         m = mask[i]

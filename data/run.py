@@ -15,6 +15,7 @@ from, and the folder it leaves, with lock, log, progress line, save and resume.
 import argparse
 import ctypes
 import difflib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -85,6 +86,7 @@ FREE = ("out", "overwrite", "resume", "max_steps", "save_every", "device", "comp
         "micro_batch", "inspect", "nproc_per_node", "parallel", "timeout", "retries")   # a run that goes on may change these
 
 
+@functools.cache
 def described_fields(Config):
     """[(group, field name, comment)] of a Config, in the order of its source, what it inherits last. A group
     is named by a comment line of its own."""
@@ -578,7 +580,7 @@ class Run:
         """trained: name=(model, optimizer) of all that is trained; the first model is the checkpoint in the
         folder. They are given their state if the run goes on."""
         self.n_steps, self.tok, self.trained = min(n_steps, self.cfg.max_steps or n_steps), tok, trained
-        self.step_start = time.time()
+        self.step_start = self.loop_start = time.time()
         for name, (model, optimizer) in trained.items():
             if self.first:
                 load_full_state(model, self.state["models"][name])
@@ -623,6 +625,12 @@ class Run:
         self.say(what)
         return False
 
+    def moment(self, step, first, ends):
+        """The name of a step whose numbers are kept for the page (inspect.json): "first", "middle", "last", or ""."""
+        if self.dry or ends or step + 1 == self.n_steps:
+            return "last"
+        return {first: "first", self.n_steps // 2: "middle"}.get(step, "")
+
     def check_finite(self, row_of, **tensors):
         """InputError if an entry of a tensor (B, ..) is not finite. row_of: the data row of each of the B."""
         for name, x in tensors.items():
@@ -642,8 +650,9 @@ class Run:
             figures["skipped"] = self.skipped
         row = {}
         for name, value in figures.items():
+            value = float(value)      # waits for the GPU
             if math.isfinite(value):
-                row[name] = float(f"{float(value):.6g}")
+                row[name] = float(f"{value:.6g}")
         self.history.append({"step": step + 1} | row)
         if self.dry:
             return
@@ -729,6 +738,13 @@ class Run:
         save(self.folder, main_model, self.tok, state)
         if self.stopping:
             raise KeyboardInterrupt(f" after step {step + 1}, saved in {self.folder}; this command goes on")
+
+    def measure(self, title, sampler, tests):
+        """What a policy's sampling copy says to the test prompts, the same draws whoever asks: figures and Answers
+        (report.measure). A few of the answers go into samples.txt under the title."""
+        figures, answers = report.measure(sampler, self.tok, tests, seeded(self.cfg.seed, MEASURE))
+        self.samples(title, tests.prompts[: report.PROBES], answers.texts)
+        return figures, answers
 
     def write(self, name, value):
         """Write a JSON file into the folder."""

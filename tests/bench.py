@@ -215,8 +215,8 @@ def ppo_work(size, cfg, device):
     reward_model = new_model(size, scalar_head=True)
     policy, reference, value = ppo.load_models(new_model(size), "", [reward_model], options)
     sampler = sampling_copy(policy).to(device)
-    both = ppo.prepare_models(policy, reference, value, [reward_model], False, options, device)
-    for _, optimizer in both.values():
+    trained_models = ppo.prepare_models(policy, reference, value, [reward_model], False, options, device)
+    for _, optimizer in trained_models.values():
         set_lr(optimizer, 1e-6)
     prompts, parts = random_rows(size, B, cfg.prompt), {"generate": [], "score": [], "train": []}
 
@@ -234,7 +234,6 @@ def ppo_work(size, cfg, device):
         compared = functools.partial(compare_policies, policy, reference)
         old_logp, ref_logp, *_ = in_chunks(compared, ids, mask, B)
         old_values = in_chunks(functools.partial(token_values, value), ids, mask, B)
-        ppo.check_finite(range(B), score=scores, policy=old_logp, reference=ref_logp, value=old_values)
         kl, _, _ = ppo.kl_estimators(old_logp, ref_logp)
         token_rewards = -0.05 * kl
         token_rewards[torch.arange(B), last_token(mask)] += scores
@@ -252,7 +251,7 @@ def ppo_work(size, cfg, device):
                 loss.backward()
                 v = token_values(value, x, m)
                 ppo.value_loss(v, old_values[part], returns[part], m, options.value_clip, n_tokens).backward()
-            for model, optimizer in both.values():
+            for model, optimizer in trained_models.values():
                 clip_grad_norm_(model.parameters(), options.grad_clip)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -299,10 +298,9 @@ def hf_config(transformers, size):
     s = SHAPES[size]
     end = s["vocab_size"] - 1
     no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    tokens = dict(bos_token_id=end, eos_token_id=end, pad_token_id=0)
     return transformers.GPT2Config(vocab_size=s["vocab_size"], n_positions=s["max_len"], n_embd=s["n_embd"],
-                                   n_layer=s["n_layer"], n_head=s["n_head"], num_labels=1, **tokens,
-                                   **no_dropout)
+                                   n_layer=s["n_layer"], n_head=s["n_head"], bos_token_id=end,
+                                   eos_token_id=end, **no_dropout)
 
 
 def autocast(device):
@@ -402,6 +400,14 @@ def trl_timed(trainer):
     return Work(measured=statistics.median(gaps))
 
 
+def trl_scorer(config):
+    """A reward or value model of transformers."""
+    import transformers
+    config = transformers.GPT2Config.from_dict(config.to_dict())
+    config.num_labels, config.pad_token_id = 1, 0
+    return transformers.GPT2ForSequenceClassification(config)
+
+
 def trl_sft(config, cfg, device):
     """TRL's SFTTrainer."""
     import transformers
@@ -429,13 +435,12 @@ def trl_dpo(config, cfg, device):
 
 def trl_reward(config, cfg, device):
     """TRL's RewardTrainer, which reads no prompt: its answers have the whole length."""
-    import transformers
     import trl
     n_pairs, length = cfg.batch // 2, cfg.length - 1
     data = trl_pairs(config, (cfg.rounds + 2) * n_pairs, {"chosen": length, "rejected": length})
     args = trl.RewardConfig(**trl_flags(cfg, device, n_pairs), max_length=cfg.length)
-    return trl_timed(trl.RewardTrainer(transformers.GPT2ForSequenceClassification(config), args=args,
-                                       train_dataset=data, processing_class=trl_tokenizer(config.vocab_size)))
+    return trl_timed(trl.RewardTrainer(trl_scorer(config), args=args, train_dataset=data,
+                                       processing_class=trl_tokenizer(config.vocab_size)))
 
 
 def trl_ppo(config, cfg, device):
@@ -443,7 +448,7 @@ def trl_ppo(config, cfg, device):
     import transformers
     import trl
     from datasets import Dataset
-    language_model, scorer = transformers.GPT2LMHeadModel, transformers.GPT2ForSequenceClassification
+    language_model = transformers.GPT2LMHeadModel
     rows = hf_rows(config, cfg.batch, cfg.prompt).repeat(cfg.rounds + 2, 1)
     data = Dataset.from_dict({"input_ids": rows.tolist()})
     flags = trl_flags(cfg, device, cfg.batch)
@@ -452,7 +457,8 @@ def trl_ppo(config, cfg, device):
                          response_length=cfg.new, local_rollout_forward_batch_size=cfg.batch, temperature=1.0,
                          num_sample_generations=0, gradient_accumulation_steps=1)
     trainer = trl.PPOTrainer(args, trl_tokenizer(config.vocab_size), language_model(config),
-                             language_model(config), scorer(config), data, scorer(config), eval_dataset=data)
+                             language_model(config), trl_scorer(config), data, trl_scorer(config),
+                             eval_dataset=data)
     return trl_timed(trainer)
 
 

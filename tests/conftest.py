@@ -186,11 +186,6 @@ def chain(suite, request, tmp_path_factory):
     folder, items = tmp_path_factory.mktemp("chain"), request.session.items
     if any("fresh_clone" in item.fixturenames for item in items):
         request.getfixturevalue("fresh_clone")
-    if os.environ.get("DEVCHAIN"):   # DEV
-        folder = Path(os.environ["DEVCHAIN"])
-        if (folder / "dpo" / "result.json").exists():
-            return folder
-        folder.mkdir(exist_ok=True)
     for name, (script, *flags) in CHAIN.items():
         suite.ok(script, "--out", folder / name, *flags)
         if name == "base" and any(item.name == "test_the_script" for item in items):

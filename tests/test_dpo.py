@@ -3,7 +3,6 @@ import copy
 import json
 import math
 import random
-import shutil
 from types import SimpleNamespace
 
 import numpy as np

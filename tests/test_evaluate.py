@@ -1,32 +1,24 @@
-"""Evaluation, votes, the inside of a PPO step, its health and the cures of reward hacking."""
+"""Evaluation, the inside of a PPO step, its health, the cures of reward hacking, and asking the annotator again."""
 import itertools
 import json
 import math
 import os
 import random
 import re
-import select
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from dataclasses import fields
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import hacking
 import ppo
-from data import InputError, evaluate, world
-from model import GPT, GPTConfig, cli, distinct_2, pad_batch
-from test_scripts import fails, log_of, result_of, user, write
+from data import InputError, evaluate, principles, relabel, report, world
+from data.checkpoint import load
+from data.rewards import Rewards
+from model import GPT, GPTConfig
+from test_scripts import fails, log_of, other_tokenizer, result_of, snapshot, user, write
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
 
@@ -37,8 +29,8 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.
 
 def test_distinct_n():
     rows = [[1, 2, 3], [1, 2, 4], [5]]
-    assert evaluate.distinct(rows, 1) == 5 / 7 and evaluate.distinct(rows, 3) == 1 and evaluate.distinct([[1]], 2) == 0
-    assert evaluate.distinct(rows, 2) == distinct_2(rows) == 3 / 4
+    assert report.distinct_n(rows, 1) == 5 / 7 and report.distinct_n(rows, 3) == 1 and report.distinct_n([[1]], 2) == 0
+    assert report.distinct_n(rows, 2) == 3 / 4
 
 
 def test_bootstrap_is_as_wide_as_the_standard_error():
@@ -86,10 +78,9 @@ def test_kl_and_entropy_by_hand():
         at = slice(len(p) - 1, len(p) + len(r) - 1)
         a, b = (m.logits(m(torch.tensor([p + r])))[0, at].double().log_softmax(-1) for m in (model, ref))
         kl, entropy = kl + (a.exp() * (a - b)).sum().item(), entropy - (a.exp() * a).sum().item()
-    got = evaluate.kl_and_entropy(model, ref, prompts, responses, tok, "cpu", batch=2)
+    got = report.mean_kl(model, ref, tok, prompts, responses, batch=2)
     assert got == pytest.approx((kl / 3, entropy / 6), rel=1e-4) and kl > 0
-    assert evaluate.kl_and_entropy(model, model, prompts, responses, tok, "cpu")[0] == 0
-    assert math.isnan(evaluate.kl_and_entropy(model, None, prompts, responses, tok, "cpu")[0])
+    assert report.mean_kl(model, model, tok, prompts, responses)[0] == 0
 
 
 def test_the_ai_judge_asks_as_the_corpus_does():
@@ -97,17 +88,19 @@ def test_the_ai_judge_asks_as_the_corpus_does():
     constitution = json.loads((world.HERE / "constitution.json").read_text())
     q = next(q for q in world.questions() if q["skill"] == "capital")
     doc = world.choice_chat(q, row := world.prompt_row(q, "{q}", random.Random(1)), constitution, random.Random(1))
-    question = next(p["choice"] for p in constitution if p["choice"] in doc)
+    _, choose = principles.constitution(str(world.HERE / "constitution.json"))
     a, b = doc.split("\n (A) ")[1].split("\n\nThe answer")[0].split("\n (B) ")
-    assert doc in [evaluate.comparison(row["prompt"], question, a, b) + letter + ")" for letter in "AB"]
+    talk = principles.transcript(row["prompt"])
+    asked = [principles.comparison_prompt(talk, principle, a, b) for principle in choose]
+    assert doc in [text + option for text in asked for option in principles.OPTIONS]
 
 
-def test_labels_are_short_and_different():
-    assert evaluate.labels(["out/sft", "out/ppo"]) == ["sft", "ppo"]
-    assert evaluate.labels(["a/1/ppo", "a/2/ppo/"]) == ["1/ppo", "2/ppo"]
-    assert evaluate.labels(["out/control"]) == ["out/control"]           # not to be taken for the control
-    with pytest.raises(evaluate.InputError, match="twice"):
-        evaluate.labels(["a/ppo", "a/ppo"])
+def test_short_names_are_different():
+    assert evaluate.short_names(["out/sft", "out/ppo"]) == ["sft", "ppo"]
+    assert evaluate.short_names(["a/1/ppo", "a/2/ppo/"]) == ["1/ppo", "2/ppo"]
+    assert evaluate.short_names(["out/control"]) == ["out/control"]      # not to be taken for the control
+    with pytest.raises(InputError, match="twice"):
+        evaluate.short_names(["a/ppo", "a/ppo"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,7 +111,7 @@ def test_labels_are_short_and_different():
 def compare(suite, tmp_path):
     """compare(flags...) -> (what it printed, result.json)."""
     def call(*flags):
-        r = suite.ok("data/evaluate.py", *flags, "--out", tmp_path / "e", env={"PYTHONPATH": str(suite.root)})
+        r = suite.ok("data.evaluate", *flags, "--out", tmp_path / "e")
         return r.out, result_of(tmp_path / "e")
     return call
 
@@ -141,6 +134,15 @@ def test_evaluate_with_the_gold_judge(compare, chain, tmp_path):
     assert models["ppo"]["gold"] == gold["gold"]
     matrix = out.split("judged by gold")[1].splitlines()
     assert matrix[5].split()[0] == "control" and "BROKEN" not in out
+
+
+@needs_fork
+def test_no_kl_between_models_of_different_tokenizers(compare, chain, tmp_path):
+    shutil.copytree(chain / "sft", tmp_path / "other")
+    other_tokenizer(tmp_path / "other")
+    _, result = compare(chain / "sft", tmp_path / "other", "--max_new", 4, "--prompts", 6)
+    assert result["models"]["sft"]["kl"] == 0 and "kl" not in result["models"]["other"]
+    assert result["models"]["other"]["entropy"] > 0
 
 
 @needs_fork
@@ -167,193 +169,117 @@ def test_the_ai_judge_judges(compare, chain):
 
 
 def test_swapping_the_answers_swaps_the_ai_judges_mind(chain):
-    judge, tok = evaluate.load(chain / "base")
+    prefers = evaluate.choices_of_ai(str(chain / "base"), evaluate.Config(), torch.device("cpu"))
     rows, a, b = [{"prompt": user("What is a dog?")}] * 3, ["A dog.", "It is it.", "No."], ["I do not know that."] * 3
-    there, back = (evaluate.prefers_a(judge, tok, rows, *pair, 0, "cpu") for pair in ((a, b), (b, a)))
+    there, back = prefers(rows, a, b), prefers(rows, b, a)
     assert there == pytest.approx([1 - p for p in back], abs=1e-5) and any(abs(p - 0.5) > 1e-4 for p in there)
 
 
 @needs_fork
 @pytest.mark.parametrize("flags, word", [
-    ("", "no models"), ("{chain}/sft {chain}/sft", "twice"), ("{chain}/sft --judge {chain}/base", "ai:"),
+    ("", "no models"), ("{chain}/sft {chain}/sft", "twice"),
+    ("{chain}/sft --judge {chain}/base", "is a language model"),
     ("{chain}/reward", "is a reward model"), ("{chain}/sft --best_of 4", "--reward"),
     ("{chain}/sft --best_of 4,x --reward {chain}/reward", "--best_of 4,x"), ("{chain}/sft --judge nosuch", "nosuch"),
     ("{chain}/sft --max_new 256", "--max_new 256"), ("{chain}/sft --data {tmp}/p.jsonl", "--judge gold")])
 def test_evaluate_refuses_in_one_sentence(suite, chain, tmp_path, flags, word):
     write(tmp_path / "p.jsonl", [{"prompt": "Hi"}])
-    r = suite.run("data/evaluate.py", *flags.format(chain=chain, tmp=tmp_path).split(), "--out", tmp_path / "e",
-                  env={"PYTHONPATH": str(suite.root)})
+    r = suite.run("data.evaluate", *flags.format(chain=chain, tmp=tmp_path).split(), "--out", tmp_path / "e")
     assert not (tmp_path / "e").exists()
     fails(r, word)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. reward.py --vote, through a pseudo-terminal.
+# 3. ppo.py --inspect.
 
 
-class Terminal:
-    """A process whose terminal we are."""
-
-    def __init__(self, command, env):
-        import fcntl
-        import pty
-        import termios
-        self.ours, theirs = pty.openpty()
-
-        def begin():   # who runs the tests in the background has Ctrl-C ignored, and would pass that on
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env,
-                                        start_new_session=True, preexec_fn=begin)
-        os.close(theirs)
-        self.shown = ""
-
-    def until(self, text, timeout=60):
-        """What is printed up to `text`, which must come."""
-        end = time.time() + timeout
-        while text not in self.shown:
-            assert time.time() < end, self.shown
-            if select.select([self.ours], [], [], 0.1)[0]:
-                with suppress(OSError):   # on Linux: the process has ended
-                    self.shown += os.read(self.ours, 9999).decode().replace("\r\n", "\n")
-        out, self.shown = self.shown.split(text, 1)
-        return out
-
-    def type(self, text):
-        os.write(self.ours, text.encode())
+def read_inspection(text):
+    """What is printed, as inspect.json has it: one iteration with one response."""
+    iteration, score, beta, gamma, lam, eps = re.search(
+        r"iteration (\d+): score .* = (\S+), beta = (\S+), gamma = (\S+), lam = (\S+), eps = (\S+)", text).groups()
+    mean, std = map(float, re.search(r"mean (\S+), over the standard deviation (\S+)", text).groups())
+    before, after = text.split("before the update\n")[1].split("\n\nafter it\n")
+    columns = []
+    for table in (before, after):
+        rows = [re.fullmatch(r" *\d+ .{14}(.*)", line)[1].split() for line in table.strip("\n").splitlines()[1:]]
+        columns.append(list(zip(*rows)))
+    names = ("logp", "ref_logp", "reward", "value", "advantage", "whitened", "return")
+    response = {"score": float(score)}
+    for part, titles, table in zip(("before", "after"), (names, ("logp", "value", "ratio")), columns):
+        response[part] = {name: [*map(float, column)] for name, column in zip(titles, table)}
+    response["after"]["clipped"] = [{"yes": True, "no": False}[word] for word in columns[1][3]]
+    return {"iteration": int(iteration), "beta": float(beta), "gamma": float(gamma), "lam": float(lam),
+            "clip": float(eps), "mean": mean, "std": std, "responses": [response]}
 
 
-def votes_in(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-@needs_fork
-def test_no_vote_is_lost(suite, chain, tmp_path):
-    """20 votes in three sessions: the first ended by Ctrl-C, the second killed, the third by the end of the input."""
-    file, sessions, rng, want = tmp_path / "mine" / "v.jsonl", [], random.Random(0), []
-
-    def session():
-        sessions.append(Terminal([sys.executable, suite.root / "reward.py", "--vote", "--init", chain / "sft", "--out",
-                                  chain / "reward", "--votes", file, "--max_new", "24"], suite.env))
-        return sessions[-1]
-
-    def vote(t, key):
-        screen = t.until("q(uit)> ").split("user: ")[1]
-        prompt, upper, lower = (x.strip() for x in screen.split("\n\n")[:3])
-        t.type(key + "\n")
-        if key in "12t":
-            t.until("P(chosen) = ")
-            chosen, rejected = (lower, upper) if key == "2" else (upper, lower)
-            label = 0.5 if key == "t" else 1.0
-            want.append({"prompt": user(prompt), "chosen": chosen, "rejected": rejected, "label": label})
-            assert votes_in(file) == want             # on the disk by the time the reward model's opinion is shown
-
-    try:
-        t = session()
-        vote(t, "u")                                  # nothing to take back yet
-        for key in "12t2112":
-            vote(t, key)
-        vote(t, "s")
-        vote(t, "u")                                  # takes back the seventh, and asks it again
-        taken = want.pop()
-        assert f"[{len(want)} votes]" in t.until("q(uit)> ")
-        t.type("x\n\n2\n")                            # neither x nor an empty line is a vote
-        t.until("P(chosen) = ")
-        want.append(votes_in(file)[-1])
-        assert votes_in(file) == want
-        assert {want[-1]["chosen"], want[-1]["rejected"]} == {taken["chosen"], taken["rejected"]}
-        t.until("q(uit)> ")
-        t.type("\x03")
-        assert f"7 votes in {file}" in t.until("--out") + "--out" and t.process.wait(20) == 0
-
-        t = session()
-        for key in "22t12":
-            vote(t, key)
-        t.process.kill()
-        t.process.wait(20)
-        file.write_bytes(file.read_bytes()[:-1])      # and the disk lost the last newline
-
-        t = session()
-        vote(t, "u")                                  # the last vote of the session before
-        want.pop()
-        for key in rng.choices("12t", k=9):
-            vote(t, key)
-        t.until("q(uit)> ")
-        t.type("\x04")
-        assert f"20 votes in {file}" in t.until("--out") + "--out" and t.process.wait(20) == 0
-    finally:
-        for t in sessions:
-            t.process.kill()
-            os.close(t.ours)
-    assert len({str(v["prompt"]) for v in want}) == 20 == len(votes_in(file))
-    r = suite.ok("reward.py", "--init", chain / "reward", "--data", file, "--out", tmp_path / "rm", "--held_out", 0.3,
-                 "--batch_size", 4, "--warmup", 1)
-    assert "20 rows kept, 0 dropped" in r.out and result_of(tmp_path / "rm")["after"]["loss"] > 0
-    r = suite.ok("reward.py", "--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl", "--add", file,
-                 "--out", tmp_path / "rm2", "--max_steps", 1, "--held_out", 0.3)
+def adds_up(page, advantage, digits):
+    """Every number follows from those before it, by the equations of ppo.py, to so many digits."""
+    near, rounded = 10.0 ** -digits, 10.0 ** (1 - digits)
+    for response in page["responses"]:
+        before, after = (SimpleNamespace(**{k.replace("return", "returns"): v for k, v in response[name].items()})
+                         for name in ("before", "after"))
+        n = len(before.logp)
+        assert n == len(after.logp) >= 1
+        A, value_after = 0.0, 0.0
+        for t in reversed(range(n)):
+            k1 = before.logp[t] - before.ref_logp[t]
+            reward = -page["beta"] * k1 + (response["score"] if t == n - 1 else 0)
+            assert before.reward[t] == pytest.approx(reward, abs=rounded)
+            if advantage == "rloo":
+                assert before.whitened[t] == before.advantage[t] == before.advantage[0]
+                assert before.returns[t] == 0
+            else:
+                A = before.reward[t] + page["gamma"] * (value_after + page["lam"] * A) - before.value[t]
+                assert before.advantage[t] == pytest.approx(A, abs=10 * near)
+                assert before.returns[t] == pytest.approx(before.advantage[t] + before.value[t], abs=3 * near)
+                whitened = (before.advantage[t] - page["mean"]) / page["std"]
+                assert before.whitened[t] == pytest.approx(whitened, abs=2 * rounded)
+            value_after = before.value[t]
+            ratio = math.exp(after.logp[t] - before.logp[t])
+            assert after.ratio[t] == pytest.approx(ratio, rel=1e-3, abs=near)
+            up, eps = before.whitened[t] > 0, page["clip"]
+            outside = after.ratio[t] > 1 + eps + near if up else after.ratio[t] < 1 - eps - near
+            assert after.clipped[t] == outside
 
 
 @needs_fork
-def test_voting_says_where_a_file_is_broken(suite, chain, tmp_path):
-    (tmp_path / "v.jsonl").write_text('{"prompt": "Hi", "chosen": "a", "rejected": "b"}\n{"prompt": "H')
-    r = suite.run("reward.py", "--vote", "--init", chain / "sft", "--out", chain / "reward", "--votes",
-                  tmp_path / "v.jsonl")
-    fails(r, f"{tmp_path / 'v.jsonl'}:2: ")
-    r = suite.run("reward.py", "--vote", "--init", chain / "sft", "--out", chain / "base", "--votes",
-                  tmp_path / "w.jsonl")
-    fails(r, f"{chain / 'base'} is a language model")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. ppo.py --inspect.
-
-
-@needs_fork
-@pytest.mark.parametrize("flags", [["--resume"], ["--lam", 0.8, "--gamma", 0.9, "--kl_coef", 0.3, "--clip", 0.01],
+@pytest.mark.parametrize("flags", [[], ["--lam", 0.8, "--gamma", 0.9, "--kl_coef", 0.3, "--clip", 0.01],
                                    ["--advantage", "rloo", "--group", 4]], ids=["trained", "fresh", "rloo"])
 def test_inspect_adds_up(suite, chain, tmp_path, flags):
-    """Everything in the table follows from the columns before it, by the equations printed above it."""
-    if flags == ["--resume"]:
+    """Everything in the tables follows from the columns before it, by the equations printed above them; nothing is
+    written."""
+    if not flags:
         shutil.copytree(chain / "ppo", tmp_path / "ppo")
-    files = {p: p.read_bytes() for p in (tmp_path / "ppo").glob("*") if p.is_file()}
+    before = snapshot(tmp_path)
     r = suite.ok("ppo.py", "--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 16, "--max_new", 12,
                  "--out", tmp_path / "ppo", "--inspect", "--lr", 0.01, *flags)
-    assert files == {p: p.read_bytes() for p in (tmp_path / "ppo").glob("*") if p.name != "inspect.txt" and p.is_file()}
-    assert (tmp_path / "ppo" / "inspect.txt").read_text() in r.out
-    score, beta, gamma, lam, eps = map(float, re.search(
-        r"score .* = (\S+), beta = (\S+), gamma = (\S+), lam = (\S+), eps = (\S+)", r.out).groups())
-    mean, std = map(float, re.search(r"mean = (\S+), std = (\S+)", r.out).groups())
-    tables = []
-    for text in r.out.split("clipped\n")[1:]:
-        rows = [line.split()[-11:] for line in text.split("\n\n")[0].strip().splitlines()]
-        tables.append([(*map(float, row[:10]), row[10]) for row in rows])
-    before, after = tables
-    assert len(before) == len(after) >= 1
-    A, value_after = 0.0, 0.0
-    for i, row in reversed(list(enumerate(before))):
-        logp, old, ref, kl, reward, value, adv, whitened, ret, ratio, clipped = row
-        assert logp == old and ratio == 1 and clipped == "no" and kl == pytest.approx(old - ref, abs=2e-5)
-        assert reward == pytest.approx(-beta * kl + (score if i == len(before) - 1 else 0), abs=2e-5)
-        if "rloo" in flags:
-            assert whitened == adv == before[0][6]
-        else:
-            A = reward + gamma * value_after - value + gamma * lam * A
-            assert adv == pytest.approx(A, abs=1e-4) and ret == pytest.approx(adv + value, abs=2e-5)
-            assert whitened == pytest.approx((adv - mean) / std, abs=1e-4)
-        value_after = value
-    assert any(row[3] for row in before) == (flags == ["--resume"])       # KL: none before the first update
-    for old_row, row in zip(before, after):
-        assert (row[1], row[2], row[4], *row[6:9]) == (old_row[1], old_row[2], old_row[4], *old_row[6:9])
-        assert row[9] == pytest.approx(math.exp(row[0] - row[1]), rel=1e-3, abs=1e-5)
-        outside = row[9] > 1 + eps + 1e-5 if row[7] > 0 else row[9] < 1 - eps - 1e-5
-        assert (row[10] == "yes") == outside
-    assert any(row[9] != 1 for row in after)
+    assert snapshot(tmp_path) == before and (tmp_path / "ppo").exists() == (not flags)
+    page = read_inspection(r.out)
+    adds_up(page, "rloo" if "rloo" in flags else "gae", 5)
+    [response] = page["responses"]
+    assert page["iteration"] == (2 if flags else 4)         # the one after three, or the second of a new run
+    assert any(x != y for x, y in zip(response["before"]["logp"], response["before"]["ref_logp"]))
+    assert any(ratio != 1 for ratio in response["after"]["ratio"])
     if "rloo" not in flags:
-        assert any(row[5] != old_row[5] for old_row, row in zip(before, after))     # the values moved too
+        assert response["before"]["value"] != response["after"]["value"]                     # the values moved too
+    if "fresh" in flags:
+        assert (page["gamma"], page["lam"], page["beta"], page["clip"]) == (0.9, 0.8, 0.3, 0.01)
+
+
+def test_what_a_run_keeps_to_look_at_adds_up(chain):
+    """inspect.json: the first trained iteration, the middle one and the last, three responses each."""
+    kept = json.loads((chain / "ppo" / "inspect.json").read_text())
+    assert kept["last"]["iteration"] == 3 and kept["last"]["beta"] == 0.1
+    for page in kept.values():
+        adds_up(page, "gae", 5)
+        assert len(page["responses"]) == 3 and page["advantage"] == "gae"
+        for response in page["responses"]:
+            assert len(response["tokens"]) == len(response["before"]["logp"])
+            assert response["ended"] == (response["tokens"][-1] == "<eos>") and response["prompt"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. ppo.health.
+# 4. The health of a run.
 
 
 def rows_of_a_run(n=50, **changed):
@@ -373,13 +299,13 @@ def rows_of_a_run(n=50, **changed):
 
 def test_a_healthy_run_is_silent():
     rows = rows_of_a_run()
-    assert all(ppo.health(rows[:n]) == {} for n in range(51))
+    assert all(report.health(rows[:n]) == {} for n in range(51))
     del rows[0]["harmless"]                                             # a batch may lack a family
     graded = ("gold", "helpful", "harmless", "honest", "concise")
     ungraded = [{k: v for k, v in row.items() if k not in graded} for row in rows]
-    assert ppo.health(rows) == ppo.health(ungraded) == {}
+    assert report.health(rows) == report.health(ungraded) == {}
     old = [{k: v for k, v in row.items() if k != "unique"} for row in rows[:20]]     # of before there was such a column
-    assert ppo.health(old + rows[20:]) == {}
+    assert report.health(old + rows[20:]) == {}
 
 
 @pytest.mark.parametrize("name, changed, flag", [
@@ -387,39 +313,49 @@ def test_a_healthy_run_is_silent():
     ("EOS rate", {"eos_rate": (0.98, 0.5)}, "--eos_penalty"),
     ("entropy", {"entropy": (0.28, 0.001)}, "--entropy_coef"),
     ("identical responses", {"unique": (0.54, 0.01)}, "--kl_coef"),
-    ("length", {"length": (10.0, 30.0)}, "--length_penalty"),
+    ("length", {"length": (10.0, 30.0)}, "--reward"),
     ("length", {"length": (10.0, 3.0)}, "--kl_coef"),
     ("ratio", {"clipfrac": (0.01, 0.6)}, "--lr"),
     ("ratio", {"approx_kl": (0.001, 0.4)}, "--lr"),
     ("value model", {"explained_var": (-0.3, -0.1)}, "--value_lr"),
     ("reward hacking", {"gold": (0.9, 0.6), "reward": (0.3, 2.5)}, "--kl_budget")])
 def test_each_illness_is_named_with_a_cure(name, changed, flag):
-    said = ppo.health(rows_of_a_run(**changed))
+    said = report.health(rows_of_a_run(**changed))
     assert list(said) == [name] and flag in said[name] and "\n" not in said[name]
     for word in re.findall(r"--(\w+)", said[name]):
         assert word in {f.name for f in fields(ppo.Config)}, word
-    assert ppo.health(rows_of_a_run(**changed)[:9]) == {}
+    assert report.health(rows_of_a_run(**changed)[:9]) == {}
+
+
+def test_no_advice_names_what_is_on():
+    rows = rows_of_a_run(gold=(0.9, 0.6), reward=(0.3, 2.5))
+    assert "--relabel 1" in report.health(rows, ppo.Config(relabel=0))["reward hacking"]
+    assert "--relabel" not in report.health(rows, ppo.Config(relabel=1))["reward hacking"]
+    rows = rows_of_a_run(explained_var=(-0.3, -0.1))
+    assert "rloo" in report.health(rows, ppo.Config())["value model"]
 
 
 def test_health_looks_for_the_peak_of_gold():
     """A gold score that rose first and fell later is hacking, although it ends above its start."""
     up = rows_of_a_run(30, gold=(0.5, 0.95))
     down = rows_of_a_run(30, gold=(0.95, 0.7), reward=(2.3, 3.0), entropy=(0.05, 0.05))
-    assert list(ppo.health(up + down)) == ["reward hacking"] and "0.9" in ppo.health(up + down)["reward hacking"]
+    assert list(report.health(up + down)) == ["reward hacking"] and "0.9" in report.health(up + down)["reward hacking"]
     honest = rows_of_a_run(30, gold=(0.95, 0.7), reward=(2.3, 1.0), entropy=(0.05, 0.05))   # both fall: something else
-    assert ppo.health(up + honest) == {}
+    assert report.health(up + honest) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. The cures, flags of ppo.py.
+# 5. The cures, flags of ppo.py.
 
 
 def test_ensemble():
     r = torch.tensor([[1.0, 2.0, 5.0], [1.0, 4.0, -1.0], [1.0, 0.0, 2.0]])
-    assert ppo.ensemble(r, "mean", 9).tolist() == [1, 2, 2] and ppo.ensemble(r, "min", 9).tolist() == [1, 0, -1]
-    assert ppo.ensemble(r, "uwo", 0.5).tolist() == pytest.approx([1, 2 - 0.5 * 8 / 3, 2 - 0.5 * 6])
-    for kind in ("mean", "min", "uwo"):
-        assert torch.equal(ppo.ensemble(r[:1], kind, 0.5), r[0])        # one model is no ensemble
+
+    def combined(each, kind):
+        return Rewards.combined(SimpleNamespace(weights=torch.ones(len(each)), ensemble=kind), each)
+    assert combined(r, "mean").tolist() == [1, 2, 2] and combined(r, "min").tolist() == [1, 0, -1]
+    for kind in ("mean", "min"):
+        assert torch.equal(combined(r[:1], kind), r[0])        # one model is no ensemble
 
 
 @pytest.fixture
@@ -433,11 +369,12 @@ def train(suite, chain, tmp_path):
 
 
 @needs_fork
-def test_several_reward_models(train, chain):
+def test_several_reward_models(train, chain, tmp_path):
     """Twice the same one is the same as one."""
-    one = chain / "reward"
+    one, again = chain / "reward", tmp_path / "again"
+    again.symlink_to(one)
     logs = [train(name, "--iterations", 2, "--reward", *flags)[1] for name, *flags in (
-        ("one", one), ("two", f"{one},{one}", "--ensemble", "uwo", "--reward_weights", "0.2,0.2"))]
+        ("one", one), ("two", f"{one},{again}", "--ensemble", "min", "--reward_weights", "0.2,0.2"))]
     assert logs[0] == logs[1]
 
 
@@ -445,11 +382,11 @@ def test_weights_of_several_rewards(tmp_path, monkeypatch):
     (tmp_path / "some_rewards.py").write_text("def one(rows, texts):\n    return [1.0] * len(texts)\n"
                                               "def three(rows, texts):\n    return [3.0] * len(texts)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for flags, want in (({}, 2), ({"reward_weights": "3,1"}, 1.5), ({"ensemble": "min"}, 1),
-                        ({"ensemble": "uwo", "uwo_coef": 0.25}, 1.75)):
-        cfg = ppo.Config(reward="some_rewards:one,some_rewards:three", **flags)
-        score, models = ppo.reward_function(cfg, torch.device("cpu"), None)
-        assert score(SimpleNamespace(rows=[{}] * 2, texts=["a", "b"])).tolist() == [want, want] and models == []
+    for flags, want in (({}, 2), ({"weights": "3,1"}, 1.5), ({"ensemble": "min"}, 1)):
+        rewards = Rewards("--reward", "some_rewards:one,some_rewards:three", **flags)
+        ids = torch.zeros(2, 3, dtype=torch.long)
+        assert rewards.score([{}] * 2, ["a", "b"], ids, ids > 0, 8).tolist() == [want, want]
+        assert rewards.score_texts([{}] * 2, ["a", "b"]) == [want, want] and rewards.models() == []
 
 
 @needs_fork
@@ -460,17 +397,8 @@ def test_kl_budget(train, tmp_path):
     assert all(row["kl_exact"] < 0.05 and "policy_loss" in row for row in log[:-1])
     assert log[-1]["kl_exact"] >= 0.05 and "policy_loss" not in log[-1]         # the last one was not learned from
     assert result_of(tmp_path / "ppo")["after"] and (tmp_path / "ppo" / "model.safetensors").exists()
-    out, again = train("ppo", *flags, "--kl_budget", 0.05, "--resume")
-    assert len(again) == len(log) + 1 and "is spent" in out                     # nothing to go on with
-
-
-@needs_fork
-def test_length_penalty(train, chain):
-    outs = [train(f"ppo{x}", "--reward", chain / "reward", "--inspect", "--length_penalty", x)[0] for x in (0, 0.5)]
-    tables = [[line.split()[-11:] for line in out.split("clipped\n")[1].split("\n\n")[0].splitlines()] for out in outs]
-    assert tables[0][:-1] and [row[:5] for row in tables[0][:-1]] == [row[:5] for row in tables[1][:-1]]
-    cost = float(tables[0][-1][4]) - float(tables[1][-1][4])
-    assert cost == pytest.approx(0.5 * len(tables[0]), abs=1e-4)                # on the last token, for each of them
+    out, again = train("ppo", *flags, "--kl_budget", 0.05)
+    assert again == log and "is finished" in out                                # nothing to go on with
 
 
 @needs_fork
@@ -482,9 +410,9 @@ def test_ptx(train):
 
 
 def test_ptx_leaves_the_held_out_text_alone(chain):
-    tok = evaluate.load(chain / "base")[1]
+    _, tok = load(chain / "base")
     text, held = world.TINY / "corpus.txt", evaluate.tail_of(world.TINY / "corpus.txt", tok)[0]
-    rows = ppo.windows(text, tok, 128)
+    rows = ppo.ptx_windows(ppo.Config(), tok, 256)
     ids = [i for doc in text.read_text().split("<|endoftext|>") for i in [tok.eos_id, *tok.encode(doc)]]
     assert rows.flatten().tolist() == ids[: rows.numel()] and held.tolist() == ids[-len(held):]
     assert 0 <= len(ids) - rows.numel() - len(held) < 128
@@ -498,103 +426,53 @@ def test_health_speaks_up_once(train):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. tests/hacking.py, the driver of the long runs, in a small way.
+# 6. Iterated RLHF: the annotator is asked again.
 
 
-def test_hacking_driver(tmp_path, monkeypatch, capsys):
-    """Every command it would run is one its script takes; of made-up logs it draws and tabulates what they hold."""
-    commands = []
-
-    def pretend(command, **kw):
-        script, argv = Path(command[1]).name, command[2:]
-        if command[1] == "-m":
-            script, n = command[2], command.index("--reference")
-            argv = ["--models", ",".join(command[3:n]), *command[n:]]
-        monkeypatch.setattr(sys, "argv", [script, *argv])
-        cfg = cli(import_module(script.removesuffix(".py")).Config, "")
-        commands.append((script, cfg))
-        out, result = Path(cfg.out), {}
-        if script == "ppo.py":   # gold 0.5 -> 0.9 -> its end, over 30 iterations
-            end = {"none": 0.5, "budget": 0.9, "center": 0.7}[out.name]
-            gold = [0.5 + 0.04 * i for i in range(11)] + [0.9] * 4
-            gold += [0.9 + (end - 0.9) * i / 10 for i in range(11)] + [end] * 4
-            write(out / "log.jsonl", [{"kl_exact": 0.1 * i, "reward": 0.2 * i, "gold": x} for i, x in enumerate(gold)])
-        if script == "data.evaluate":
-            result = {"models": {Path(p).name: {"reward": 1.0, "gold": 0.5, "kl": 2.0} for p in cfg.models.split(",")},
-                      "best_of": [{"n": n, "kl": n / 2, "reward": n, "gold": n} for n in (1, 2)]}
-        (out / "result.json").write_text(json.dumps(result))
-        return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(hacking.subprocess, "run", pretend)
-    cfg = hacking.Config(out=str(tmp_path), biases="length,sycophancy", seeds="0,1", cures="center,budget",
-                         strength=2.0, ppo_flags="--iterations 30")
-    hacking.main(cfg)
-    assert [name for name, _ in commands] == [
-        "sft.py", "reward.py", "ppo.py", "reward.py", "ppo.py", "ppo.py", "data.evaluate"] * 2 + [
-        "reward.py", "ppo.py", "reward.py", "ppo.py", "ppo.py", "data.evaluate"] * 2
-    configs = {name: [c for n, c in commands if n == name] for name in ("reward.py", "ppo.py", "data.evaluate")}
-    assert [(c.bias_length, c.bias_sycophancy) for c in configs["reward.py"][::4]] == [(1.4, 0), (0, 4)]
-    assert [(c.center, c.seed) for c in configs["reward.py"][:3]] == [(0.01, 0), (0.2, 0), (0.01, 1)]
-    none, center, budget = configs["ppo.py"][:3]
-    assert (none.relabel, none.kl_coef, none.iterations, none.kl_budget, budget.kl_budget) == (0, 0.01, 30, 0, 0.7)
-    assert none.reward == budget.reward == configs["reward.py"][0].out and center.reward == configs["reward.py"][1].out
-    assert configs["data.evaluate"][0].reward == none.reward
-    rows = {row["cure"]: row for row in json.loads((tmp_path / "cures.json").read_text()) if row["seed"] == 1}
-    assert {c: (round(r["lost"], 3), round(r["cured"], 3)) for c, r in rows.items()} == {
-        "none": (0.4, 0), "center": (0.2, 0.5), "budget": (0, 1)}
-    text = capsys.readouterr().out
-    assert (tmp_path / "cures.txt").read_text() in text + "\n" and "0.500 (0.500 to 0.500)" in text
-    if find_spec("matplotlib"):
-        assert (tmp_path / "length.png").exists() and (tmp_path / "sycophancy.png").exists()
-    commands.clear()
-    hacking.main(cfg)
-    assert commands == []                                               # nothing is made twice
-    with pytest.raises(InputError, match="prayer"):
-        hacking.main(hacking.Config(cures="prayer"))
-
-
-def test_every_cure_is_a_command(monkeypatch):
-    for flags in hacking.CURES.values():
-        monkeypatch.setattr(sys, "argv", ["ppo.py", *flags.split()])
-        assert cli(ppo.Config, "") != ppo.Config()
-
-
-def test_asking_again_asks_the_same_annotator(monkeypatch):
+def test_asking_again_asks_the_same_annotator(tmp_path, monkeypatch):
     """About the answers of policy and reference that end and differ, with the noise and the biases of the first
     comparisons; and the reward model learns what is preferred."""
-    tok = SimpleNamespace(eos_id=0, pad_id=1, decode=lambda ids: " ".join(map(str, ids)))
-    prompts, says = [[2, 3], [2, 3], [4], [4]], [[5, 0], [6, 0], [7, 8], [7, 0]]          # the third one does not end
-    ids, real = pad_batch([p + a for p, a in zip(prompts, says)], 1)
-    mask = real & (torch.arange(4) >= torch.tensor([len(p) for p in prompts])[:, None])
-    b = SimpleNamespace(ids=ids, mask=mask, prompts=prompts, rows=["who", "who", "why", "why"])
-    other, _ = pad_batch([[2, 3, 6, 0], [4, 9, 0]], 1)
-    said = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]]) > 0
-    monkeypatch.setattr(ppo, "generate", lambda model, prompts, *a, **kw: (
-        (other, said, None) if prompts == [[2, 3], [4]] else None))
-    asked = []
-    monkeypatch.setattr(ppo.world, "utility", lambda row, text, *bias: asked.append((row, text, bias)) or len(asked))
-    monkeypatch.setattr(ppo.world, "annotate", lambda u, v, noise, rng: noise if u < v else -noise)
-    told = {"noise": 0.2, "agreement": 0.0, "bias_length": -0.5, "bias_confidence": 1.0, "bias_sycophancy": 0.25}
-    off, cfg = lambda: torch.autocast("cpu", enabled=False), ppo.Config(group=2, minibatches=1)   # noqa: E731
-    new = ppo.ask(b, None, told, tok, cfg, 3, off)
-    assert new == [((2, 3), (5, 0), (6, 0), 0.2), ((4,), (7, 0), (9, 0), 0.2)]
-    assert asked == [("who", "5 0", (-0.5, 1.0, 0.25)), ("who", "6 0", (-0.5, 1.0, 0.25)),
-                     ("why", "7 0", (-0.5, 1.0, 0.25)), ("why", "9 0", (-0.5, 1.0, 0.25))]
+    told = {"noise": 0.2, "agreement": 0.0, "bias_length": -0.5, "bias_confidence": 1.0, "bias_sycophancy": 0.25,
+            "center": 0.01}
+    (tmp_path / "result.json").write_text(json.dumps({"config": told}))
+    write(tmp_path / "comparisons.jsonl", [{"prompt": "2 3", "chosen": "6 0", "rejected": "7 0"}])
+
+    def render_answer(prompt, text):
+        return [[int(word) for word in part.split()] for part in (prompt[0]["content"], text)]
+    tok = SimpleNamespace(eos_ids={0}, pad_id=1, decode=lambda ids: " ".join(map(str, ids)),
+                          render_answer=render_answer)
     torch.manual_seed(0)
     rm = GPT(GPTConfig(vocab_size=12, n_layer=1, max_len=16, scalar_head=True))
-    optimizer, log = torch.optim.AdamW(rm.parameters(), 1e-3), SimpleNamespace()
+    optimizer = torch.optim.AdamW(rm.parameters(), 0.01)
+    run = SimpleNamespace(cfg=ppo.Config(minibatches=1), tok=tok, state={}, finite=lambda *args: True)
+    again = relabel.Relabelling(run, tmp_path, rm, optimizer)
+    old = [((2, 3), (6, 0), (7, 0), 1.0)]
+    assert again.first_pairs == old and relabel.Relabelling.possible(run.cfg, tmp_path)
+    assert not relabel.Relabelling.possible(ppo.Config(relabel=0), tmp_path)
+    assert not relabel.Relabelling.possible(ppo.Config(data="mine.jsonl"), tmp_path)
 
-    def update(step, model, optimizer, lr, batch):
-        optimizer.step()
-        optimizer.zero_grad()
-    log.update = update
-    new, old = [((2, 3), (5, 0), (6, 0), 1.0), ((4,), (7, 0), (9, 0), 0.0)], [((2, 3), (6, 0), (7, 0), 1.0)]
-    r = lambda *row: rm.scores(rm(torch.tensor([row])))[0, -1].item()   # noqa: E731
+    # Two prompts; the third answer to the first one repeats the second, the first one to the other does not end.
+    asked, rows = [], [{"prompt": user("2 3")}, {"prompt": user("4")}]
+    monkeypatch.setattr(world, "utility", lambda row, text, *bias: asked.append((row, text, bias)) or len(asked))
+    monkeypatch.setattr(world, "annotate", lambda u, v, noise, rng: noise if u < v else -noise)
+    learned = []
+    with monkeypatch.context() as patch:
+        patch.setattr(again, "learn", lambda new, old: learned.append((new, old)))
+        again.step(3, rows, [[[5, 0], [6, 0], [6, 0]], [[7, 8], [7, 0], [9, 0]]], 0.01)
+    new = [((2, 3), (6, 0), (5, 0), 0.8), ((4,), (9, 0), (7, 0), 0.8)]      # the annotator said 0.2 for the other order
+    assert learned == [(new, old)] and again.later_pairs == new
+    bias = (-0.5, 1.0, 0.25)
+    assert asked == [(rows[0], "5 0", bias), (rows[0], "6 0", bias), (rows[1], "7 0", bias), (rows[1], "9 0", bias)]
+
+    def r(*row):
+        return rm.scores(rm(torch.tensor([row])))[0, -1].item()
+    new = [((2, 3), (5, 0), (6, 0), 1.0), ((4,), (7, 0), (9, 0), 0.0)]
     d = [r(2, 3, 5, 0) - r(2, 3, 6, 0), r(4, 7, 0) - r(4, 9, 0), r(2, 3, 6, 0) - r(2, 3, 7, 0)]
     both = [r(2, 3, 5, 0) + r(2, 3, 6, 0), r(4, 7, 0) + r(4, 9, 0), r(2, 3, 6, 0) + r(2, 3, 7, 0)]
     want = np.mean([np.logaddexp(0, -x if k != 1 else x) + 0.005 * y ** 2 for k, (x, y) in enumerate(zip(d, both))])
-    first = ppo.learn(new, old, rm, optimizer, 0.01, tok, cfg, 0, off, log)
+    first = again.learn(new, old)
     assert first["rm_loss"].item() == pytest.approx(want, rel=1e-5)
     assert first["rm_accuracy"].item() == pytest.approx(((d[0] > 0) + (d[1] < 0)) / 2)
-    for step in range(30):
-        last = ppo.learn(new, old, rm, optimizer, 0.01, tok, cfg, step, off, log)
+    for _ in range(30):
+        last = again.learn(new, old)
     assert last["rm_loss"] < 0.2 * first["rm_loss"] and last["rm_accuracy"] == 1
