@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 aten = torch.ops.aten
 MOVES = (aten._to_copy, aten.copy_)
 INDEXES = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index, aten._index_put_impl_)
-READS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal)    # their result is on the CPU
+READS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal)   # for the host
 WAITS = collections.Counter()   # "file:line in function" -> how often it waited
 KEPT = []                       # what C++ points to
 
@@ -131,10 +131,18 @@ def find_symbols():
     return guards, get_hooks
 
 
+def answer_no(*args, **flags):
+    return 0
+
+
+def answer_yes(*args, **flags):
+    return 1
+
+
 def install():
     """Make torch believe in the device."""
     integer_function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
-    no, yes = integer_function(lambda this: 0), integer_function(lambda this: 1)
+    no, yes = integer_function(answer_no), integer_function(answer_yes)
     no_address, yes_address = (ctypes.cast(f, ctypes.c_void_p).value for f in (no, yes))
     guards, get_hooks = find_symbols()
 
@@ -153,22 +161,26 @@ def install():
     hooks[2 + 5] = no_address
     pointer.value = ctypes.addressof(hooks) + 16
     KEPT.extend([no, yes, table, guard, hooks])
-    atexit.register(lambda: setattr(pointer, "value", before))
+    atexit.register(setattr, pointer, "value", before)
 
     torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     for name in ("_lazy_init", "set_device", "synchronize"):
-        setattr(torch.cuda, name, lambda *args: None)
+        setattr(torch.cuda, name, answer_no)
     for name in ("is_available", "is_bf16_supported"):
-        setattr(torch.cuda, name, lambda **flags: True)
+        setattr(torch.cuda, name, answer_yes)
     Everywhere().__enter__()
 
 
 def install_processes():
     """gloo for NCCL, which a CPU build lacks, and a stand-in for FSDP2: whole models, summed gradients."""
-    real = dist.init_process_group
-    dist.init_process_group = lambda backend, **more: real(backend.replace("nccl", "gloo"), **more)
-    dist.device_mesh.init_device_mesh = lambda kind, shape: kind
+    join = dist.init_process_group
+
+    def init_process_group(backend, **more):
+        join(backend.replace("nccl", "gloo"), **more)
+
+    def init_device_mesh(kind, shape):
+        return kind
 
     def fully_shard(part, mesh, ignored_params):
         if next(part.parameters()).device.type != mesh:
@@ -177,9 +189,10 @@ def install_processes():
             if p.requires_grad and p not in ignored_params and not hasattr(p, "is_summed"):
                 p.is_summed = True
                 p.register_hook(summed)
-        part.set_gradient_divide_factor = part.set_force_sum_reduction_for_comms = lambda x: None
+        part.set_gradient_divide_factor = part.set_force_sum_reduction_for_comms = answer_no
 
-    fsdp.fully_shard = fully_shard
+    dist.init_process_group, fsdp.fully_shard = init_process_group, fully_shard
+    dist.device_mesh.init_device_mesh = init_device_mesh
 
 
 def summed(grad):

@@ -16,14 +16,14 @@ NEVER_WAITS = {"decode", "draw", "forward", "attention", "rotate", "logits", "he
 
 @pytest.mark.parametrize("script, flags", [
     ("sft.py", "--init {}/base"),
-    ("ppo.py", "--init {0}/sft --reward {0}/reward --rollouts 32 --minibatches 2 --value_warmup 0 --max_new 8 "
-               "--recompute --entropy_coef 0.01 --ptx_coef 0.5"),
+    ("ppo.py", "--init {0}/sft --reward {0}/reward --rollouts 16 --minibatches 2 --value_warmup 0 "
+               "--max_new 8 --recompute --entropy_coef 0.01 --ptx_coef 0.5"),
 ], ids=["sft", "ppo"])
 def test_on_a_pretended_gpu(suite, chain, tmp_path, script, flags):
     flags = [*flags.format(chain).split(), "--max_steps", 2, "--dtype", "float32"]
     on_cpu, on_gpu = suite.run_all([
         [script, *flags, "--device", "cpu", "--out", tmp_path / "cpu"],
-        [PRETENDED, suite.root / script, *flags, "--device", "cuda", "--out", tmp_path / "cuda"]], timeout=120)
+        [PRETENDED, suite.root / script, *flags, "--device", "cuda", "--out", tmp_path / "cuda"]], 120)
     assert on_cpu.rc == 0 and on_cpu.err == "", on_cpu.err
     assert on_gpu.rc == 0 and on_gpu.err == "", on_gpu.err
     assert json.loads((tmp_path / "cuda" / "result.json").read_text())["device"].startswith("cuda")
