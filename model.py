@@ -549,9 +549,19 @@ def head_logprobs(hidden, w, ids, V, temperature, entropy):
     """(log softmax(hidden w^T / temperature)[ids],), or with entropy=True also the entropy of that
     distribution in nats; (N,) each in fp32, for hidden (N, C), the first V rows of a head w (V', C), and ids
     (N,)."""
-    logp = (F.linear(hidden.to(w.dtype), w)[:, :V].float() / temperature).log_softmax(-1)         # (N, V)
-    chosen = logp.gather(1, ids[:, None])[:, 0]                                                    # (N,)
-    return (chosen, -(logp.exp() * logp).sum(-1)) if entropy else (chosen,)
+    logits, out = F.linear(hidden.to(w.dtype), w)[:, :V], []                                       # (N, V)
+    # In fp32 a few rows at a time, which stay in a CPU's cache: 1.5 times faster steps with 50,304 tokens.
+    rows = max(1, 2 ** 20 // V) if logits.device.type == "cpu" else len(ids)
+    for z, y in zip(logits.split(rows), ids.split(rows)):
+        z = z.float()
+        if temperature != 1:
+            z = z / temperature
+        logp = z.log_softmax(-1)                                                                   # (n, V)
+        part = [logp.gather(1, y[:, None])[:, 0]]
+        if entropy:
+            part.append(-(logp.exp() * logp).sum(-1))
+        out.append(torch.stack(part))
+    return tuple(torch.cat(out, dim=1))
 
 
 def logprobs_from(model, hidden, ids, mask, temperature=1.0, entropy=False):

@@ -348,7 +348,7 @@ def main(cfg):
 
     warmup = min(cfg.value_warmup, cfg.iterations // 4) if value is not None else 0
     if run.first < warmup and not cfg.inspect:
-        run.say(f"the first {warmup} iterations train the value model alone, so that the KL is 0 (--value_warmup)")
+        run.say(f"the first {warmup} iterations train the value model alone: the KL stays 0 (--value_warmup)")
 
     for it in run.steps():
         # Everything random follows from (seed, iteration). Learning rates fall to a third.

@@ -96,7 +96,7 @@ def main(cfg):
     train, n_cut, n_left_out = encode(train_rows, tok, max_len)
     held, held_cut, held_left_out = encode(held_rows, tok, max_len)
     run.say(f"{len(train)} conversations to train on, {len(held)} held out; {n_cut + held_cut} cut at "
-            f"{max_len} tokens, {n_left_out + held_left_out} left out, which have no answer within them (--max_len)")
+            f"{max_len} tokens, {n_left_out + held_left_out} without an answer in them left out (--max_len)")
     if not train or not held:
         raise InputError(f"{data}: {len(train)} conversations within --max_len {max_len} tokens to train on, "
                          f"{len(held)} held out (--held_out); both need at least one")

@@ -125,6 +125,10 @@ class Suite:
         rc, out, err = ((job / name).read_text() for name in ("rc", "out", "err"))
         return SimpleNamespace(rc=int(rc), out=out, err=err)
 
+    def signal(self, job, signum):
+        """Send a signal to a job's process, which has begun."""
+        os.kill(int((job / "pid").read_text()), signum)
+
     def kill(self, job):
         """End a job that has not ended, and all that it started; wait until they and their locks are gone."""
         if (job / "pid").exists() and not (job / "rc").exists():
@@ -186,12 +190,18 @@ def chain(suite, request, tmp_path_factory):
     folder, items = tmp_path_factory.mktemp("chain"), request.session.items
     if any("fresh_clone" in item.fixturenames for item in items):
         request.getfixturevalue("fresh_clone")
+    jobs = {}
     for name, (script, *flags) in CHAIN.items():
-        suite.ok(script, "--out", folder / name, *flags)
+        jobs[name] = suite.start(script, "--out", folder / name, *flags)
+        if name != "ppo":      # which runs beside dpo.py
+            r = suite.finish(jobs[name])
+            assert r.rc == 0 and r.err == "", r
         if name == "base" and any(item.name == "test_the_script" for item in items):
             early = tmp_path_factory.mktemp("early")
             (early / "base").symlink_to(folder / "base")
             suite.early["cai"] = suite.start("cai.py", "--out", early / "cai", *CAI_FLAGS), early / "cai"
+    r = suite.finish(jobs["ppo"])
+    assert r.rc == 0 and r.err == "", r
     return folder
 
 

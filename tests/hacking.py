@@ -32,6 +32,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import InputError, read_json, report, write_atomic   # noqa: E402
@@ -121,25 +123,27 @@ def spread(numbers, none=""):
 # What a run did.
 
 
+FIGURES = ("kl_exact", "reward", "gold")     # of log.jsonl: the columns of a curve
+
+
 def curve(folder):
-    """[(KL, reward, gold)] of a PPO run's iterations, each the mean of the last five up to it."""
-    rows, points = read_jsonl(folder / "log.jsonl"), []
-    for i in range(len(rows)):
-        part = rows[max(0, i - 4): i + 1]
-        points.append([sum(row[name] for row in part) / len(part) for name in ("kl_exact", "reward", "gold")])
-    return points
+    """KL, reward and gold of a PPO run's N iterations, each the mean of the last five up to it: (N, 3)."""
+    rows = []
+    for row in read_jsonl(folder / "log.jsonl"):
+        rows.append([row[name] for name in FIGURES])
+    return np.array([np.mean(rows[max(0, i - 4): i + 1], axis=0) for i in range(len(rows))])
 
 
 def cured(gold, without):
-    """The share of gold's fall without a cure, `without`, that is absent from `gold` with it (lists, one
-    number an iteration); None where there was next to nothing to cure."""
+    """The share of gold's fall without a cure, `without`, that is absent from `gold` with it (one number
+    an iteration); None where there was next to nothing to cure."""
     peak, end = max(without), without[-1]
     return (gold[-1] - end) / (peak - end) if peak - end > 0.02 else None
 
 
 def plot(path, bias, curves, best):
-    """Proxy and gold against sqrt(KL): curves [[(KL, reward, gold)]] of the seeds, and their best-of-N points
-    [[{"n", "kl", "reward", "gold"}]]."""
+    """Proxy and gold against sqrt(KL): the `curve` of each seed, and its best-of-N points
+    [{"n", "kl", "reward", "gold"}]."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -148,19 +152,18 @@ def plot(path, bias, curves, best):
         print(f"(no {path}: matplotlib is not installed)")
         return
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    steps, points = list(zip(*curves)), list(zip(*best))    # iterations, and N, each of all seeds
-    figures = ((1, "reward", "proxy: the reward model"), (2, "gold", "gold"))
-    for ax, (k, name, title) in zip(axes, figures):
+    curves = np.stack(curves)                                                         # (seeds, N, 3)
+    for ax, name, title in zip(axes, ("reward", "gold"), ("proxy: the reward model", "gold")):
         # PPO: the mean of the seeds, and a band from the smallest to the largest.
-        x = [sum(max(0, row[0]) ** 0.5 for row in step) / len(step) for step in steps]
-        ys = [[row[k] for row in step] for step in steps]
-        ax.plot(x, [sum(y) / len(y) for y in ys], label=f"PPO, {len(curves)} seeds")
-        ax.fill_between(x, [min(y) for y in ys], [max(y) for y in ys], alpha=0.25)
+        x, y = np.sqrt(curves[:, :, 0].clip(min=0)).mean(0), curves[:, :, FIGURES.index(name)]
+        ax.plot(x, y.mean(0), label=f"PPO, {len(curves)} seeds")
+        ax.fill_between(x, y.min(0), y.max(0), alpha=0.25)
 
         # The best of N answers, whose KL is known.
-        x = [point[0]["kl"] ** 0.5 for point in points]
-        ax.plot(x, [sum(row[name] for row in point) / len(point) for point in points], "o--",
-                label="best of N, SFT")
+        x, y = np.sqrt([point["kl"] for point in best[0]]), 0
+        for points in best:
+            y = y + np.array([point[name] for point in points]) / len(best)
+        ax.plot(x, y, "o--", label="best of N, SFT")
         ax.set(title=title, xlabel="sqrt(KL to SFT), nats")
         ax.grid(alpha=0.3)
         ax.legend()
@@ -193,13 +196,13 @@ def climb(cfg, bias, seed, cures):
     flags = ["--reference", sft, "--reward", paths["reward"], "--best_of", cfg.best_of, "--seed", seed]
     result = make(here / f"evaluate_{'_'.join(cures)}",
                   ["-m", "data.evaluate", sft, *[here / cure for cure in cures], *flags], cfg.evaluate_flags)
-    rows, without = [], [gold for _, _, gold in curve(here / "none")]
+    rows, without = [], curve(here / "none")
     for cure in cures:
-        gold = [row[2] for row in curve(here / cure)]
+        gold = curve(here / cure)[:, 2]
         figures = {name: result["models"][cure][name] for name in ("reward", "gold", "kl")}
         rows.append({"bias": bias, "seed": int(seed), "cure": cure} | figures
-                    | {"lost": max(gold) - gold[-1], "cured": cured(gold, without)})
-    return rows, curve(here / "none"), result["best_of"]
+                    | {"lost": max(gold) - gold[-1], "cured": cured(gold, without[:, 2])})
+    return rows, without, result["best_of"]
 
 
 def main(cfg):

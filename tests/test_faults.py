@@ -99,22 +99,16 @@ def test_a_signal_finishes_the_step_and_saves(suite, chain, tmp_path, signum):
     flags = ["--init", chain / "base", "--batch_size", 8, "--warmup", 2, "--max_new", 8, "--dtype", "float32",
              "--max_steps", 12]
     suite.ok("sft.py", *flags, "--out", tmp_path / "whole")
-    command = [sys.executable, suite.root / "sft.py", *map(str, flags), "--out", tmp_path / "cut"]
-    p = subprocess.Popen(command, env=suite.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    try:
-        end = time.time() + 60
-        while not (tmp_path / "cut" / "log.jsonl").exists() or not log_of(tmp_path / "cut"):
-            assert p.poll() is None and time.time() < end, p.communicate()
-            time.sleep(0.01)
-        p.send_signal(signum)
-        out, err = p.communicate(timeout=60)
-    finally:
-        p.kill()
+    job, end = suite.start("sft.py", *flags, "--out", tmp_path / "cut"), time.time() + 60
+    while not (tmp_path / "cut" / "log.jsonl").exists() or not log_of(tmp_path / "cut"):
+        assert not (job / "rc").exists() and time.time() < end, suite.finish(job)
+        time.sleep(0.01)
+    suite.signal(job, signum)
+    r = suite.finish(job, 60)
     step = load_state(tmp_path / "cut")["step"]
-    assert p.returncode == 1
-    assert re.fullmatch(rf"sft: interrupted after step {step}, saved in {tmp_path / 'cut'}; .* goes on.*\n", err)
-    assert 1 <= step < 12 and "stopping after this step" in out and not (tmp_path / "cut" / "result.json").exists()
+    assert r.rc == 1
+    assert re.fullmatch(rf"sft: interrupted after step {step}, saved in {tmp_path / 'cut'}; .* goes on.*\n", r.err)
+    assert 1 <= step < 12 and "stopping after this step" in r.out and not (tmp_path / "cut" / "result.json").exists()
     suite.ok("sft.py", *flags, "--out", tmp_path / "cut")
     same(tmp_path / "whole", tmp_path / "cut")
 

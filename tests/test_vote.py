@@ -87,7 +87,7 @@ def test_no_vote_is_lost(suite, chain, tmp_path):
         screen = t.until("q(uit)> ").split("user: ")[1]
         prompt, first, second = (x.strip() for x in screen.split("\n\n")[:3])
         assert first[:3] == "1  " and second[:3] == "2  "
-        first, second = first[3:], second[3:]
+        first, second = first[3:].replace("\n     ", "\n"), second[3:].replace("\n     ", "\n")   # as indented
         t.type(key + "\n")
         if key in "12t":
             t.until("reward model: ")
