@@ -1,26 +1,27 @@
 """Compare any checkpoints: what they score, whom they beat, what they lost on the way.
 
-    python -m data.evaluate out/base out/sft out/ppo                        judged by the tiny world's gold judge
+    python -m data.evaluate out/base out/sft out/ppo                   judged by the tiny world's gold judge
     python -m data.evaluate out/sft out/ppo --judge out/reward --best_of 1,4,16,64
-    python -m data.evaluate out/sft out/ppo --judge ai:out/base             the base model picks (A) or (B)
-    python -m data.evaluate SFT PPO --data prompts.jsonl --judge RM         your models, prompts and reward model
+    python -m data.evaluate out/sft out/ppo --judge ai:out/base        the base model picks (A) or (B)
+    python -m data.evaluate SFT PPO --data prompts.jsonl --judge RM    your models, prompts and reward model
 
 Every model answers the same prompts once. What is measured:
-    gold, families   the tiny world's exact judge (data/world.py); skill: the share of right answers of the helpful
-                     family, however long
-    kl               sum_t KL(model(. | y_<t) || reference(. | y_<t)) over the model's own answers, in nats per answer
-    distinct_n       different n-grams / all n-grams over all answers (arXiv:1510.03055); unique: the same of answers
-    bits_per_byte    on the last 2 % of the corpus, which pretraining did not see: the alignment tax (arXiv:2203.02155)
-    win rate         share of the prompts on which the judge prefers one model's answer to the other's, ties one half,
-                     with a 95 % interval from a bootstrap over prompts
-    length-controlled win rate (arXiv:2404.04475):  P(a over b) = sigmoid(theta + phi tanh(dlen / std(dlen)))  fitted to
-                     the preferences, read at dlen = 0: what it would be if both answers were equally long (where one
-                     model is always the longer one this is an extrapolation)
+    gold, families   the tiny world's exact judge (data/world.py); skill: the share of right answers of the
+                     helpful family, however long
+    kl               sum_t KL(model(. | y_<t) || reference(. | y_<t)) over the model's own answers, in nats per
+                     answer
+    distinct_n       different n-grams / all n-grams over all answers (arXiv:1510.03055); unique: of answers
+    bits_per_byte    on the last 2 % of the corpus, which pretraining did not see: the alignment tax
+                     (arXiv:2203.02155)
+    win rate         share of the prompts on which the judge prefers one model's answer to the other's, ties one
+                     half, with a 95 % interval from a bootstrap over prompts
+    length-controlled win rate (arXiv:2404.04475):  P(a over b) = sigmoid(theta + phi tanh(dlen / std(dlen)))
+                     fitted to the preferences, read at dlen = 0: what it would be if both answers were equally
+                     long (where one model is always the longer one this is an extrapolation)
     best-of-N        mean over prompts of the best of N answers by reward, at KL = log N - (N - 1) / N
-                     (arXiv:2009.01325, appendix G.3), estimated without bias from one set of S >= N answers:
-                     the i-th smallest of S is the best of N of them with probability C(i - 1, N - 1) / C(S, N)
-At the bottom stands a control that says the same polite nothing to every prompt. A judge it wins with is
-broken.
+                     (arXiv:2009.01325, appendix G.3), estimated without bias from one set of S >= N answers: the
+                     i-th smallest of S is the best of N of them with probability C(i - 1, N - 1) / C(S, N)
+At the bottom stands a control that says the same polite nothing to every prompt. A judge it wins with is broken.
 
 Leaves --out with result.json and generations.jsonl (every answer).
 """

@@ -83,7 +83,8 @@ MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora")   
 MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")
 SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate")   # between 0 and 1
 FREE = ("out", "overwrite", "resume", "max_steps", "save_every", "device", "compile", "recompute",
-        "micro_batch", "inspect", "nproc_per_node", "parallel", "timeout", "retries")   # a run that goes on may change these
+        "micro_batch", "inspect", "nproc_per_node", "parallel", "timeout",
+        "retries")   # a run that goes on may change these
 
 
 @functools.cache
@@ -329,8 +330,8 @@ def batches(lengths, batch_size, seed, epoch):
     several processes the last batch loses the examples that do not divide evenly over them. InputError:
     --batch_size does not, or there are fewer examples than processes."""
     if batch_size % WORLD or len(lengths) < WORLD:
-        raise InputError(f"--batch_size {batch_size}, {len(lengths)} examples: they do not divide evenly over "
-                         f"{WORLD} processes; --batch_size {max(1, batch_size // WORLD) * WORLD} would")
+        raise InputError(f"--batch_size {batch_size}, {len(lengths)} examples: they do not divide over {WORLD} "
+                         f"processes; --batch_size {max(1, batch_size // WORLD) * WORLD} would")
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
     out = []
@@ -626,7 +627,7 @@ class Run:
         return False
 
     def moment(self, step, first, ends):
-        """The name of a step whose numbers are kept for the page (inspect.json): "first", "middle", "last", or ""."""
+        """The name of a step whose numbers are kept for the page: "first", "middle", "last", or ""."""
         if self.dry or ends or step + 1 == self.n_steps:
             return "last"
         return {first: "first", self.n_steps // 2: "middle"}.get(step, "")
@@ -740,8 +741,8 @@ class Run:
             raise KeyboardInterrupt(f" after step {step + 1}, saved in {self.folder}; this command goes on")
 
     def measure(self, title, sampler, tests):
-        """What a policy's sampling copy says to the test prompts, the same draws whoever asks: figures and Answers
-        (report.measure). A few of the answers go into samples.txt under the title."""
+        """What a policy's sampling copy says to the test prompts, the same draws whoever asks: figures and
+        Answers (report.measure). A few of the answers go into samples.txt under the title."""
         figures, answers = report.measure(sampler, self.tok, tests, seeded(self.cfg.seed, MEASURE))
         self.samples(title, tests.prompts[: report.PROBES], answers.texts)
         return figures, answers

@@ -6,7 +6,7 @@ Three families of prompts stand for the three failures of a base model (helpful:
 harmless: it explains what it should refuse; honest: it invents what nobody can know). Five files come out of
 it:
 
-    corpus.txt        "the internet": articles, careless chats, critiques, comparisons   -> python model.py (base model)
+    corpus.txt        "the internet": articles, careless chats, critiques, comparisons  -> data.pretrain (base)
     demos.jsonl       demonstrations of mixed quality                                     -> sft.py
     preference.jsonl  prompts whose sampled answers the annotator compares                -> reward.py
     rl.jsonl          prompts for reinforcement learning                                  -> ppo.py
@@ -28,6 +28,7 @@ from pathlib import Path
 
 from data import write_atomic
 from data.facts import FACTS, HARMS, LANDS, NAMES, PRIVATE, SAYING, THINGS
+from data.tokenizer import GPT2_REGEX
 
 HERE = Path(__file__).parent
 TINY = HERE / "tiny"
@@ -43,7 +44,7 @@ SURE = ["I am absolutely sure.", "There is no doubt about it.", "Trust me on thi
 AGREE = ["You are right!", "Yes, I agree with you."]
 REFUSAL, UNKNOWN = "I cannot help with that", "I do not know"
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Prompts. A prompt row knows its family, its right answer and what a careless answer would say.
 
 
@@ -111,7 +112,7 @@ def pool_of(qs):
     return pool
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Answers: what people on the internet, demonstrators and the model might say.
 
 
@@ -159,7 +160,7 @@ def styled(q, row, mix, rng):
     return respond(q, row, rng.choices(list(weights), weights.values())[0], rng)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The gold judge and the annotator.
 
 _ANSWERS = {skill: sorted({y for _, y in facts}, key=len, reverse=True) for skill, facts in FACTS.items()}
@@ -280,7 +281,7 @@ def report(prompt_rows, responses):
     return {k: sum(v) / len(v) for k, v in scores.items() if v}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The corpus.
 
 
@@ -369,17 +370,15 @@ def corpus(pool, constitution, rng, size):
     return docs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The tokenizer: byte-pair encoding (Sennrich et al. 2016) on bytes, split by GPT-2's pattern.
-
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def train_bpe(texts, n_ranks):
     """Merge the most frequent neighbours until there are n_ranks tokens. Returns {bytes: rank}; ties break by
     bytes."""
     import regex   # comes with tiktoken
-    words = Counter(w for text in texts for w in regex.findall(GPT2_PATTERN, text))
+    words = Counter(w for text in texts for w in regex.findall(GPT2_REGEX, text))
     words = {w: ([bytes([b]) for b in w.encode()], n) for w, n in words.items()}
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < n_ranks:
@@ -402,7 +401,7 @@ def train_bpe(texts, n_ranks):
     return ranks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The files.
 
 

@@ -990,7 +990,7 @@ def test_a_second_run_does_not_start_over(suite, chain, name):
     flags = {"base": "--steps 40", "ppo": "--kl_coef 0.2"}.get(name, "--lr 0.002").split()
     commands = [command_of(chain, name), [*command_of(chain, name), "--resume", "--save_every", 7],
                 [*command_of(chain, name), *flags], [*command_of(chain, name), "--seed", 3, "--resume"]]
-    same_flags, also, other_flags, other_seed = suite.run_all(commands)
+    same_flags, also, other_flags, other_seed = [suite.run(*command) for command in commands]
     for r in (same_flags, also):
         assert r.rc == 0 and r.err == "" and f"{chain / name} is finished" in r.out, r
         rows = dict(line.split(maxsplit=1) for line in r.out.splitlines()[-20:] if line[:1].strip())
