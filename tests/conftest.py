@@ -3,6 +3,7 @@
 Importing torch takes two seconds and some hundred runs need it, so one server process imports it and forks: each script
 still runs as `__main__` of a process of its own, with its own arguments, folder, input, output and exit code.
 """
+import compileall
 import json
 import os
 import re
@@ -27,7 +28,8 @@ ENV = {**os.environ, "PYTHONWARNINGS": "error,ignore::ResourceWarning", "OMP_NUM
        "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
 SERVER = r"""
 import json, os, runpy, signal, sys, traceback
-import numpy, tiktoken, torch, torch._dynamo    # optimizers import the last one
+import numpy, tiktoken, torch
+import torch._dynamo, torch.distributed.checkpoint.state_dict, torch.distributed.fsdp    # optimizers import the first
 sys.modules["matplotlib"] = None                # as if it were not installed: no script needs it
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)          # nobody waits for the forks below
 for line in sys.stdin:
@@ -93,6 +95,7 @@ class Suite:
     def __init__(self, folder):
         self.root, self.jobs, self.n, self.early = copy_suite(folder / "suite"), folder / "jobs", 0, {}
         self.jobs.mkdir()
+        compileall.compile_dir(self.root, quiet=1)   # once, not in every run
         self.env = ENV | {"NANORLHF_CACHE": str(folder / "cache")}
         with open(folder / "server_errors", "wb") as errors:
             self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, text=True,
