@@ -350,32 +350,42 @@ def links(script, chain):
             "dpo.py": ["--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl"]}[script]
 
 
+WHOLE = [(script, "float32") for script in SCRIPTS] + [("data.pretrain", "bfloat16"), ("ppo.py", "bfloat16")]
+
+
+def steps_of(script, dtype):
+    """The length of a short run, and where it is cut; bf16 is slow where it is emulated."""
+    return TRAIN[script][1:] if dtype == "float32" else (3, 2)
+
+
 @pytest.fixture(scope="session")
 def whole(suite, chain, tmp_path_factory):
     """whole(script, dtype): the folder of an uncut run, of one stopped by --max_steps, and their flags; made once."""
     runs = {}
 
     def start(script, dtype):
-        folder, (flags, n, k) = tmp_path_factory.mktemp("whole"), TRAIN[script]
-        flags = [*flags, *links(script, chain), "--dtype", dtype]
+        folder, (n, k) = tmp_path_factory.mktemp("whole"), steps_of(script, dtype)
+        flags = [*TRAIN[script][0], *links(script, chain), "--dtype", dtype]
         return folder, flags, [suite.start(script, *flags, "--out", folder / name, "--max_steps", steps)
                                for name, steps in (("whole", n), ("cut", k))]
 
     def get(script, dtype):
-        folder, flags, jobs = runs[script, dtype] = runs.get((script, dtype)) or start(script, dtype)
+        at = WHOLE.index((script, dtype))
+        for which in WHOLE[at: at + 2]:       # the next ones run beside the test of these
+            if which not in runs:
+                runs[which] = start(*which)
+        folder, flags, jobs = runs[script, dtype]
         for job in jobs:
             r = suite.finish(job)
             assert r.rc == 0 and r.err == "", r.err
         return folder / "whole", folder / "cut", flags
-    runs["ppo.py", "float32"] = start("ppo.py", "float32")   # the longest first
     return get
 
 
-@pytest.mark.parametrize("script, dtype", [(s, "float32") for s in SCRIPTS] + [("data.pretrain", "bfloat16"),
-                                                                              ("ppo.py", "bfloat16")])
+@pytest.mark.parametrize("script, dtype", WHOLE)
 def test_resume_equals_a_run_without_a_break(suite, whole, script, dtype):
     folder, cut, flags = whole(script, dtype)
-    _, n, k = TRAIN[script]
+    n, k = steps_of(script, dtype)
     assert len(log_of(folder)) == n and len(log_of(cut)) == k == len(log_of(folder)[:k])
     assert log_of(cut) == log_of(folder)[:k] and result_of(cut)["config"]["max_steps"] == k    # early, but cleanly
     assert (cut / "model.safetensors").read_bytes() != (folder / "model.safetensors").read_bytes()
@@ -385,7 +395,8 @@ def test_resume_equals_a_run_without_a_break(suite, whole, script, dtype):
     assert f" {k}/{n} " not in r.out and f" {n}/{n} " in r.out       # the first steps were not done again
     same(folder, cut)
     if script == "ppo.py":
-        assert [i for i, row in enumerate(log_of(folder)) if "rm_loss" in row] == [1, 3]   # before and after the cut
+        relabelled = [i for i, row in enumerate(log_of(folder)) if "rm_loss" in row]
+        assert relabelled == [i for i in (1, 3) if i < n]            # in fp32 before and after the cut
         a, b = (read_safetensors(x / "reward" / "model.safetensors") for x in (folder, cut))
         assert all(torch.equal(a[k], b[k]) for k in a)
         assert len({row["beta"] for row in log_of(folder)}) > 2      # the adaptive coefficient moved, and was restored
@@ -744,7 +755,7 @@ def test_sft_says_what_it_leaves_out(suite, chain, tmp_path):
             ("answers", [{"prompt": str(i), "completion": f"{i}{long}"} for i in range(40)], (40, 40, 0))):
         r = suite.ok("sft.py", "--init", chain / "base", "--data", write(tmp_path / f"{name}.jsonl", rows), "--out",
                      tmp_path / name, "--max_new", 4, "--held_out", 0.3, "--max_steps", 1, "--max_len", 64)
-        told = r"(\d+) conversations to train on, (\d+) held out; (\d+) cut at 64 tokens, (\d+) left out"
+        told = r"(\d+) conversations to train on, (\d+) held out; (\d+) cut at 64 tokens, (\d+) .*left out"
         n_train, n_held, n_cut, n_left_out = map(int, re.search(told, r.out).groups())
         assert (n_train + n_held, n_cut, n_left_out) == counts
 
