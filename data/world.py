@@ -22,6 +22,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -462,6 +463,8 @@ def build(folder=TINY, seed=0, corpus_chars=1_600_000, demos=3000, preference=50
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:      # --help, or anything else: nothing is written
+        sys.exit(__doc__)
     build()
     for path in sorted(TINY.iterdir()):
         print(f"{path.name:20} {path.stat().st_size:>9,} bytes")
