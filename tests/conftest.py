@@ -11,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +97,7 @@ class Suite:
     def __init__(self, folder):
         self.root, self.jobs, self.n, self.early = copy_suite(folder / "suite"), folder / "jobs", 0, {}
         self.jobs.mkdir()
+        self.lock, self.background = threading.Lock(), ThreadPoolExecutor(1)
         compileall.compile_dir(self.root, quiet=1)   # once, not in every run
         self.env = ENV | {"NANORLHF_CACHE": str(folder / "cache")}
         with open(folder / "server_errors", "wb") as errors:
@@ -104,8 +107,9 @@ class Suite:
     def start(self, script, *args, cwd=None, stdin="", env=None):
         """Begin `python SCRIPT ARGS`, or `python -m SCRIPT ARGS` of a module such as data.pretrain; finish(job) waits
         for it."""
-        self.n += 1
-        job = self.jobs / str(self.n)
+        with self.lock:
+            self.n += 1
+            job = self.jobs / str(self.n)
         job.mkdir(parents=True)
         (job / "in").write_text(stdin)
         script = str(script)
@@ -113,8 +117,9 @@ class Suite:
             script = str(self.root / script)   # an absolute path stays as it is
         told = {"dir": str(job), "cwd": str(cwd or self.root), "env": env or {}, "root": str(self.root),
                 "argv": [script, *map(str, args)]}
-        self.server.stdin.write(json.dumps(told) + "\n")
-        self.server.stdin.flush()
+        with self.lock:
+            self.server.stdin.write(json.dumps(told) + "\n")
+            self.server.stdin.flush()
         return job
 
     def finish(self, job, timeout=300):
@@ -163,6 +168,7 @@ class Suite:
 def suite(tmp_path_factory):
     suite = Suite(tmp_path_factory.mktemp("scripts"))
     yield suite
+    suite.background.shutdown(wait=False, cancel_futures=True)
     for job in suite.jobs.iterdir():
         suite.kill(job)
     suite.server.stdin.close()
@@ -189,7 +195,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def chain(suite, request, tmp_path_factory):
     """A folder with base, sft, reward, ppo and dpo of a short run through all stages. What takes long and is asked for
-    by a test of this session begins early, and runs beside all that follows: fresh_clone and cai.py."""
+    by a test of this session begins early, and runs beside all that follows: fresh_clone, cai.py, and what a module's
+    EARLY names, {test: function(suite, chain, folder, parameters of the test)}, one after another."""
     folder, items = tmp_path_factory.mktemp("chain"), request.session.items
     if any("fresh_clone" in item.fixturenames for item in items):
         request.getfixturevalue("fresh_clone")
@@ -205,7 +212,19 @@ def chain(suite, request, tmp_path_factory):
             suite.early["cai"] = suite.start("cai.py", "--out", early / "cai", *CAI_FLAGS), early / "cai"
     r = suite.finish(jobs["ppo"])
     assert r.rc == 0 and r.err == "", r
+    for item in items:
+        begin = getattr(item.module, "EARLY", {}).get(item.originalname)
+        if begin:
+            own, params = tmp_path_factory.mktemp("early"), getattr(item, "callspec", SimpleNamespace(params={})).params
+            suite.early[item.nodeid] = own, suite.background.submit(begin, suite, folder, own, **params)
     return folder
+
+
+@pytest.fixture
+def early(suite, chain, request):
+    """(folder, what it returned) of the function that began this test early."""
+    folder, running = suite.early[request.node.nodeid]
+    return folder, running.result()
 
 
 @pytest.fixture(scope="session")

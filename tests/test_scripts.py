@@ -358,36 +358,25 @@ def steps_of(script, dtype):
     return TRAIN[script][1:] if dtype == "float32" else (3, 2)
 
 
-@pytest.fixture(scope="session")
-def whole(suite, chain, tmp_path_factory):
-    """whole(script, dtype): the folder of an uncut run, of one stopped by --max_steps, and their flags; made once."""
-    runs = {}
-
-    def start(script, dtype):
-        folder, (n, k) = tmp_path_factory.mktemp("whole"), steps_of(script, dtype)
-        flags = [*TRAIN[script][0], *links(script, chain), "--dtype", dtype]
-        return folder, flags, [suite.start(script, *flags, "--out", folder / name, "--max_steps", steps)
-                               for name, steps in (("whole", n), ("cut", k))]
-
-    def get(script, dtype):
-        at = WHOLE.index((script, dtype))
-        for which in WHOLE[at: at + 2]:       # the next ones run beside the test of these
-            if which not in runs:
-                runs[which] = start(*which)
-        folder, flags, jobs = runs[script, dtype]
-        for job in jobs:
-            r = suite.finish(job)
-            assert r.rc == 0 and r.err == "", r.err
-        return folder / "whole", folder / "cut", flags
-    return get
+def whole_and_cut(suite, chain, folder, script, dtype):
+    """A run of n steps, one that is stopped after k, and one of two steps with another seed; returns their flags."""
+    n, k = steps_of(script, dtype)
+    flags = [*TRAIN[script][0], *links(script, chain), "--dtype", dtype]
+    runs = {"whole": ["--max_steps", n], "cut": ["--max_steps", k], "other": ["--max_steps", 2, "--seed", 1]}
+    jobs = [suite.start(script, *flags, "--out", folder / name, *more) for name, more in runs.items()]
+    return flags, [suite.finish(job) for job in jobs]
 
 
 @pytest.mark.parametrize("script, dtype", WHOLE)
-def test_resume_equals_a_run_without_a_break(suite, whole, script, dtype):
-    folder, cut, flags = whole(script, dtype)
-    n, k = steps_of(script, dtype)
+def test_resume_equals_a_run_without_a_break(suite, early, script, dtype):
+    """And the seed decides: the same one gives the same steps in another process, another one none of them."""
+    path, (flags, results) = early
+    folder, cut, other, (n, k) = path / "whole", path / "cut", path / "other", steps_of(script, dtype)
+    for r in results:
+        assert r.rc == 0 and r.err == "", r.err
     assert len(log_of(folder)) == n and len(log_of(cut)) == k == len(log_of(folder)[:k])
     assert log_of(cut) == log_of(folder)[:k] and result_of(cut)["config"]["max_steps"] == k    # early, but cleanly
+    assert all(a != b for a, b in zip(log_of(other), log_of(folder)[:2], strict=True))
     assert (cut / "model.safetensors").read_bytes() != (folder / "model.safetensors").read_bytes()
     resume = ["--resume"] if dtype == "bfloat16" else []             # which it does by itself, too
     r = suite.ok(script, *flags, "--out", cut, "--max_steps", n, *resume)
@@ -400,17 +389,6 @@ def test_resume_equals_a_run_without_a_break(suite, whole, script, dtype):
         a, b = (read_safetensors(x / "reward" / "model.safetensors") for x in (folder, cut))
         assert all(torch.equal(a[k], b[k]) for k in a)
         assert len({row["beta"] for row in log_of(folder)}) > 2      # the adaptive coefficient moved, and was restored
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_seed_decides(suite, whole, script, tmp_path):
-    folder, _, flags = whole(script, "float32")
-    jobs = [suite.start(script, *flags, "--out", tmp_path / str(seed), "--max_steps", 2, "--seed", seed)
-            for seed in (0, 1)]
-    for job in jobs:
-        assert suite.finish(job).rc == 0
-    assert log_of(tmp_path / "0") == log_of(folder)[:2]
-    assert all(a != b for a, b in zip(log_of(tmp_path / "0"), log_of(tmp_path / "1"), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -878,6 +856,15 @@ def together(suite, n, script, *args):
                                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for i in range(n)]
 
 
+def one_and_two(suite, chain, folder, script, flags):
+    """The same run by one process and by two."""
+    short = [] if script == "data.pretrain" else ["--max_new", 12]
+    flags = [*short, "--max_steps", 3, "--dtype", "float32", *flags.format(chain=chain).split()]
+    jobs = [suite.start(script, *flags, "--out", folder / "one")]
+    jobs += together(suite, 2, script, *flags, "--out", folder / "two")
+    return [suite.finish(job) for job in jobs]
+
+
 @pytest.mark.parametrize("script, flags", [
     ("data.pretrain", "--steps 4"),
     ("sft.py", "--init {chain}/base --micro_batch 3 --batch_size 14"),
@@ -890,42 +877,50 @@ def together(suite, n, script, *args):
                "--value_warmup 1 --ptx_coef 0.1 --relabel 2 --recompute"),
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --value_warmup 1 --lora 4 "
                "--max_steps 2")])
-def test_two_processes_are_one(suite, chain, tmp_path, script, flags):
+def test_two_processes_are_one(early, script, flags):
     """The same losses and the same checkpoint, whoever computes which rows and keeps which weights."""
-    short = [] if script == "data.pretrain" else ["--max_new", 12]
-    flags = [*short, "--max_steps", 3, "--dtype", "float32", *flags.format(chain=chain).split()]
-    jobs = [suite.start(script, *flags, "--out", tmp_path / "one")]
-    jobs += together(suite, 2, script, *flags, "--out", tmp_path / "two")
-    for r in map(suite.finish, jobs):
+    folder, results = early
+    for r in results:
         assert r.rc == 0 and r.err == "", r
-    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+    for a, b in zip(log_of(folder / "one"), log_of(folder / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6), (a, b)
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=2e-6, abs=1e-6)   # the log keeps six digits
-    one, two = (read_safetensors(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    one, two = (read_safetensors(folder / n / "model.safetensors") for n in ("one", "two"))
     assert one.keys() == two.keys() and all(close(one[k], two[k]) for k in one)
-    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
-    assert result_of(tmp_path / "one")["after"].keys() == result_of(tmp_path / "two")["after"].keys()
+    assert {p.name for p in (folder / "one").iterdir()} == {p.name for p in (folder / "two").iterdir()}
+    assert result_of(folder / "one")["after"].keys() == result_of(folder / "two")["after"].keys()
+
+
+def two_and_then_one(suite, chain, folder, script, flags):
+    """A run of four steps, and one whose first two are done by two processes, the others by one."""
+    flags = [*flags.format(chain=chain).split(), "--dtype", "float32", "--max_new", 12]
+    jobs = [suite.start(script, *flags, "--max_steps", 4, "--out", folder / "whole")]
+    jobs += together(suite, 2, script, *flags, "--max_steps", 2, "--out", folder / "cut")
+    results = [suite.finish(job) for job in jobs]
+    n = len(log_of(folder / "cut"))
+    return n, [*results, suite.run(script, *flags, "--max_steps", 4, "--out", folder / "cut")]
 
 
 @pytest.mark.parametrize("script, flags", [
     ("sft.py", "--init {chain}/base --batch_size 14"),
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --value_warmup 1 "
                "--relabel 2")])
-def test_a_run_goes_on_in_another_number_of_processes(suite, chain, tmp_path, script, flags):
+def test_a_run_goes_on_in_another_number_of_processes(early, script, flags):
     """Two steps by two processes, the others by one: the losses of a run without a break."""
-    flags = [*flags.format(chain=chain).split(), "--dtype", "float32", "--max_new", 12]
-    jobs = [suite.start(script, *flags, "--max_steps", 4, "--out", tmp_path / "whole")]
-    jobs += together(suite, 2, script, *flags, "--max_steps", 2, "--out", tmp_path / "cut")
-    for r in map(suite.finish, jobs):
+    folder, (n, results) = early
+    for r in results:
         assert r.rc == 0 and r.err == "", r
-    assert len(log_of(tmp_path / "cut")) == 2
-    suite.ok(script, *flags, "--max_steps", 4, "--out", tmp_path / "cut")
+    assert n == 2 and "going on after step 2" in results[-1].out
     losses = {"sft.py": ["loss"], "ppo.py": ["policy_loss", "value_loss", "rm_loss", "kl"]}[script]
-    whole, cut = log_of(tmp_path / "whole"), log_of(tmp_path / "cut")
+    whole, cut = log_of(folder / "whole"), log_of(folder / "cut")
     for name in losses:
         assert [row[name] for row in whole if name in row] == pytest.approx(
             [row[name] for row in cut if name in row], rel=1e-5, abs=1e-6), name
     assert {"sft.py": 4, "ppo.py": 3}[script] == sum(losses[0] in row for row in cut)
+
+
+EARLY = {"test_resume_equals_a_run_without_a_break": whole_and_cut, "test_two_processes_are_one": one_and_two,
+         "test_a_run_goes_on_in_another_number_of_processes": two_and_then_one}   # see the chain in conftest.py
 
 
 def test_a_sharded_model_in_bf16(suite, chain, tmp_path):
