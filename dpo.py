@@ -46,7 +46,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import InputError, formats, report, sample, world
 from data.checkpoint import load
-from data.parallel import RANK, WORLD, all_sum, micro_batches, prepare
+from data.parallel import WORLD, all_sum, even_share, micro_batches, prepare
 from data.rewards import Rewards
 from data.run import (Run, RunFlags, adamw, batches, chain_columns, cosine, need, program, seeded,
                       set_lr, setup, sibling)
@@ -356,9 +356,7 @@ def kto_steps(steps, policy, run):
 def all_logps(logps_of, model, items, tok, size, say=None):
     """logps_of(model, items, tok), (.., N), of many items: `size` of similar length at a time, each rank its
     share. Policy and reference must go the same way, so that they start equal. say: prints progress."""
-    order = sorted(range(len(items)), key=lambda i: length_of(items[i]))
-    order += (order * WORLD)[: -len(order) % WORLD]    # all ranks get as many; some are computed twice
-    mine = order[RANK::WORLD]
+    mine = even_share([length_of(item) for item in items])
     total, times, spoke = None, None, time.time()
     for start in range(0, len(mine), size):
         part = mine[start: start + size]

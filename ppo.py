@@ -198,10 +198,8 @@ def check_flags(cfg):
         raise InputError("--temperature 0: a policy that always says the same has nothing to learn from")
 
 
-def load_prompts(run, tok, longest, cfg):
-    """Prompt rows of --data or of the tiny world, and their ids; those longer than `longest` tokens are left
-    out."""
-    path = cfg.data or world.TINY / "rl.jsonl"
+def load_prompts(run, path, tok, longest):
+    """Prompt rows of a file, and their ids; those longer than `longest` tokens are left out."""
     rows, dropped = formats.load(path, "prompt")
     run.say(formats.describe(rows, dropped, path))
     fitting = short_enough(tok, rows, longest)
@@ -210,7 +208,7 @@ def load_prompts(run, tok, longest, cfg):
     if not fitting:
         raise InputError(f"{path}: no prompt of at most {longest} tokens (--max_prompt, --max_new, and the "
                          "models' context)")
-    if "gold" in cfg.reward.split(",") and not all("family" in row for row in rows):
+    if "gold" in names_in(run.cfg.reward) and not all("family" in row for row in rows):
         raise InputError(f"{path}: --reward gold judges the tiny world's prompts only")
     return fitting, [tok.render(row["prompt"], generation_prompt=True)[0] for row in fitting]
 
@@ -319,8 +317,8 @@ def main(cfg):
     device = setup(cfg)
     need(cfg, *[name for name, own in (("sft", cfg.init), ("reward", cfg.reward)) if not own])
     init, reward_name = cfg.init or sibling(cfg, "sft"), cfg.reward or sibling(cfg, "reward")
-    inputs = [init, *names_in(reward_name), cfg.data or world.TINY / "rl.jsonl"]
-    run = Run(cfg, "ppo", inputs, dry=cfg.inspect)
+    data = cfg.data or world.TINY / "rl.jsonl"
+    run = Run(cfg, "ppo", [init, *names_in(reward_name), data], dry=cfg.inspect)
 
     # The models, on the CPU still; prompts to learn from, and to be measured on.
     policy, tok = load(init)
@@ -328,7 +326,7 @@ def main(cfg):
     reward_models = rewards.models()
     policy, reference, value = load_models(policy, init, reward_models, cfg)
     longest = min(model.cfg.max_len for model in [policy, *reward_models]) - cfg.max_new
-    rows, prompts = load_prompts(run, tok, min(cfg.max_prompt, longest), cfg)
+    rows, prompts = load_prompts(run, data, tok, min(cfg.max_prompt, longest))
     tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, cfg.data)
     corpus = ptx_windows(cfg, tok, policy.cfg.max_len) if cfg.ptx_coef else None
 

@@ -139,20 +139,23 @@ def choices_of_ai(path, cfg, device):
     return prefers
 
 
-def choices(judge, cfg, device):
-    """prefers(rows, a, b, names) -> 1.0 (a), 0.0 (b) or 0.5 (a tie) for two models' answers to each
-    prompt."""
-    score = score_by(judge, cfg, device)
+def choices(judge, score, cfg, device):
+    """prefers(rows, texts, a, b) -> 1.0 (a), 0.0 (b) or 0.5 (a tie) for the answers texts[a] and texts[b] of two
+    models to each prompt. score: what score_by gives for the judge."""
     ai = choices_of_ai(judge.removeprefix("ai:"), cfg, device) if score is None else None
+    scored = {}     # of each model's answers, computed once
 
-    def prefers(rows, a, b, names):
+    def prefers(rows, texts, a, b):
         if ai:
-            picked = [float(p > 0.5) if p != 0.5 else 0.5 for p in ai(rows, a, b)]
+            picked = [float(p > 0.5) if p != 0.5 else 0.5 for p in ai(rows, texts[a], texts[b])]
         else:
-            rng, noise = random.Random(f"{cfg.seed} {names}"), cfg.noise if judge == "annotator" else 0.0
-            picked = [world.annotate(u, v, noise, rng) for u, v in zip(score(rows, a), score(rows, b))]
+            for name in (a, b):
+                if name not in scored:
+                    scored[name] = score(rows, texts[name])
+            rng, noise = random.Random(f"{cfg.seed} {a} {b}"), cfg.noise if judge == "annotator" else 0.0
+            picked = [world.annotate(u, v, noise, rng) for u, v in zip(scored[a], scored[b])]
         # The same words are a tie, whoever judges.
-        return [0.5 if x.strip() == y.strip() else p for x, y, p in zip(a, b, picked)]
+        return [0.5 if x.strip() == y.strip() else p for x, y, p in zip(texts[a], texts[b], picked)]
     return prefers
 
 
@@ -215,7 +218,7 @@ def win_rates(texts, rows, prefers, seed):
     names, wins = list(texts), {name: {} for name in texts}
     for i, a in enumerate(names):
         for b in names[i + 1:]:
-            prefs = prefers(rows, texts[a], texts[b], f"{a} {b}")
+            prefs = prefers(rows, texts, a, b)
             low, high = bootstrap(prefs, seed)
             longer = [len(x) - len(y) for x, y in zip(texts[a], texts[b])]
             rate, even = sum(prefs) / len(prefs), length_controlled(prefs, longer)
@@ -296,8 +299,11 @@ def main(cfg):
     if plain and not graded:
         raise InputError(f"{data}: --judge {cfg.judge} knows the tiny world's prompts only; "
                          "give a reward model or ai:CHECKPOINT")
-    prefers = choices(cfg.judge, cfg, device)
-    reward = score_by(reward_path, cfg, device) if reward_path else None
+    score = score_by(cfg.judge, cfg, device)
+    prefers = choices(cfg.judge, score, cfg, device)
+    reward = score if reward_path == cfg.judge else None     # one model is loaded once
+    if reward_path and not reward:
+        reward = score_by(reward_path, cfg, device)
     reference = cfg.reference or next((p for p in paths if result_of(p).get("stage") == "sft"), paths[0])
     loaded, n_all = {}, len(rows)
     for path in dict.fromkeys([reference, *paths]):

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_optimizer_state_dict)
 
 from data import InputError
-from model import generate
+from model import generate, last_token
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -132,21 +132,28 @@ def micro_batches(rows, lengths, size):
     ranks, which FSDP needs."""
     if len(rows) % WORLD:
         n = len(rows) // WORLD * WORLD
-        raise InputError(f"{len(rows)} rows a step do not divide evenly over {WORLD} processes; "
-                         f"{n or WORLD} or {n + WORLD} would (--batch_size, or --rollouts and --minibatches)")
+        would = f"{n} or {n + WORLD}" if n else WORLD
+        raise InputError(f"{len(rows)} rows a step do not divide evenly over {WORLD} processes; {would} would "
+                         "(--batch_size, or --rollouts and --minibatches)")
     in_order = sorted(rows, key=lambda i: lengths[i])
     mine = in_order[RANK::WORLD]
     return [mine[i: i + size] for i in range(0, len(mine), size)]
+
+
+def even_share(lengths):
+    """This rank's share of rows of these lengths, similar ones side by side, for passes without gradients.
+    All ranks get as many, as FSDP needs, so some rows are computed twice; whoever adds the shares up has to
+    divide."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    order += (order * WORLD)[: -len(order) % WORLD]
+    return order[RANK::WORLD]
 
 
 def in_chunks(f, ids, mask, size):
     """f(ids, mask) over all rows of ids, mask (B, T), `size` of similar length at a time, each rank its
     share. f returns (b,), (b, T) or (k, b, T); the result is the same with b = B, in fp32 and without
     gradients, on every rank."""
-    lengths = mask.shape[1] - mask.flip(1).long().argmax(1)                  # (B,) up to the last True
-    order = lengths.argsort().tolist()
-    order += order[: -len(order) % WORLD]  # all ranks get as many rows; some are computed twice, and averaged
-    mine = torch.tensor(order[RANK::WORLD], device=ids.device)
+    mine = torch.tensor(even_share(last_token(mask).tolist()), device=ids.device)
     total, times = None, torch.zeros(len(ids), device=ids.device)
     for rows in mine.split(size):
         with torch.no_grad():
