@@ -527,7 +527,7 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
             done = done | torch.isin(token, eos)
             if i + 1 == N:
                 break
-            # Every fourth step, the only wait for the GPU: drop rows that have ended, if that saves a quarter.
+            # Every fourth step, the only wait for the GPU: drop rows that have ended, if it saves a quarter.
             if i % 4 == 3:
                 keep = (~done).nonzero()[:, 0]
                 if len(keep) == 0:

@@ -72,7 +72,7 @@ def prepare(model, cfg, device):
     made."""
     model.recompute = cfg.recompute
     if cfg.compile:
-        torch._dynamo.config.recompile_limit = 64   # shapes, with gradients or not, trained or frozen; else eager
+        torch._dynamo.config.recompile_limit = 64   # shapes, with gradients or not, frozen or not; else eager
         for block in model.h:
             block.compile()          # in place: no tensor changes its name
     if WORLD == 1:
@@ -133,8 +133,8 @@ def micro_batches(rows, lengths, size):
     if len(rows) % WORLD:
         n = len(rows) // WORLD * WORLD
         would = f"{n} or {n + WORLD}" if n else WORLD
-        raise InputError(f"{len(rows)} rows a step do not divide evenly over {WORLD} processes; {would} would "
-                         "(--batch_size, or --rollouts and --minibatches)")
+        raise InputError(f"{len(rows)} rows a step do not divide evenly over {WORLD} processes; {would} "
+                         "would (--batch_size, or --rollouts and --minibatches)")
     in_order = sorted(rows, key=lambda i: lengths[i])
     mine = in_order[RANK::WORLD]
     return [mine[i: i + size] for i in range(0, len(mine), size)]
