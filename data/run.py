@@ -330,8 +330,8 @@ def batches(lengths, batch_size, seed, epoch):
     several processes the last batch loses the examples that do not divide evenly over them. InputError:
     --batch_size does not, or there are fewer examples than processes."""
     if batch_size % WORLD or len(lengths) < WORLD:
-        raise InputError(f"--batch_size {batch_size}, {len(lengths)} examples: they do not divide over {WORLD} "
-                         f"processes; --batch_size {max(1, batch_size // WORLD) * WORLD} would")
+        raise InputError(f"--batch_size {batch_size}, {len(lengths)} examples: they do not divide over "
+                         f"{WORLD} processes; --batch_size {max(1, batch_size // WORLD) * WORLD} would")
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
     out = []
