@@ -7,13 +7,15 @@ from dataclasses import asdict
 
 from data import InputError, formats, sample, world
 from data.checkpoint import load
+from data.parallel import WORLD
 from data.run import seeded
 from model import frozen, sampling_copy
 
 
 def compare_answers(run, path, device):
-    """Preference rows (data/formats.py) of the tiny world: the policy at `path` answers each prompt --k times,
-    and the annotator compares every two different answers. InputError: no prompt fits, or no two answers."""
+    """Preference rows (data/formats.py) of the tiny world: the policy at `path` answers each prompt --k
+    times, and the annotator compares every two different answers. InputError: no prompt fits, or no two
+    answers."""
     # The policy, and the prompts that leave it room for an answer.
     cfg = run.cfg
     policy, tok = load(path)
@@ -147,6 +149,9 @@ def read_prompts(run, path, tok, longest):
     if not fitting:
         raise InputError(f"{path}: {told}")
     run.say(told)
+    if WORLD > 1:
+        run.say(f"a step's last pairs that do not divide evenly over {WORLD} processes will be left out; "
+                "log.jsonl counts them, pairs_left_over")
     return fitting
 
 

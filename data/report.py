@@ -173,6 +173,25 @@ def answer_rows(tests, before, after):
     return rows
 
 
+def add_up(parts, n):
+    """The figures of micro-batches, dicts {name: (B,)}, as one {name: float}: their sums divided by n."""
+    sums = {}
+    for part in parts:
+        for name, x in part.items():
+            sums[name] = sums.get(name, 0.0) + x.sum() / n
+    return {name: x.item() for name, x in sums.items()}
+
+
+@torch.no_grad()
+def held_out_figures(losses, model, held, known, tok, cfg):
+    """Means of what `losses` of dpo.py logs of held-out examples. known (2, N): what it has to know of them."""
+    parts = []
+    for i in range(0, len(held), cfg.micro_batch):
+        part = slice(i, i + cfg.micro_batch)
+        parts.append(losses(model, held[part], known[:, part], tok, cfg)[1])
+    return add_up(parts, len(held))
+
+
 def win_rate(before, after):
     """Share of the test prompts on which gold is higher than before, ties one half. Both: `scored` of Answers."""
     wins = 0.0

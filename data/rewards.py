@@ -87,7 +87,7 @@ class Rewards:
             return all_sum(torch.zeros(len(rows)))
         try:
             answer = function(rows, texts)
-        except (InputError, OSError) as e:   # elsewhere a mistake in flags or files: here shown with its place
+        except (InputError, OSError) as e:   # elsewhere one sentence is enough; here its place is wanted
             raise RuntimeError(f"{self.flag} {name} failed: {type(e).__name__}: {e}") from e
         try:
             out = torch.as_tensor(answer, dtype=torch.float)
@@ -99,8 +99,8 @@ class Rewards:
 
 
 def judge_of(flag, name, device):
-    """judge(rows, texts) -> utilities (list of floats) of answers to prompt rows: the tiny world's annotator, or
-    whatever Rewards knows."""
+    """judge(rows, texts) -> utilities (list of floats) of answers to prompt rows: the tiny world's annotator,
+    or whatever Rewards knows."""
     if name == "annotator":
         return world.Annotator().utilities
     rewards = Rewards(flag, name)
