@@ -295,8 +295,8 @@ def reference_logps(reference, examples, tok, cfg, say=None):
         return torch.zeros(2, len(examples), device=reference.wte.weight.device)
     if say:
         n_bytes = sum(p.nbytes for p in reference.parameters())
-        say(f"the reference reads {len(examples):,} examples once; its log-probs, {8 * len(examples):,} bytes, "
-            f"are kept instead of a second model of {n_bytes:,}")
+        say(f"the reference reads {len(examples):,} examples once; {8 * len(examples):,} bytes are kept "
+            f"instead of a second model of {n_bytes:,}")
     return all_logps(reference, examples, tok, cfg.micro_batch, say)
 
 
