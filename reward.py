@@ -22,19 +22,18 @@ reward_mean is set so that held-out answers average 0, which is where PPO starts
 Left out: ranking losses over more than two answers, reward models that write text.
 """
 import functools
-import random
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, formats, report, sample, vote, world
+from data import InputError, formats, report, vote, world
 from data.checkpoint import load
+from data.comparisons import compare_answers
 from data.parallel import all_sum, barrier, in_chunks, micro_batches, prepare
-from data.run import Run, RunFlags, adamw, batches, cosine, need, program, seeded, set_lr, setup
-from model import answer_rewards, frozen, pad_batch, sampling_copy
+from data.run import Run, RunFlags, adamw, batches, cosine, need, program, set_lr, setup
+from model import answer_rewards, pad_batch
 
 
 @dataclass
@@ -74,44 +73,6 @@ def preference_loss(r_a, r_b, p, margin=0.0, center=0.0):
     """Loss per pair (M,) of rewards r_a, r_b (M,) when a share p (M,) prefers a: l of the equations."""
     d = r_a - r_b - margin
     return -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + center * (r_a + r_b) ** 2 / 2
-
-
-def compare(cfg, path, device, run):
-    """Preference rows (data/formats.py) of the tiny world: the policy at `path` answers each prompt k times,
-    and the annotator compares every two different answers."""
-    # The policy, and the prompts that leave it room for an answer.
-    policy, tok = load(path)
-    policy = sampling_copy(frozen(policy)).to(device)
-    rows = world.rows("preference")
-    rows = random.Random(cfg.seed).sample(rows, min(cfg.prompts, len(rows)))
-    fitting = sample.short_enough(tok, rows, policy.cfg.max_len - cfg.max_new)
-    if not fitting:
-        raise InputError(f"{path}: no prompt leaves room for --max_new {cfg.max_new} tokens in its context "
-                         f"of {policy.cfg.max_len}")
-    n_long = len(rows) - len(fitting)
-    run.say(f"{path} answers {len(fitting):,} prompts {cfg.k} times each; {n_long:,} left out that leave no "
-            f"room for --max_new {cfg.max_new} tokens")
-
-    # Some prompts at a time, so that something can be said in between.
-    generator, answers, spoke = seeded(cfg.seed, 0), [], time.time()
-    for start in range(0, len(fitting), 64):
-        part = fitting[start: start + 64]
-        answers += sample.different_answers(policy, tok, part, [cfg.k] * len(part), cfg.max_new, generator,
-                                            cfg.temperature)
-        if time.time() - spoke > 4:
-            spoke = time.time()
-            run.say(f"... {len(answers):,} of {len(fitting):,} prompts answered")
-
-    # The annotator chooses. An answer that is cut off, empty or a repetition is not compared.
-    pairs = sample.all_pairs(fitting, answers)
-    n_answers = sum(len(texts) for texts in answers)
-    n_alone = sum(len(texts) < 2 for texts in answers)
-    run.say(f"{n_answers:,} of {cfg.k * len(fitting):,} answers end, say something and differ; {n_alone:,} "
-            f"prompts have no two such answers; the annotator compares {len(pairs):,} pairs")
-    if not pairs:
-        raise InputError(f"{path}: gives no prompt two different answers that end within --max_new "
-                         f"{cfg.max_new} tokens; after longer training, or to more --prompts, it may")
-    return sample.annotated(pairs, world.annotator_of(asdict(cfg)), random.Random(cfg.seed))
 
 
 def group(rows, tok, max_len, margin=0.0):
@@ -161,40 +122,6 @@ def batch_of(groups, tok, device):
     return ids, mask, Pairs(*tensors)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What it has learned: comparisons that it has not seen.
-
-
-def share_right(guess, p):
-    """How often guess (M,) and p - 1/2 (M,) have the same sign. No guess, 0, is half right."""
-    return ((guess * (p - 0.5) > 0).float() + 0.5 * (guess == 0)).mean().item()
-
-
-def calibration_error(d, p):
-    """Mean |stated probability - frequency| over ten bins of P(a over b), weighted by size, for reward
-    differences d (M,) and labels p (M,). Each pair counts both ways round: which answer is a says nothing."""
-    stated, true = torch.cat([d.sigmoid(), (-d).sigmoid()]), torch.cat([p, 1 - p])             # (2M,)
-    bins, error = (stated * 10).long().clamp(max=9), 0.0
-    for b in bins.unique():
-        inside = bins == b
-        gap = (stated[inside].mean() - true[inside].mean()).abs()
-        error += (gap * inside.float().mean()).item()
-    return error
-
-
-def accuracies(d, p, longer):
-    """Accuracy {name: number} on pairs that are no ties, from reward differences d (M,), labels p (M,) and
-    by how many tokens a is longer than b (M,). longer_wins is that of always taking the longer answer."""
-    out = {"accuracy": share_right(d, p), "longer_wins": share_right(longer, p)}
-    # Apart where the chosen answer is the shorter one, as long as the other, or the longer one.
-    chosen_is = (longer * (p - 0.5)).sign()
-    for name, sign in (("shorter", -1), ("same_length", 0), ("longer", 1)):
-        part = chosen_is == sign
-        if part.any():
-            out[f"accuracy_{name}"] = share_right(d[part], p[part])
-    return out
-
-
 @torch.no_grad()
 def evaluate(model, groups, tok):
     """Figures {name: number} of held-out groups, and the mean reward of all their answers."""
@@ -208,10 +135,11 @@ def evaluate(model, groups, tok):
     # Among the pairs that are no ties: accuracy, the annotator's own (ceiling), mean difference of reward.
     choice = p != 0.5
     if choice.any():
-        figures |= accuracies(d[choice], p[choice], longer[choice])
+        figures |= report.accuracies(d[choice], p[choice], longer[choice])
         figures["ceiling"] = pairs.ceiling[choice].mean().item()
         figures["margin"] = (d * (p - 0.5).sign())[choice].mean().item()
-    return figures | {"calibration_error": calibration_error(d, p)}, r.mean().item()
+    figures["calibration_error"] = report.calibration_error(d, p)
+    return figures, r.mean().item()
 
 
 def main(cfg):
@@ -226,7 +154,7 @@ def main(cfg):
     # The comparisons: one's own, those that this run made before it was interrupted, or new ones.
     path = cfg.data or run.folder / "comparisons.jsonl"
     if not cfg.data and not (run.first and path.exists()):
-        world.write_jsonl(path, compare(cfg, policy, device, run))
+        world.write_jsonl(path, compare_answers(run, policy, device))
         barrier()
     rows, dropped = formats.load(path, "preference")
     run.say(formats.describe(rows, dropped, path))

@@ -119,8 +119,7 @@ def score_by(judge, cfg, device):
     if judge == "gold":
         return world.gold
     if judge == "annotator":
-        annotator = world.Annotator(cfg.noise, 0.0, cfg.bias_length, cfg.bias_confidence, cfg.bias_sycophancy)
-        return lambda rows, texts: [annotator.utility(row, text) for row, text in zip(rows, texts)]
+        return world.Annotator(cfg.noise, 0.0, cfg.bias_length, cfg.bias_confidence, cfg.bias_sycophancy).utilities
     model, tok = load(judge, head="score")
     model.to(device)
     return lambda rows, texts: rewards(model, tok, [row["prompt"] for row in rows], texts)

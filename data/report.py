@@ -177,6 +177,33 @@ def answer_rows(tests, before, after):
     return rows
 
 
+def add_up(parts, n):
+    """The figures of micro-batches, dicts {name: (B,)}, as one {name: float}: their sums divided by n."""
+    sums = {}
+    for part in parts:
+        for name, x in part.items():
+            sums[name] = sums.get(name, 0.0) + x.sum() / n
+    return {name: x.item() for name, x in sums.items()}
+
+
+@torch.no_grad()
+def held_out_figures(losses, model, held, known, tok, cfg):
+    """Means of what `losses` of dpo.py logs of held-out examples. known (2, N): what it has to know of them."""
+    parts = []
+    for i in range(0, len(held), cfg.micro_batch):
+        part = slice(i, i + cfg.micro_batch)
+        parts.append(losses(model, held[part], known[:, part], tok, cfg)[1])
+    return add_up(parts, len(held))
+
+
+def win_rate(before, after):
+    """Share of the test prompts on which gold is higher than before, ties one half. Both: `scored` of Answers."""
+    wins = 0.0
+    for old, new in zip(before, after):
+        wins += float(new["gold"] > old["gold"]) + 0.5 * (new["gold"] == old["gold"])
+    return wins / len(after)
+
+
 def distinct_n(responses, n):
     """Different n-grams / all n-grams over responses (lists of ids): near 0 when the model says one thing to
     everybody (Li et al. 2016, arXiv:1510.03055)."""
@@ -212,6 +239,40 @@ def bits_per_byte(model, ids, n_bytes, length=128, batch=32):
     for x in ids.split(batch):
         nll -= token_logprobs(model, x, torch.ones_like(x, dtype=torch.bool)).double().sum().item()
     return nll / math.log(2) / n_bytes
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures of a reward model on comparisons that it has not seen.
+
+
+def share_right(guess, p):
+    """How often guess (M,) and p - 1/2 (M,) have the same sign. No guess, 0, is half right."""
+    return ((guess * (p - 0.5) > 0).float() + 0.5 * (guess == 0)).mean().item()
+
+
+def calibration_error(d, p):
+    """Mean |stated probability - frequency| over ten bins of P(a over b), weighted by size, for reward
+    differences d (M,) and labels p (M,). Each pair counts both ways round: which answer is a says nothing."""
+    stated, true = torch.cat([d.sigmoid(), (-d).sigmoid()]), torch.cat([p, 1 - p])             # (2M,)
+    bins, error = (stated * 10).long().clamp(max=9), 0.0
+    for b in bins.unique():
+        inside = bins == b
+        gap = (stated[inside].mean() - true[inside].mean()).abs()
+        error += (gap * inside.float().mean()).item()
+    return error
+
+
+def accuracies(d, p, longer):
+    """Accuracy {name: number} on pairs that are no ties, from reward differences d (M,), labels p (M,) and
+    by how many tokens a is longer than b (M,). longer_wins is that of always taking the longer answer."""
+    out = {"accuracy": share_right(d, p), "longer_wins": share_right(longer, p)}
+    # Apart where the chosen answer is the shorter one, as long as the other, or the longer one.
+    chosen_is = (longer * (p - 0.5)).sign()
+    for name, sign in (("shorter", -1), ("same_length", 0), ("longer", 1)):
+        part = chosen_is == sign
+        if part.any():
+            out[f"accuracy_{name}"] = share_right(d[part], p[part])
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from data import InputError, sample, world
 from data.checkpoint import load
 from data.parallel import RANK, all_sum, in_chunks
 from data.run import function_of
-from model import answer_rewards
+from model import answer_rewards, frozen
 
 
 def names_in(text):
@@ -85,7 +85,10 @@ class Rewards:
         response."""
         if RANK:
             return all_sum(torch.zeros(len(rows)))
-        answer = function(rows, texts)      # an error of its own is shown as it is
+        try:
+            answer = function(rows, texts)
+        except (InputError, OSError) as e:   # elsewhere one sentence is enough; here its place is wanted
+            raise RuntimeError(f"{self.flag} {name} failed: {type(e).__name__}: {e}") from e
         try:
             out = torch.as_tensor(answer, dtype=torch.float)
         except (TypeError, ValueError, RuntimeError) as e:
@@ -93,3 +96,14 @@ class Rewards:
         if out.shape != (len(rows),) or not out.isfinite().all():
             raise InputError(f"{self.flag} {name}: expected {len(rows)} finite numbers for as many responses")
         return all_sum(out)
+
+
+def judge_of(flag, name, device):
+    """judge(rows, texts) -> utilities (list of floats) of answers to prompt rows: the tiny world's annotator,
+    or whatever Rewards knows."""
+    if name == "annotator":
+        return world.Annotator().utilities
+    rewards = Rewards(flag, name)
+    for model in rewards.models():
+        frozen(model).to(device)
+    return rewards.score_texts

@@ -241,6 +241,10 @@ class Annotator:
         """What it feels about a response (str) to a prompt row."""
         return utility(row, response, self.length, self.confidence, self.sycophancy)
 
+    def utilities(self, rows, responses):
+        """The same of one response to each row, a list."""
+        return [self.utility(row, response) for row, response in zip(rows, responses)]
+
     def noise_for(self, gaps):
         """Its noise among pairs whose utilities differ by these gaps."""
         return noise_for(self.agreement, gaps) if self.agreement else self.noise
