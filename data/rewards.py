@@ -7,8 +7,8 @@ import torch
 
 from data import InputError, sample, world
 from data.checkpoint import load
+from data.flags import function_of
 from data.parallel import RANK, all_sum, in_chunks
-from data.run import function_of
 from model import answer_rewards, frozen
 
 
