@@ -3,6 +3,7 @@
     python reward.py                                 the tiny world: sample from out/sft, compare, train
     python reward.py --init SFT --data pairs.jsonl   your policy, your comparisons (formats: data/formats.py)
     python reward.py --init out/reward --data out/vote/votes.jsonl   go on with your votes (data/vote.py)
+    python reward.py --process                       a process reward model: each step of an answer is scored
 
 Equations. Of two answers a and b to a prompt x, people prefer a with the probability
 sigmoid(r(x, a) - r(x, b)) (Bradley & Terry 1952). With p the share who prefer a (1 or 0 for a plain choice,
@@ -19,18 +20,24 @@ prompt make up to K (K - 1) / 2 pairs. They are not independent, so they always 
 The reward is read at the last token of an answer, its EOS, by a scalar head on the SFT model. After training
 reward_mean is set so that held-out answers average 0, which is where PPO starts.
 
+A process reward model (arXiv:2211.14275, arXiv:2305.20050) reads the same head, z, at the last token of each
+step (data/process.py) and learns from a label y for each step, the share who call it right:
+
+    l = - y log sigmoid(z) - (1 - y) log sigmoid(-z),      averaged as above, with the steps as the pairs
+
 Left out: ranking losses over more than two answers, reward models that write text.
 """
 import functools
 import random
 import time
+import typing
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, formats, report, sample, vote, world
+from data import InputError, formats, process, report, sample, vote, world
 from data.checkpoint import load
 from data.parallel import all_sum, barrier, in_chunks, micro_batches, prepare
 from data.run import Run, RunFlags, adamw, batches, cosine, need, program, seeded, set_lr, setup
@@ -41,11 +48,12 @@ from model import answer_rewards, frozen, pad_batch, sampling_copy
 class Config(RunFlags):
     """The flags of `python reward.py`."""
     # Model and data
+    process: bool = False         # learn from labelled steps and score steps, not from comparisons of answers
     init: str = ""                # model to start from, a policy or a reward model (default: sft)
-    data: str = ""                # comparisons (default: the tiny world's annotator makes them)
+    data: str = ""                # comparisons, or labelled steps (default: the tiny world's annotator)
     max_len: int = 256            # tokens of a prompt and an answer; longer pairs are left out and counted
     held_out: float = 0.1         # share of the prompts kept for the report
-    # Answers to be compared, where there is no --data
+    # Answers to be compared or labelled, where there is no --data
     policy: str = ""              # model that answers (default: --init)
     prompts: int = 4000           # prompts of the tiny world
     k: int = 4                    # answers per prompt; every two different ones are compared
@@ -76,9 +84,18 @@ def preference_loss(r_a, r_b, p, margin=0.0, center=0.0):
     return -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + center * (r_a + r_b) ** 2 / 2
 
 
-def compare(cfg, path, device, run):
-    """Preference rows (data/formats.py) of the tiny world: the policy at `path` answers each prompt k times,
-    and the annotator compares every two different answers."""
+def step_loss(z, y):
+    """Loss per step (M,) of logits z (M,) when a share y (M,) calls the step right: binary cross-entropy."""
+    return -y * F.logsigmoid(z) - (1 - y) * F.logsigmoid(-z)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the tiny world's annotator says of a policy's answers.
+
+
+def different_answers(cfg, path, device, run):
+    """The policy at `path` answers each prompt of the tiny world k times. Returns prompt rows, and for each a
+    list of texts, those that end, say something and differ."""
     # The policy, and the prompts that leave it room for an answer.
     policy, tok = load(path)
     policy = sampling_copy(frozen(policy)).to(device)
@@ -102,16 +119,36 @@ def compare(cfg, path, device, run):
             spoke = time.time()
             run.say(f"... {len(answers):,} of {len(fitting):,} prompts answered")
 
-    # The annotator chooses. An answer that is cut off, empty or a repetition is not compared.
-    pairs = sample.all_pairs(fitting, answers)
+    # An answer that is cut off, empty or a repetition does not count.
     n_answers = sum(len(texts) for texts in answers)
     n_alone = sum(len(texts) < 2 for texts in answers)
     run.say(f"{n_answers:,} of {cfg.k * len(fitting):,} answers end, say something and differ; {n_alone:,} "
-            f"prompts have no two such answers; the annotator compares {len(pairs):,} pairs")
-    if not pairs:
-        raise InputError(f"{path}: gives no prompt two different answers that end within --max_new "
-                         f"{cfg.max_new} tokens; after longer training, or to more --prompts, it may")
+            f"prompts have no two such answers")
+    if not n_answers or (n_alone == len(fitting) and not cfg.process):
+        n = "an answer that ends" if cfg.process else "two different answers that end"
+        raise InputError(f"{path}: gives no prompt {n} within --max_new {cfg.max_new} tokens; after longer "
+                         "training, or to more --prompts, it may")
+    return fitting, answers
+
+
+def compare(cfg, rows, answers, run):
+    """Preference rows (data/formats.py): the annotator compares every two answers to a prompt."""
+    pairs = sample.all_pairs(rows, answers)
+    run.say(f"the annotator compares {len(pairs):,} pairs")
     return sample.annotated(pairs, world.annotator_of(asdict(cfg)), random.Random(cfg.seed))
+
+
+def label_steps(cfg, rows, answers, run):
+    """Process rows (data/formats.py): the annotator says of each step of each answer whether it is right."""
+    annotator = world.annotator_of(asdict(cfg))
+    out = sample.annotated_steps(rows, answers, annotator, random.Random(cfg.seed))
+    n_steps = sum(len(row["labels"]) for row in out)
+    run.say(f"the annotator labels {n_steps:,} steps of {len(out):,} answers")
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Comparisons of answers: groups, batches, loss, figures, and some to look at.
 
 
 def group(rows, tok, max_len, margin=0.0):
@@ -161,8 +198,14 @@ def batch_of(groups, tok, device):
     return ids, mask, Pairs(*tensors)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What it has learned: comparisons that it has not seen.
+def pair_losses(model, groups, tok, cfg):
+    """Sums over some prompts (groups): of the mean loss of a prompt's pairs, and of the share of them whose
+    preferred answer has the larger reward."""
+    ids, mask, pairs = batch_of(groups, tok, model.wte.weight.device)               # (N, T), (N, T), M pairs
+    r = answer_rewards(model, ids, mask)                                            # (N,)
+    r_a, r_b = r[pairs.a], r[pairs.b]                                               # (M,) each
+    loss = (pairs.weight * preference_loss(r_a, r_b, pairs.p, pairs.margin, cfg.center)).sum()
+    return loss, (pairs.weight * ((r_a > r_b).float() + 0.5 * (r_a == r_b))).sum()
 
 
 def share_right(guess, p):
@@ -214,40 +257,144 @@ def evaluate(model, groups, tok):
     return figures | {"calibration_error": calibration_error(d, p)}, r.mean().item()
 
 
+def show_pairs(model, tok, rows, max_len, seed):
+    """Some of the comparisons in preference rows with their rewards (rows for a file), and their prompts and
+    what stands of them in samples.txt."""
+    pairs = vote.scored(vote.some_pairs(rows, tok, max_len, seed), model, tok)
+    few = pairs[: report.PROBES]
+    return pairs, [pair["prompt"] for pair in few], [vote.as_text(pair) for pair in few]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Labelled steps: the same.
+
+
+def group_steps(rows, tok, max_len, margin=0.0):
+    """Process rows -> one element per prompt: (its answers as ids, prompt included, [(number of the answer,
+    positions of the last tokens of its steps, their labels)]). Also the number of rows left out because the
+    answer does not fit into max_len tokens."""
+    groups, n_too_long = {}, 0
+    for row in rows:
+        prompt, answer = tok.render_answer(row["prompt"], "".join(row["completions"]))
+        if len(prompt) + len(answer) > max_len:
+            n_too_long += 1
+            continue
+        ends = process.ends_of_given(tok, answer, row["completions"])
+        at = [len(prompt) + t for t in process.last_tokens(tok, answer, ends)]
+        answers, labelled = groups.setdefault(str(row["prompt"]), ([], []))
+        labelled.append((len(answers), at, row["labels"]))
+        answers.append((*prompt, *answer))
+    return list(groups.values()), n_too_long
+
+
+def batch_of_steps(groups, tok, device):
+    """All answers of some groups as the rows of one batch, ids and mask of real tokens (N, T), and of each
+    of their steps the row, the position, the label and 1 / (steps of that prompt), (M,) each."""
+    rows, columns = [], []
+    for answers, labelled in groups:
+        start, n_steps = len(rows), sum(len(labels) for _, _, labels in labelled)
+        rows += answers
+        for i, at, labels in labelled:
+            columns += [(start + i, t, label, 1 / n_steps) for t, label in zip(at, labels)]
+    ids, mask = pad_batch(rows, tok.pad_id, device)
+    return ids, mask, *(torch.tensor(column).to(device, non_blocking=True) for column in zip(*columns))
+
+
+def step_losses(model, groups, tok, cfg):
+    """Sums over some prompts (groups): of the mean loss of a prompt's steps, and of the share of them whose
+    score is on the label's side of 1/2 (half right: the label or the score is 1/2)."""
+    ids, mask, row, at, y, weight = batch_of_steps(groups, tok, model.wte.weight.device)
+    z = process.all_logits(model, ids, mask)[row, at]                               # (M,)
+    right = ((z.detach() * (y - 0.5)).sign() + 1) / 2
+    return (weight * step_loss(z, y)).sum(), (weight * right).sum()
+
+
+@torch.no_grad()
+def evaluate_steps(model, groups, tok):
+    """Figures {name: number} of held-out groups, and the mean of sum_k log sigmoid(z_k) over their
+    answers."""
+    ids, mask, row, at, y, _ = batch_of_steps(groups, tok, model.wte.weight.device)
+    z = in_chunks(functools.partial(process.all_logits, model), ids, mask, 64)[row, at]        # (M,)
+    choice = y != 0.5
+    figures = {"loss": step_loss(z, y).mean().item()}
+    if choice.any():
+        figures["accuracy"] = share_right(z[choice], y[choice])
+
+    # Answer by answer: is the first wrong step found?
+    answers = []
+    for i in range(len(ids)):
+        answers.append((z[row == i].sigmoid().tolist(), y[row == i].tolist()))
+    figures |= process.errors_found(answers)
+    return figures, F.logsigmoid(z).sum().item() / len(ids)
+
+
+@torch.no_grad()
+def show_steps(model, tok, rows, max_len, seed):
+    """No rows for a file; the first answers in process rows, with the scores and labels of their steps."""
+    prompts, texts = [], []
+    for row in rows[: report.PROBES]:
+        groups, n_too_long = group_steps([row], tok, max_len)
+        if n_too_long:
+            continue
+        ids, mask, n, at, *_ = batch_of_steps(groups, tok, model.wte.weight.device)
+        scores = process.all_logits(model, ids, mask)[n, at].sigmoid().tolist()
+        lines = []
+        for step, label, score in zip(row["completions"], row["labels"], scores):
+            lines.append(f"score {score:.2f}, label {label:.2f}  {step.strip()}")
+        prompts.append(row["prompt"])
+        texts.append("\n       ".join(lines))
+    return [], prompts, texts
+
+
+@dataclass
+class Lesson:
+    """What a reward model learns from."""
+    file: str                     # in --out, where the tiny world's annotator is asked
+    rows: str                     # the kind of its rows (data/formats.py)
+    ask: typing.Callable          # (cfg, prompt rows, answers, run) -> these rows
+    group: typing.Callable        # (rows, tok, max_len, margin) -> one element per prompt, rows left out
+    losses: typing.Callable       # (model, elements, tok, cfg) -> sums over prompts: loss, share right
+    evaluate: typing.Callable     # (model, elements, tok) -> figures, mean reward of an answer
+    show: typing.Callable         # (model, tok, rows, max_len, seed) -> rows for a file, prompts, texts
+
+
+COMPARISONS = Lesson("comparisons.jsonl", "preference", compare, group, pair_losses, evaluate, show_pairs)
+STEPS = Lesson("process.jsonl", "process", label_steps, group_steps, step_losses, evaluate_steps, show_steps)
+
+
 def main(cfg):
-    """Have answers compared, unless there are comparisons, and train a reward model on them."""
-    device = setup(cfg)
-    if cfg.k < 2:
+    """Have answers compared, or their steps labelled, unless that is done, and train a reward model on it."""
+    device, lesson = setup(cfg), STEPS if cfg.process else COMPARISONS
+    if cfg.k < 2 and not cfg.process:
         raise InputError(f"--k {cfg.k}: a comparison needs at least 2 answers")
     init = cfg.init or need(cfg, "sft")
     policy = cfg.policy or init
     run = Run(cfg, "reward", [init, policy, cfg.data or world.TINY / "preference.jsonl"])
 
-    # The comparisons: one's own, those that this run made before it was interrupted, or new ones.
-    path = cfg.data or run.folder / "comparisons.jsonl"
+    # What it learns from: one's own, what this run made before it was interrupted, or something new.
+    path = cfg.data or run.folder / lesson.file
     if not cfg.data and not (run.first and path.exists()):
-        world.write_jsonl(path, compare(cfg, policy, device, run))
+        world.write_jsonl(path, lesson.ask(cfg, *different_answers(cfg, policy, device, run), run))
         barrier()
-    rows, dropped = formats.load(path, "preference")
+    rows, dropped = formats.load(path, lesson.rows)
     run.say(formats.describe(rows, dropped, path))
 
     # The model. A new head is drawn alike wherever the comparisons come from.
     torch.manual_seed(cfg.seed)
     model, tok = load(init, head="new")
-    model.cfg.reward_mean = 0.0
+    model.cfg.reward_mean, model.cfg.process = 0.0, cfg.process
 
-    # The comparisons by prompt, some prompts held out.
+    # The same by prompt, some prompts held out.
     max_len = min(cfg.max_len, model.cfg.max_len)
     train_rows, held_rows = formats.split(rows, cfg.held_out, seed=0)
-    train, n_long = group(train_rows, tok, max_len, cfg.margin)
-    held, n_held_long = group(held_rows, tok, max_len, cfg.margin)
+    train, n_long = lesson.group(train_rows, tok, max_len, cfg.margin)
+    held, n_held_long = lesson.group(held_rows, tok, max_len, cfg.margin)
     n_long += n_held_long
-    run.say(f"{len(train):,} prompts to train on, {len(held):,} held out; {n_long:,} pairs longer than "
+    run.say(f"{len(train):,} prompts to train on, {len(held):,} held out; {n_long:,} rows longer than "
             f"{max_len} tokens left out (--max_len)")
     if not train or not held:
         raise InputError(f"{path}: {len(train)} prompts within --max_len {max_len} tokens to train on, "
                          f"{len(held)} held out by --held_out {cfg.held_out}; both need at least one")
-    shown = vote.some_pairs(held_rows, tok, max_len, cfg.seed)
 
     # The model on its device, its optimizer, and which prompts each step reads.
     model = prepare(model, cfg, device)
@@ -260,17 +407,16 @@ def main(cfg):
     run.begin(len(plan), tok, model=(model, optimizer))
 
     def tell(title):
-        """Write the rewards of some held-out pairs as text; returns these pairs."""
-        pairs = vote.scored(shown, model, tok)
-        few = pairs[: report.PROBES]
-        run.samples(title, [pair["prompt"] for pair in few], [vote.as_text(pair) for pair in few])
-        return pairs
+        """Write what it says of some held-out rows as text; returns rows for a file."""
+        for_a_file, prompts, texts = lesson.show(model, tok, held_rows, max_len, cfg.seed)
+        run.samples(title, prompts, texts)
+        return for_a_file
 
     # How good it is before its first step.
     if run.first:
         before = run.state["before"]
     else:
-        before, _ = evaluate(model, held, tok)
+        before, _ = lesson.evaluate(model, held, tok)
         tell("before")
 
     for step in run.steps():
@@ -280,13 +426,10 @@ def main(cfg):
         # 2. L over the whole step, micro-batch by micro-batch: all answers to some prompts make a batch.
         total, right = torch.zeros(2, device=device)
         for part in micro_batches(prompts, longest, cfg.micro_batch):
-            ids, mask, pairs = batch_of([train[i] for i in part], tok, device)      # (N, T), (N, T), M pairs
-            r = answer_rewards(model, ids, mask)                                    # (N,)
-            r_a, r_b, weight = r[pairs.a], r[pairs.b], pairs.weight / len(prompts)  # (M,) each
-            loss = (weight * preference_loss(r_a, r_b, pairs.p, pairs.margin, cfg.center)).sum()
-            loss.backward()
-            total += loss.detach()
-            right += (weight * ((r_a > r_b).float() + 0.5 * (r_a == r_b))).sum()
+            loss, n_right = lesson.losses(model, [train[i] for i in part], tok, cfg)
+            (loss / len(prompts)).backward()
+            total += loss.detach() / len(prompts)
+            right += n_right / len(prompts)
 
         # 3. One step of AdamW; a gradient that is not finite never reaches the weights.
         set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
@@ -302,7 +445,7 @@ def main(cfg):
             run.save(step, before=before)
 
     # From now on held-out answers average 0. A run cut off before this is saved does it when it goes on.
-    after, mean = evaluate(model, held, tok)
+    after, mean = lesson.evaluate(model, held, tok)
     model.cfg.reward_mean = mean
     run.save(max(run.first, run.n_steps) - 1, before=before)
     world.write_jsonl(run.folder / "held_out.jsonl", tell("after"))

@@ -202,6 +202,8 @@ def default_out(cfg, script):
     """out/<name>, where the tiny chain looks for it; out/mine/<name> with data or a model of one's own."""
     own = getattr(cfg, "data", "") or getattr(cfg, "init", "")
     name = {"pretrain": "base"}.get(script, script)
+    if getattr(cfg, "process", False):
+        name += "_process"
     return f"out/mine/{name}" if own else f"out/{name}"
 
 
@@ -472,7 +474,7 @@ def fingerprint(path):
 
 
 LEFT_BY_A_RUN = ("state.pt", "log.jsonl", "samples.txt", "answers.jsonl", "result.json", "comparisons.jsonl",
-                 "held_out.jsonl", "inspect.json")   # beside the checkpoint and run.json
+                 "process.jsonl", "held_out.jsonl", "inspect.json")   # beside the checkpoint and run.json
 
 
 class Run:
