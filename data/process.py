@@ -20,7 +20,7 @@ from model import answer_rewards, last_token, token_logprobs, width_of
 
 # In bytes, because a token may hold a part of a character.
 LINE = re.compile(rb"[^\n]*\S")
-SENTENCE = re.compile(rb"\S.*?(?:[.!?]+(?=\s|\Z)|\Z)", re.DOTALL)
+SENTENCE = re.compile(rb"(?=\S).*?(?:[.!?]+(?=\s|\Z)|\Z)", re.DOTALL)
 
 
 def ends_of_steps(answer):
