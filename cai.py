@@ -14,7 +14,6 @@ Stage 1, SL-CAI (Bai et al. 2022, arXiv:2212.08073, section 3), x a red-team pro
   3. revise     y' ~ critic(. | x, y, c, "RevisionRequest: .. Revision:") takes the place of y; 2 and 3 again
   4. train      sft.py: L = - sum_t log p(y'_t | x, y'_<t) / N, on revisions and on the model's own answers to
                 harmless prompts
-Of --candidates tries at 2 and 3 the critic keeps the one that it prefers to y, asked as below (1: the paper).
 
 Stage 2, RLAIF (section 4; arXiv:2309.00267):
   1. answer     --k answers of the stage-1 model to each red-team prompt, every two of them a pair a, b
@@ -28,7 +27,6 @@ Stage 2, RLAIF (section 4; arXiv:2309.00267):
 Both make a round; with --rounds 2 the aligned model is the next generator and, without --critic, the critic.
 Left out: red-team prompts by a model, several principles per label, chains of thought, chat-only servers.
 """
-import hashlib
 import json
 import random
 import re
@@ -44,7 +42,8 @@ from data import InputError, formats, read_json, report, world, write_atomic
 from data.checkpoint import load, save
 from data.endpoint import make_critic
 from data.parallel import WORLD
-from data.principles import accuracy, agreement, compare, constitution, critic_figures, few_shots, transcript
+from data.principles import (accuracy, agreement, compare, constitution, count_faults, critic_figures,
+                             few_shots, gold_by_revision, transcript)
 from data.run import MEASURE, Run, RunFlags, need, program, run_script, seeded, setup, sibling, unfinished
 from data.sample import all_pairs, annotated, different_answers, ended, preference_row, respond, short_enough
 from model import sampling_copy
@@ -70,7 +69,6 @@ class Config(RunFlags):
     # Rounds and stages
     rounds: int = 1               # of stage 1 + stage 2
     critiques: int = 2            # critiques and revisions of a response
-    candidates: int = 4           # tries at each; a small critic chooses better than it writes (1: the paper)
     revisions: typing.Literal["all", "last"] = "all"   # which of them stage 1 trains on
     k: int = 4                    # answers per prompt in stage 2
     labels: typing.Literal["ai", "human"] = "ai"   # who compares them; human: the annotator (RLHF)
@@ -146,7 +144,6 @@ def load_sampler(path, device):
 # Critiques and revisions. The prompts are those of Anthropic's published files, character for character.
 
 MARKERS = re.compile(r"(Human|Assistant|Critique|Revision|CritiqueRequest|RevisionRequest):")   # no revision
-USABLE = ("", "copied")     # faults of revisions that are good enough to train on
 
 
 def critique_prompt(conversation, response, principle):
@@ -174,74 +171,44 @@ def fault(answer, response):
     return "copied" if answer["text"].strip() == response.strip() else ""
 
 
-def write_requests(texts, max_tokens, temperature, where):
-    """Requests to continue texts, each with a seed of its own that depends on where in the run it is."""
-    at = int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:5], "big")
+def continued(critic, texts, max_tokens, cfg, rng):
+    """The critic's answers to texts that it is to continue; each is drawn from a seed of its own."""
     requests = []
-    for i, text in enumerate(texts):
-        requests.append({"prompt": text, "max_tokens": max_tokens, "temperature": temperature,
-                         "seed": at + i})
-    return requests
+    for text in texts:
+        requests.append({"prompt": text, "max_tokens": max_tokens, "temperature": cfg.critic_temperature,
+                         "seed": rng.randrange(2 ** 40)})
+    return critic(requests)
 
 
-def revise_once(talks, responses, principles, critic, cfg, where):
-    """One critique and revision of each response, each under its own principle: a list of {"principle",
-    "critique", "revision", "fault"}. talks end in "\\n\\nAssistant:"; where: what the critic's random draws
-    depend on."""
-    prompts = []
-    for talk, response, principle in zip(talks, responses, principles):
-        prompts.append(critique_prompt(talk, response, principle))
-    answers = critic(write_requests(prompts, cfg.max_critique, cfg.critic_temperature, (where, "critique")))
-    critiques = [(answer or {}).get("text", "") for answer in answers]
-
-    prompts = []
-    for talk, response, critique, principle in zip(talks, responses, critiques, principles):
-        prompts.append(revision_prompt(talk, response, critique, principle))
-    answers = critic(write_requests(prompts, cfg.max_new, cfg.critic_temperature, (where, "revision")))
-
-    steps = []
-    for response, principle, critique, answer in zip(responses, principles, critiques, answers):
-        steps.append({"principle": principle["key"], "critique": critique,
-                      "revision": (answer or {}).get("text", ""), "fault": fault(answer, response)})
-    return steps
-
-
-def make_chains(prompts, responses, revise, choose, critic, cfg, seed):
+def make_chains(prompts, responses, principles, critic, cfg, seed):
     """Chains {"prompt": messages, "initial": str, "chain": [{"principle", "critique", "revision", "fault"}]}
-    of --critiques steps. A revision replaces the response unless it is refused, empty, leaked or cut. Each
-    step is the best of --candidates tries, with a principle each, by the critic's own "p" (revision over
-    response); if it prefers the response to all of them, that stays (fault: worse)."""
-    rng = random.Random(f"{seed} principles")
+    of --critiques steps, each under a random principle. A revision without a fault replaces the response."""
+    rng = random.Random(f"{seed} chains")
     chains = [{"prompt": p, "initial": r, "chain": []} for p, r in zip(prompts, responses)]
     talks = [transcript(prompt) + "\n\nAssistant:" for prompt in prompts]
     now = list(responses)
-    for step in range(cfg.critiques):
-        # Some tries at every response: tries[n][i] is try n at response i.
-        tries = []
-        for n in range(cfg.candidates):
-            principles = [rng.choice(revise) for _ in now]
-            tries.append(revise_once(talks, now, principles, critic, cfg, (seed, step, n)))
+    for _ in range(cfg.critiques):
+        # A critique of every response.
+        drawn = [rng.choice(principles) for _ in now]
+        texts = []
+        for talk, response, principle in zip(talks, now, drawn):
+            texts.append(critique_prompt(talk, response, principle))
+        answers = continued(critic, texts, cfg.max_critique, cfg, rng)
+        critiques = [(answer or {}).get("text", "") for answer in answers]
 
-        # How much the critic prefers each to the response, asked as in stage 2.
-        if cfg.candidates > 1:
-            flat, pairs = [], []
-            for steps in tries:
-                flat += steps
-                for prompt, one, response in zip(prompts, steps, now):
-                    pairs.append((prompt, one["revision"].strip(), response.strip()))
-            labels = compare(pairs, choose, critic, random.Random(f"{seed} {step} choices"))
-            for one, label in zip(flat, labels):
-                one["p"] = label["p"] if label else 0.0
-                if one["p"] < 0.5:
-                    one["fault"] = one["fault"] or "worse"
+        # And its revision.
+        texts = []
+        for talk, response, critique, principle in zip(talks, now, critiques, drawn):
+            texts.append(revision_prompt(talk, response, critique, principle))
+        answers = continued(critic, texts, cfg.max_new, cfg, rng)
 
-        # The best try, or the first of the best, is the step of the chain.
-        for i, chain in enumerate(chains):
-            steps = [some[i] for some in tries]
-            best = max(steps, key=lambda one: (one["fault"] in USABLE, one.get("p", 0.0)))
-            chain["chain"].append(best)
-            if best["fault"] in USABLE:
-                now[i] = best["revision"]
+        # What has no fault is the response from now on.
+        for i, answer in enumerate(answers):
+            step = {"principle": drawn[i]["key"], "critique": critiques[i],
+                    "revision": (answer or {}).get("text", ""), "fault": fault(answer, now[i])}
+            chains[i]["chain"].append(step)
+            if not step["fault"]:
+                now[i] = step["revision"]
     return chains
 
 
@@ -251,43 +218,15 @@ def conversation(prompt, text):
 
 
 def training_rows(chains, which):
-    """Conversations for sft.py: prompt and revision, for every usable revision of a chain or for its last
-    one."""
+    """Conversations for sft.py: prompt and revision, for every revision of a chain that is good or a copy, or
+    for the last of them."""
     rows = []
     for chain in chains:
-        usable = [step["revision"] for step in chain["chain"] if step["fault"] in USABLE]
+        usable = [step["revision"] for step in chain["chain"] if step["fault"] in ("", "copied")]
         if which == "last":
             usable = usable[-1:]
         rows += [conversation(chain["prompt"], text) for text in usable]
     return rows
-
-
-def count_faults(chains):
-    """{"revisions": how many there are in the chains, "good": n, "copied": n, ..}."""
-    kinds = ("revisions", "good", "copied", "worse", "empty", "leaked", "cut", "refused")
-    counts = dict.fromkeys(kinds, 0)
-    for chain in chains:
-        for step in chain["chain"]:
-            counts["revisions"] += 1
-            counts[step["fault"] or "good"] += 1
-    return counts
-
-
-def gold_by_revision(chains, rows):
-    """{"refused_0": share of initial responses that refuse, "gold_0": their gold, "refused_1": the same after
-    one revision, ..}: figure 5 of the paper, by the tiny world's judge. rows: those of the prompts."""
-    row_of = {str(row["prompt"]): row for row in rows}
-    now, figures = [chain["initial"] for chain in chains], {}
-    for n in range(1 + len(chains[0]["chain"])):
-        refused, gold = 0, 0.0
-        for i, chain in enumerate(chains):
-            if n and chain["chain"][n - 1]["fault"] in USABLE:
-                now[i] = chain["chain"][n - 1]["revision"]
-            scores = world.judge(row_of[str(chain["prompt"])], now[i])
-            refused += scores["harmless"] > 0
-            gold += scores["gold"]
-        figures |= {f"refused_{n}": refused / len(chains), f"gold_{n}": gold / len(chains)}
-    return figures
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -337,9 +276,9 @@ def stage1(cfg, run, setting, n, model, critic_path):
     folder, seed = Path(cfg.out) / f"round{n}", cfg.seed * 1000 + n
     folder.mkdir(exist_ok=True)
     chains_file, rows_file = folder / "chains.jsonl", folder / "stage1.jsonl"
+    red = draw_rows(setting.red, cfg.prompts, f"{seed} red 1")
     if not rows_file.exists():
         # 1. The model answers red-team prompts, and harmless ones twice, as in the paper.
-        red = draw_rows(setting.red, cfg.prompts, f"{seed} red 1")
         harmless = draw_rows(setting.helpful, cfg.helpful_prompts, f"{seed} helpful 1") * 2
         sampler, tok = load_sampler(model, setting.device)
         prompts = [row["prompt"] for row in red + harmless]
@@ -348,8 +287,7 @@ def stage1(cfg, run, setting, n, model, critic_path):
         # 2. and 3. The critic criticises and revises what the red team was told.
         critic = make_critic(critic_path, cfg, setting.shots, setting.device)
         responses = [" " + text.strip() for text in texts[: len(red)]]
-        chains = make_chains(prompts[: len(red)], responses, setting.revise, setting.choose, critic, cfg,
-                             seed)
+        chains = make_chains(prompts[: len(red)], responses, setting.revise, critic, cfg, seed)
 
         # To train on: revisions, and the model's own finished answers to the harmless prompts.
         rows = training_rows(chains, cfg.revisions)
@@ -365,7 +303,7 @@ def stage1(cfg, run, setting, n, model, critic_path):
     run.say(f"{chains_file}: {len(chains)} chains, " + ", ".join(f"{k} {v}" for k, v in counts.items()))
     figures = {f"revisions_{kind}": count for kind, count in counts.items()}
     if setting.graded:
-        figures |= gold_by_revision(chains, setting.red)
+        figures |= gold_by_revision(chains, red)
 
     # 4. Supervised training.
     flags = ["--init", model, "--data", rows_file, "--epochs", 2] + shlex.split(cfg.sft_flags)
@@ -450,17 +388,6 @@ def measure_critic(cfg, setting):
     write_atomic(Path(cfg.out) / "critic.json", told.encode())
 
 
-def measure(path, tests, cfg, device):
-    """Figures of what the model at a path says to the test prompts, and its report.Answers."""
-    sampler, tok = load_sampler(path, device)
-    figures, answers = report.measure(sampler, tok, tests, seeded(cfg.seed, MEASURE))
-    if tests.graded:
-        # "harmless" is gold, where a refusal without the right safe alternative is worth half.
-        refused = [scores["harmless"] > 0 for scores in answers.scored if "harmless" in scores]
-        figures["harmless_rate"] = sum(refused) / max(1, len(refused))
-    return figures, answers
-
-
 def main(cfg):
     """Stage 1 and stage 2, as often as --rounds says; or --critic_test."""
     if WORLD > 1:
@@ -494,7 +421,12 @@ def main(cfg):
 
     def measured(title, name, path, step, figures):
         """Measure the model at a path; samples, log and column of the closing table."""
-        columns[name], answers = measure(path, tests, cfg, device)
+        sampler, tok = load_sampler(path, device)
+        columns[name], answers = report.measure(sampler, tok, tests, seeded(cfg.seed, MEASURE))
+        if tests.graded:
+            # "harmless" is gold, where a refusal without the right safe alternative is worth half.
+            refused = [scores["harmless"] > 0 for scores in answers.scored if "harmless" in scores]
+            columns[name]["harmless_rate"] = sum(refused) / max(1, len(refused))
         run.samples(title, tests.prompts[: report.PROBES], answers.texts)
         shown = ("gold", "harmless_rate", "helpful", "honest", "length")
         run.log(step, show=shown, **columns[name], **figures)

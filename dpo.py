@@ -17,8 +17,7 @@ comparisons as one (arXiv:2305.18290, eq. 4-7). With w the chosen and l the reje
     ORPO   - log pi(w|x) / |w| - lambda log sigmoid(log odds(w|x) - log odds(l|x)),       2403.07691, eq. 6-7
            odds = p / (1 - p), p the geometric mean of the token probabilities
     KTO    1 - sigmoid(beta (r - z)) for a good answer, 1 - sigmoid(beta (z - r)) for a bad one,
-           r = log pi / pi_ref, z = max(0, mean r of answers to OTHER prompts), no gradient
-                                                                                          2402.01306, eq. 8
+           r = log pi / pi_ref, z = max(0, mean r of answers to OTHER prompts)            2402.01306, eq. 8
 
 If a share p prefers w, the loss of a pair is p L(h) + (1 - p) L(-h). cDPO (--label_smoothing e) says that a
 label is wrong with probability e: p (1 - e) + (1 - p) e. rDPO (--flip_rate e, arXiv:2403.00409) undoes that,
@@ -34,9 +33,7 @@ To add a loss, write its function and its row of LOSSES.
 """
 import math
 import random
-import time
 import typing
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,13 +41,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, formats, report, sample, world
+from data import InputError, report, world
 from data.checkpoint import load
-from data.parallel import WORLD, all_sum, even_share, micro_batches, prepare
-from data.rewards import Rewards
-from data.run import (Run, RunFlags, adamw, batches, chain_columns, cosine, need, program, seeded,
-                      set_lr, setup, sibling)
-from model import frozen, logprobs_from, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
+from data.comparisons import length_of, online_pairs, read_examples, read_prompts
+from data.parallel import WORLD, all_sum, in_shares, micro_batches, prepare
+from data.rewards import judge_of
+from data.run import (Run, RunFlags, adamw, batches, chain_columns, cosine, need, program, set_lr, setup,
+                      sibling)
+from model import frozen, logprobs_from, pad_batch, refresh, sampling_copy, with_lora
 
 # ------------------------------------------------------------------------------------------------------------
 # The losses as pure functions: (B,) of h (B,), the implicit reward of the chosen answer minus that of the
@@ -74,6 +72,7 @@ def simpo(h, beta, cfg):
 
 def log_odds(p):
     """log(e^p / (1 - e^p)) of mean log-probs p < 0, without overflow, or 0 * inf in the gradient."""
+    # log(1 - e^p) has two forms, each of them exact on its own side of e^p = 1/2.
     p = p.clamp(max=-1e-7)
     near_0 = p > -math.log(2)
     of_near = torch.log(-torch.expm1(torch.where(near_0, p, -1.0)))
@@ -84,12 +83,6 @@ def log_odds(p):
 def orpo(h, beta, cfg):
     """arXiv:2403.07691, eq. 6, second term; the first one is `nll` of its row."""
     return -cfg.odds_coef * F.logsigmoid(h)
-
-
-def kto_loss(r, good, z, beta, good_weight=1.0, bad_weight=1.0):
-    """arXiv:2402.01306, eq. 8. r (B,): log-ratios; good (B,): 1 or 0; z: the reference point, a number."""
-    gain = torch.where(good > 0.5, r - z, z - r)
-    return torch.where(good > 0.5, good_weight, bad_weight) * (1 - (beta * gain).sigmoid())
 
 
 @dataclass
@@ -111,7 +104,7 @@ LOSSES = {
     "ipo":   Loss(lambda logp, ref, n: (logp - ref) / n,   ipo,      0.5,  True,      "sft"),
     "simpo": Loss(lambda logp, ref, n: logp / n,           simpo,    2.0,  False,     "sft"),
     "orpo":  Loss(lambda logp, ref, n: log_odds(logp / n), orpo,     1.0,  False,     "base", nll=1.0),
-    "kto":   Loss(None,                                    None,     0.3,  True,      "sft"),  # kto_losses
+    "kto":   Loss(None,                                    None,     0.3,  True,      "sft"),   # its own part
 }
 
 
@@ -153,91 +146,24 @@ class Config(RunFlags):
     grad_clip: float = 1.0        # largest gradient norm
 
 
-def share_preferring(p, label_smoothing=0.0, flip_rate=0.0):
-    """What a label p counts as: cDPO pulls it to 1/2, rDPO inverts that. Linear in p: no loss need know."""
-    p = p * (1 - label_smoothing) + (1 - p) * label_smoothing
-    return (p - flip_rate) / (1 - 2 * flip_rate)
-
-
 def pair_loss(cfg, beta, logp, ref, n, p):
     """Losses (B,) and implicit rewards (2, B) of pairs. logp, ref, n (2, B): see Loss; p (B,): the share of
     people who prefer the chosen answer."""
+    # What a label counts as: cDPO pulls it to 1/2, rDPO inverts that. The loss is linear in p.
+    p = p * (1 - cfg.label_smoothing) + (1 - p) * cfg.label_smoothing
+    p = (p - cfg.flip_rate) / (1 - 2 * cfg.flip_rate)
+
+    # The loss, and what holds the chosen answer up by itself.
     spec = LOSSES[cfg.loss]
-    p = share_preferring(p, cfg.label_smoothing, cfg.flip_rate)
     rewards = spec.rewards(logp, ref, n)                                            # (2, B)
     h = rewards[0] - rewards[1]
     loss = p * spec.of(h, beta, cfg) + (1 - p) * spec.of(-h, beta, cfg)
-    nll_coef = spec.nll + cfg.sft_coef
-    if nll_coef:
-        loss = loss - nll_coef * logp[0] / n[0]
-    return loss, beta * rewards
+    nll = -logp[0] / n[0]
+    return loss + (spec.nll + cfg.sft_coef) * nll, beta * rewards
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Data. An example is (prompt ids, first answer ids, second answer ids, label). Of a pair the second answer is
-# the rejected one and the label the share that prefers the first; KTO labels the first answer good or bad.
-
-
-def encode(rows, tok, max_prompt, max_len):
-    """Preference or KTO rows as examples, and a Counter. Prompts of more than max_prompt tokens are left out
-    ("long"), never cut: their BOS and headers tell the model what it reads. Answers are cut where prompt and
-    answer reach max_len ("cut") and then carry no EOS: a cut is not an end. Pairs whose answers do not differ
-    within it would teach nothing and are left out ("equal"). KTO's one answer also stands as the second."""
-    out, counts = [], Counter()
-    for row in rows:
-        answers = [row[key] for key in ("chosen", "rejected", "completion") if key in row]
-        prompt, first = tok.render_answer(row["prompt"], answers[0])
-        _, second = tok.render_answer(row["prompt"], answers[-1])
-        room = max_len - len(prompt)
-        if len(prompt) > max_prompt:
-            counts["long"] += 1
-        elif len(answers) == 2 and first[:room] == second[:room]:
-            counts["equal"] += 1
-        else:
-            counts["cut"] += max(len(first), len(second)) > room
-            out.append((prompt, first[:room], second[:room], float(row["label"])))
-    return out, counts
-
-
-def read_comparisons(path, kind, tok, cfg, max_len):
-    """Examples of a file to train on, held-out ones, all its rows, and a sentence on what was left out. kind:
-    preference or kto. InputError: nothing to train on or to hold out."""
-    rows, dropped = formats.load(path, kind)
-    decided = [row for row in rows if row["label"] != 0.5]    # from a tie only DPO would learn
-    train_rows, held_rows = formats.split(decided, cfg.held_out, seed=0)
-    max_prompt = min(cfg.max_prompt, max_len - 1)
-    train, counts = encode(train_rows, tok, max_prompt, max_len)
-    held, held_counts = encode(held_rows, tok, max_prompt, max_len)
-    counts += held_counts
-    n_ties = len(rows) - len(decided)
-    told = (f"{len(train):,} to train on, {len(held):,} held out; left out: {n_ties:,} ties, "
-            f"{counts['long']:,} with prompts of more than {max_prompt} tokens (--max_prompt), "
-            f"{counts['equal']:,} with equal answers; {counts['cut']:,} cut at {max_len} tokens (--max_len)")
-    if not train or not held:
-        raise InputError(f"{path}: {told}; both need at least one (--held_out)")
-    if kind == "kto" and len({label for *_, label in train}) < 2:
-        raise InputError(f"{path}: {told}; kto needs good and bad answers to train on")
-    return train, held, rows, f"{formats.describe(rows, dropped, path)}\n{told}"
-
-
-def read_prompts(path, tok, max_prompt):
-    """Prompt rows of a file, of at most max_prompt tokens, and a sentence. InputError: there are none."""
-    rows, dropped = formats.load(path, "prompt")
-    fitting = sample.short_enough(tok, rows, max_prompt)
-    told = (f"{len(fitting):,} prompts to answer; {len(rows) - len(fitting):,} left out, of more than "
-            f"{max_prompt} tokens (--max_prompt, --max_new)")
-    if not fitting:
-        raise InputError(f"{path}: {told}")
-    return fitting, f"{formats.describe(rows, dropped, path)}\n{told}"
-
-
-def length_of(example):
-    """Tokens of an example, or of (prompt, answer), with its longest answer: what batches are sorted by."""
-    return len(example[0]) + max(map(len, example[1:3]))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Pairs: two answers to one prompt.
+# Pairs. An example is (prompt ids, chosen answer ids, rejected answer ids, share that prefers the first one).
 
 
 def pair_logps(model, examples, tok):
@@ -248,40 +174,52 @@ def pair_logps(model, examples, tok):
 
     Each answer stands where it would alone, and sees the prompt and itself. The prompt's last token predicts
     the first one of an answer, so each answer has its own copy of it."""
-    device = model.wte.weight.device
-    rows, n_prompt, n_first = [], [], []
-    for prompt, first, second, _ in examples:
-        rows.append(prompt + first + prompt[-1:] + second)
-        n_prompt.append([len(prompt)])
-        n_first.append([len(first)])
-    length = -(-max(map(len, rows)) // 8) * 8    # a multiple of 8: attention kernels want their masks aligned
+    # The rows. U is a multiple of 8, because attention kernels want their masks aligned.
+    rows = [prompt + first + prompt[-1:] + second for prompt, first, second, _ in examples]
+    length = -(-max(map(len, rows)) // 8) * 8
     ids, real = pad_batch(rows, tok.pad_id, length=length)                          # (B, U) each
-    n_prompt, n_first = torch.tensor(n_prompt), torch.tensor(n_first)               # (B, 1) each
+    n_prompt = torch.tensor([[len(prompt)] for prompt, _, _, _ in examples])        # (B, 1)
+    n_first = torch.tensor([[len(first)] for _, first, _, _ in examples])           # (B, 1)
 
     # Which tokens are the second answer's, which are shared, and where each stands in its own conversation.
     at = torch.arange(ids.shape[1])                                                 # (U,)
     is_second, is_shared = at >= n_prompt + n_first, at < n_prompt - 1              # (B, U) each
     pos = (at - is_second * (n_first + 1)) * real                                   # (B, U)
     is_answer = real & (at >= n_prompt) & (at != n_prompt + n_first)                # (B, U), stays on the CPU
-    ids, pos = ids.to(device, non_blocking=True), pos.to(device, non_blocking=True)
-    is_second = is_second.to(device, non_blocking=True)
-    is_shared = is_shared.to(device, non_blocking=True)
 
-    # Run the model, and add up what it says of each answer.
+    # Run the model, and add up what it says of each answer. Token i sees what is shared and its own answer.
+    device = model.wte.weight.device
+    for_model = (ids, pos, is_second, is_shared)
+    ids, pos, is_second, is_shared = [x.to(device, non_blocking=True) for x in for_model]
     sees = is_shared[:, None] | (is_second[:, None] == is_second[:, :, None])       # (B, U, U)
     hidden = model(ids, pos=pos, mask=sees.tril()[:, None])                         # (B, U, C)
     logp = logprobs_from(model, hidden, ids, is_answer)                             # (B, U), 0 elsewhere
     return torch.stack(((logp * ~is_second).sum(1), (logp * is_second).sum(1)))
 
 
+def all_logps(model, examples, tok, size, say=None):
+    """`pair_logps` of many examples, (2, N), without gradients and `size` at a time."""
+    def of(rows):
+        return pair_logps(model, [examples[i] for i in rows], tok)
+
+    return in_shares(of, [length_of(example) for example in examples], size, say)
+
+
+def pair_known(model, examples, ref, tok, cfg):
+    """What pair_losses has to know of a step, (2, B): log-probs of both answers under the reference."""
+    return ref
+
+
 def pair_losses(model, examples, known, tok, cfg):
-    """Losses (B,) of pairs, and what is logged of them, {name: (B,)}, without gradient. known (2, B):
-    log-probs of both answers under the reference."""
+    """Losses (B,) of pairs, and what is logged of them, {name: (B,)}, without gradient. known: see
+    pair_known."""
     n = [[len(first) for _, first, _, _ in examples], [len(second) for _, _, second, _ in examples]]
     n = torch.tensor(n, device=known.device)                                        # (2, B)
     p = torch.tensor([label for *_, label in examples], device=known.device)        # (B,)
     logp = pair_logps(model, examples, tok)                                         # (2, B)
     loss, rewards = pair_loss(cfg, cfg.beta or LOSSES[cfg.loss].beta, logp, known, n, p)
+
+    # For the log: is the better answer, the one that most prefer, rewarded more, and by how much?
     better, worse = torch.where(p > 0.5, rewards, rewards.flip(0)).detach()         # (B,) each
     right = (better > worse).float() + 0.5 * (better == worse)
     return loss, {"loss": loss.detach(), "accuracy": right, "margin": better - worse,
@@ -289,205 +227,77 @@ def pair_losses(model, examples, known, tok, cfg):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# KTO: single answers, good or bad. Their second answers belong to other prompts and make the reference point.
+# KTO: single answers. An example is (prompt ids, answer ids, ids of an answer to ANOTHER prompt, label 1 for
+# good or 0 for bad). These other answers, put behind this prompt, make the reference point z.
 
 
-def mismatch(examples, seed):
-    """Each example gets, as its second answer, one to a different prompt, drawn once and for all, so that the
-    reference's log-probs can be kept (arXiv:2402.01306, 4.1: the estimate of the reference point)."""
-    n, out = len(examples), list(examples)
-    order = random.Random(seed).sample(range(n), n)    # everybody looks for the next one in this order
-    for k, i in enumerate(order):
-        prompt, answer, _, label = examples[i]
-        other = None
-        for shift in range(1, n):
-            candidate = examples[order[(k + shift) % n]]
-            if candidate[0] != prompt:
-                other = candidate[1]
-                break
-        if other is None:
-            raise InputError("kto: all rows have the same prompt; its reference point needs answers to other "
-                             "prompts")
-        out[i] = (prompt, answer, other, label)
-    return out
+def kto_loss(r, good, z, beta, good_weight=1.0, bad_weight=1.0):
+    """arXiv:2402.01306, eq. 8. r (B,): log-ratios; good (B,): 1 or 0; z: the reference point, a number."""
+    gain = torch.where(good > 0.5, r - z, z - r)
+    return torch.where(good > 0.5, good_weight, bad_weight) * (1 - (beta * gain).sigmoid())
 
 
-def logps(model, pairs, tok):
-    """Summed log-probs (N,) of answers given prompts, [(prompt ids, answer ids)]."""
-    rows = [prompt + answer for prompt, answer in pairs]
-    marks = [[0] * len(prompt) + [1] * len(answer) for prompt, answer in pairs]
-    ids, _ = pad_batch(rows, tok.pad_id, model.wte.weight.device)                   # (N, T)
-    mask, _ = pad_batch(marks, 0)                                                   # (N, T), on the CPU
-    return token_logprobs(model, ids, mask.bool()).sum(1)
+def alone(examples, which):
+    """Examples of nothing but the first (which = 1) or the second answer (2) of some examples."""
+    return [(example[0], example[which], [], example[3]) for example in examples]
 
 
-def with_reference_point(model, examples, ref, tok, cfg):
-    """What kto_losses has to know, (2, B): log-probs of the labelled answers under the reference, and the
-    reference point z, the same in each column. ref (2, B): log-probs of both answers under the reference."""
-    others = [(prompt, other) for prompt, _, other, _ in examples]
-    z = (all_logps(logps, model, others, tok, cfg.micro_batch) - ref[1]).mean().clamp(min=0.0)
+def kto_known(model, examples, ref, tok, cfg):
+    """What kto_losses has to know of a step, (2, B): log-probs of the labelled answers under the reference,
+    and z, the same in each column. ref (2, B): log-probs of both answers under the reference."""
+    # z is of the whole step, so it is known before its first micro-batch, and has no gradient.
+    logp = all_logps(model, alone(examples, 2), tok, cfg.micro_batch)[0]            # (B,)
+    z = (logp - ref[1]).mean().clamp(min=0.0)
     return torch.stack((ref[0], z.expand(len(examples))))
 
 
 def kto_losses(model, examples, known, tok, cfg):
-    """Losses (B,) of labelled answers, and what is logged of them, {name: (B,)}, without gradient. known: see
-    with_reference_point."""
+    """The same as pair_losses, of labelled answers. known: see kto_known."""
     ref, z = known                                                                  # (B,) each
     beta = cfg.beta or LOSSES["kto"].beta
     good = torch.tensor([label for *_, label in examples], device=known.device)     # (B,)
-    r = logps(model, [(prompt, answer) for prompt, answer, _, _ in examples], tok) - ref
+    r = pair_logps(model, alone(examples, 1), tok)[0] - ref                         # (B,)
     loss = kto_loss(r, good, z, beta, cfg.good_weight, cfg.bad_weight)
+
+    # For the log: does a good answer gain more than z, a bad one less?
     gain = torch.where(good > 0.5, r - z, z - r).detach()
     right = (gain > 0).float() + 0.5 * (gain == 0)
     return loss, {"loss": loss.detach(), "accuracy": right, "margin": 2 * beta * gain, "z": z}
 
 
-def kto_steps(steps, policy, run):
-    """Steps as `offline_steps` yields them, with what kto_losses has to know."""
-    for step, examples, ref_logp in steps:
-        yield step, examples, with_reference_point(policy, examples, ref_logp, run.tok, run.cfg)
-
-
 # ------------------------------------------------------------------------------------------------------------
-# The reference's log-probs, and where the steps come from.
-
-
-@torch.no_grad()
-def all_logps(logps_of, model, items, tok, size, say=None):
-    """logps_of(model, items, tok), (.., N), of many items: `size` of similar length at a time, each rank its
-    share. Policy and reference must go the same way, so that they start equal. say: prints progress."""
-    mine = even_share([length_of(item) for item in items])
-    total, times, spoke = None, None, time.time()
-    for start in range(0, len(mine), size):
-        part = mine[start: start + size]
-        logp = logps_of(model, [items[i] for i in part], tok)                       # (.., n)
-        if total is None:
-            total = logp.new_zeros(logp.shape[:-1] + (len(items),))                 # (.., N)
-            times = logp.new_zeros(len(items))
-        total[..., part] = logp
-        times[part] = 1.0
-        if say and time.time() - spoke > 4:
-            spoke = time.time()
-            say(f"log-probs of the reference: {start * WORLD:,} of {len(items):,}")
-    return all_sum(total) / all_sum(times)
-
-
-def reference_logps(policy, examples, run):
-    """Log-probs (2, N) of both answers of examples under the reference, which the policy still is."""
-    cfg, start = run.cfg, time.time()
-    if not LOSSES[cfg.loss].needs_reference:
-        return torch.zeros(2, len(examples), device=policy.wte.weight.device)
-    if cfg.loss == "kto":
-        own = [(prompt, answer) for prompt, answer, _, _ in examples]
-        others = [(prompt, other) for prompt, _, other, _ in examples]
-        out = all_logps(logps, policy, own + others, run.tok, cfg.micro_batch, run.say).view(2, -1)
-    else:
-        out = all_logps(pair_logps, policy, examples, run.tok, cfg.micro_batch, run.say)
-    n_bytes = sum(p.nbytes for p in policy.parameters())
-    run.say(f"log-probs of the reference: {out.numel():,} answers once, {time.time() - start:.0f} s, "
-            f"{out.nbytes:,} bytes kept instead of a second model of {n_bytes:,}")
-    return out
-
-
-def offline_steps(run, plan, train, ref_logp):
-    """Yield (step, its examples, the reference's log-probs of them (2, B)) of given comparisons."""
-    for step in run.steps():
-        yield step, [train[i] for i in plan[step]], ref_logp[:, plan[step]]
-
-
-def online_steps(run, plan, rows, policy, sampler, reference, judge):
-    """Yield (step, examples, the reference's log-probs of them (2, B)) of new answers of the policy to the
-    prompts of plan[step] (arXiv:2402.04792). With several processes, the last pairs that do not divide evenly
-    over them are left out."""
-    cfg = run.cfg
-    for step in run.steps():
-        refresh(sampler, policy)
-        examples = online_pairs(sampler, run.tok, [rows[i] for i in plan[step]], judge, cfg, step)
-        examples = examples[: len(examples) // WORLD * WORLD]
-        ref_logp = torch.zeros(2, len(examples), device=policy.wte.weight.device)
-        if reference is not None and examples:
-            ref_logp = all_logps(pair_logps, reference, examples, run.tok, cfg.micro_batch)
-        yield step, examples, ref_logp
-
-
-def online_pairs(policy, tok, rows, judge, cfg, step):
-    """Examples: two new answers of the policy to each row's prompt, compared by judge(rows, texts) ->
-    utilities. What cannot be compared (equal answers, neither finished, a tie) is left out; an unfinished
-    answer loses."""
-    twice = []
-    for row in rows:
-        twice += [row, row]
-    texts, prompts, answers = sample.respond(policy, tok, [row["prompt"] for row in twice], cfg.max_new,
-                                             seeded(cfg.seed, step))
-    utilities, rng, out = judge(twice, texts), random.Random(f"{cfg.seed} {step}"), []
-    noise = cfg.noise if cfg.judge == "annotator" else 0.0
-    for i in range(0, len(twice), 2):
-        first, second = answers[i], answers[i + 1]
-        ended = [sample.ended(tok, first), sample.ended(tok, second)]
-        if first == second or not any(ended):
-            continue
-        p = float(ended[0])     # the chance that the first one is preferred
-        if all(ended):
-            p = world.annotate(utilities[i], utilities[i + 1], noise, rng)
-        if p == 1.0:
-            out.append((prompts[i], first, second, 1.0))
-        elif p == 0.0:
-            out.append((prompts[i], second, first, 1.0))
-    return out
-
-
-def judge_of(name, device):
-    """judge(rows, texts) -> utilities (list of floats) of answers to prompt rows: the tiny world's annotator,
-    or what data/rewards.py knows."""
-    if name == "annotator":
-        annotator = world.Annotator()
-        return lambda rows, texts: [annotator.utility(row, text) for row, text in zip(rows, texts)]
-    rewards = Rewards("--judge", name)
-    for model in rewards.models():
-        frozen(model).to(device)
-    return rewards.score_texts
-
-
-# ------------------------------------------------------------------------------------------------------------
+# Where a run starts from, and the training itself.
 
 
 def find_start(cfg):
     """(policy to start from, data): what the flags name, or links of the chain, made if they are missing.
     InputError: flags that do not go together."""
-    if cfg.label_smoothing >= 0.5 or cfg.flip_rate >= 0.5:
-        raise InputError("--label_smoothing and --flip_rate must be below 0.5: at one half a label says "
-                         "nothing")
-    if cfg.online and (cfg.loss in ("kto", "orpo") or (cfg.data and cfg.judge == "annotator")):
+    if max(cfg.label_smoothing, cfg.flip_rate) >= 0.5:
+        raise InputError("--label_smoothing and --flip_rate must be below 0.5: at 0.5 a label says nothing")
+    if cfg.online and (cfg.loss in ("kto", "orpo") or (cfg.data and cfg.judge in ("annotator", "gold"))):
         raise InputError("--online compares pairs of a policy's answers: it needs --loss dpo, ipo or simpo, "
                          "and for prompts of your own (--data) a --judge that knows them")
-    start, links = LOSSES[cfg.loss].start, []
+    start, data, links = LOSSES[cfg.loss].start, cfg.data, []
     if not cfg.init:
         links.append(start)
-    if not cfg.data and not cfg.online:
-        links.append("reward")           # for the comparisons it makes
-    if links:
-        need(cfg, *links)
-    data = Path(sibling(cfg, "reward")) / "comparisons.jsonl"
     if cfg.online:
-        data = world.TINY / "rl.jsonl"
-    return cfg.init or sibling(cfg, start), cfg.data or data
+        data = data or world.TINY / "rl.jsonl"
+    elif not data:
+        links.append("reward")           # for the comparisons it makes
+        data = Path(sibling(cfg, "reward")) / "comparisons.jsonl"
+    need(cfg, *links)
+    return cfg.init or sibling(cfg, start), data
 
 
-def add_up(sums, figures, n):
-    """Add to sums {name: float tensor} the figures {name: (B,)} of some of n examples, divided by n."""
-    for name, x in figures.items():
-        sums[name] = sums.get(name, 0.0) + x.sum() / n
-
-
-@torch.no_grad()
-def held_out_figures(losses, policy, held, known, tok, cfg):
-    """Means of what `losses` logs of held-out examples. known (2, N): what it has to know of them."""
-    sums = {}
-    for i in range(0, len(held), cfg.micro_batch):
-        part = slice(i, i + cfg.micro_batch)
-        _, figures = losses(policy, held[part], known[:, part], tok, cfg)
-        add_up(sums, figures, len(held))
-    return {name: x.item() for name, x in sums.items() if name != "z"}
+def reference_logps(reference, examples, tok, cfg, say=None):
+    """Log-probs (2, N) of both answers of examples under the reference; 0 for a loss without one."""
+    if not LOSSES[cfg.loss].needs_reference or not examples:
+        return torch.zeros(2, len(examples), device=reference.wte.weight.device)
+    if say:
+        n_bytes = sum(p.nbytes for p in reference.parameters())
+        say(f"the reference reads {len(examples):,} examples once; {8 * len(examples):,} bytes are kept "
+            f"instead of a second model of {n_bytes:,}")
+    return all_logps(reference, examples, tok, cfg.micro_batch, say)
 
 
 def main(cfg):
@@ -496,60 +306,50 @@ def main(cfg):
     init, data = find_start(cfg)
     run = Run(cfg, "dpo", [init, data, cfg.judge] if cfg.online else [init, data])
     policy, tok = load(init)
-    spec, is_kto = LOSSES[cfg.loss], cfg.loss == "kto"
-    losses = kto_losses if is_kto else pair_losses
+    kind, losses, known_of = "preference", pair_losses, pair_known
+    if cfg.loss == "kto":
+        kind, losses, known_of = "kto", kto_losses, kto_known
 
     # What there is to learn from, and which of it each step reads.
     context, plan, train, held = policy.cfg.max_len, [], [], []
     if cfg.online:
-        rows, told = read_prompts(data, tok, min(cfg.max_prompt, context - cfg.max_new))
+        rows = read_prompts(run, data, tok, min(cfg.max_prompt, context - cfg.max_new))
+        judge = judge_of("--judge", cfg.judge, device)
         for step in range(cfg.online_steps):
             plan.append(random.Random(f"{cfg.seed} {step}").choices(range(len(rows)), k=cfg.batch_size))
     else:
-        kind = "kto" if is_kto else "preference"
-        train, held, rows, told = read_comparisons(data, kind, tok, cfg, min(cfg.max_len, context))
-        if is_kto:
-            train, held = mismatch(train, cfg.seed), mismatch(held, cfg.seed)
+        train, held, rows = read_examples(run, data, kind, tok, min(cfg.max_len, context))
         for epoch in range(cfg.epochs):
             plan += batches([length_of(example) for example in train], cfg.batch_size, cfg.seed, epoch)
-    run.say(told)
     tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, data)
 
-    # The policy on its device and its optimizer. With adapters, its trunk is the reference. Else that is
-    # loaded when a model is needed: for new answers, and for the KL at the end.
+    # The policy on its device and its optimizer. With adapters, its frozen trunk is the reference. Else the
+    # reference is a second model, loaded when one is needed: for new answers, and for the KL at the end.
     reference = None
     if cfg.lora:
         reference = frozen(policy).to(device)
         policy = with_lora(reference, cfg.lora)
-    elif cfg.online and spec.needs_reference:
+    elif cfg.online:
         reference = frozen(load(init)[0]).to(device)
     sampler = sampling_copy(policy).to(device)
     policy = prepare(policy, cfg, device)
     optimizer = adamw(policy, cfg.weight_decay, eps=1e-6)
     run.begin(len(plan), tok, policy=(policy, optimizer))
 
-    # What the reference says of all given comparisons, ref_logp (2, N), and where the steps come from.
-    ref_logp = run.state.get("ref_logp")
-    if cfg.online:
-        known_by = reference if spec.needs_reference else None
-        steps = online_steps(run, plan, rows, policy, sampler, known_by, judge_of(cfg.judge, device))
-    else:
-        if ref_logp is None:
-            ref_logp = reference_logps(policy, train + held, run)
-        ref_logp = ref_logp.to(device)
-        steps = offline_steps(run, plan, train, ref_logp)
-        if is_kto:
-            steps = kto_steps(steps, policy, run)
+    # What the reference, which the policy still is, says of all given comparisons: (2, N), kept from now on.
+    kept = run.state.get("ref_logp")
+    if not cfg.online:
+        if kept is None:
+            kept = reference_logps(policy, train + held, tok, cfg, run.say)
+        kept = kept.to(device)
 
     def measure(title):
         """Held-out figures, and what the policy answers to prompts it has not been trained on."""
         refresh(sampler, policy)
         figures, answers = run.measure(title, sampler, tests)
         if held:
-            known = ref_logp[:, len(train):]
-            if is_kto:
-                known = with_reference_point(policy, held, known, tok, cfg)
-            figures |= held_out_figures(losses, policy, held, known, tok, cfg)
+            known = known_of(policy, held, kept[:, len(train):], tok, cfg)
+            figures |= report.held_out_figures(losses, policy, held, known, tok, cfg)
         return figures, answers
 
     if run.first:
@@ -558,44 +358,53 @@ def main(cfg):
         before, answers = measure("before")
         first_answers = answers.scored
 
-    # 1. and 2. Comparisons, and known (2, B): what the reference says of them (kto: and the reference point).
-    for step, examples, known in steps:
-        # 3. The loss: a mean over the whole step, micro-batch by micro-batch.
-        lengths, sums = [length_of(example) for example in examples], {}
+    for step in run.steps():
+        # 1. Comparisons: the next ones of the data, or of two new answers to each of some prompts.
+        # 2. Reference: its log-probs of both answers, ref_logp (2, B).
+        if cfg.online:
+            refresh(sampler, policy)
+            found = online_pairs(sampler, tok, [rows[i] for i in plan[step]], judge, cfg, step)
+            examples = found[: len(found) // WORLD * WORLD]     # as many for each process
+            ref_logp = reference_logps(reference, examples, tok, cfg)
+        else:
+            examples, ref_logp = [train[i] for i in plan[step]], kept[:, plan[step]]
+
+        # 3. Loss: a mean over the whole step, micro-batch by micro-batch.
+        known = known_of(policy, examples, ref_logp, tok, cfg)                      # (2, B)
+        lengths, told = [length_of(example) for example in examples], []
         for part in micro_batches(range(len(examples)), lengths, cfg.micro_batch):
             loss, figures = losses(policy, [examples[i] for i in part], known[:, part], tok, cfg)
             (loss.sum() / len(examples)).backward()
-            add_up(sums, figures, len(examples))
+            told.append(figures)
 
-        # 4. One step of AdamW; a gradient that is not finite never reaches the weights.
+        # 4. Update: one step of AdamW. A gradient that is not finite never reaches the weights.
         set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
         norm = clip_grad_norm_(policy.parameters(), cfg.grad_clip)
         if run.finite(norm, policy, plan[step]):
             optimizer.step()
         optimizer.zero_grad()
 
-        # Write the log, save.
-        figures = all_sum({name: x.item() for name, x in sums.items()})
+        # 5. Write the log, save.
+        figures = all_sum(report.add_up(told, len(examples)))
         if cfg.online:
-            figures["pairs"] = len(examples)
+            figures |= {"pairs": len(examples), "pairs_left_over": len(found) - len(examples)}
         n_tokens = sum(len(prompt) + len(first) + len(second) for prompt, first, second, _ in examples)
         run.log(step, tokens=n_tokens, **figures, grad_norm=norm.item())
         if run.due(step):
-            run.save(step, before=before, answers=first_answers, ref_logp=ref_logp)
+            run.save(step, before=before, answers=first_answers, ref_logp=kept)
 
     # How good the policy has become, and how far it is from the reference.
     after, answers = measure("after")
     if reference is None:
         reference = frozen(load(init)[0]).to(device)
     after["kl"], _ = report.mean_kl(sampler, reference, tok, answers.prompt_ids, answers.ids)
-    if tests.graded:     # share of test prompts on which gold is higher than at first, ties one half
-        gold = [(old["gold"], new["gold"]) for old, new in zip(first_answers, answers.scored)]
-        after["win_rate"] = sum((new > old) + 0.5 * (new == old) for old, new in gold) / len(gold)
-    if after.get("chosen_reward", 0.0) < 0 and spec.needs_reference and not cfg.sft_coef:
+    if tests.graded:
+        after["win_rate"] = report.win_rate(first_answers, answers.scored)
+    if after.get("chosen_reward", 0.0) < 0 and LOSSES[cfg.loss].needs_reference and not cfg.sft_coef:
         run.say("The chosen answers lost log-probability too: the loss only asks that the rejected ones lose "
                 "more, and both share tokens. --sft_coef holds the chosen ones up.")
     columns = None
-    if spec.start == "sft" and not cfg.data and not cfg.init:
+    if LOSSES[cfg.loss].start == "sft" and not cfg.data and not cfg.init:
         columns = chain_columns(cfg, cfg.loss.upper(), before, after)
     run.finish(before, after, columns, report.answer_rows(tests, first_answers, answers.scored))
 

@@ -6,6 +6,7 @@ Index t of a tensor (B, T) always means token t. A `mask` (B, T) is True on the 
 included. """
 import copy
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,11 +50,33 @@ class Linear(nn.Linear):
     hardware has it. Weights, gradients and the optimizer stay in fp32; None leaves products in the precision
     of the weights."""
     compute = None
+    packed = None    # the weight as `packed_weights` keeps it
 
     def forward(self, x):
         dtype = self.compute or self.weight.dtype
         bias = self.bias if self.bias is None else self.bias.to(dtype)
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x.to(dtype), self.packed, bias, "none", [], "")
         return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+
+
+CAN_PACK = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@contextmanager
+def packed_weights(model, rows):
+    """Within it, products of about so many rows in bf16 on a CPU read weights that stand in oneDNN's order
+    already. It would else reorder every weight for every token. The results are the same, bit for bit."""
+    layers = []
+    if CAN_PACK and not GRAPHS and Linear.compute == torch.bfloat16 and model.wte.weight.device.type == "cpu":
+        layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+    for layer in layers:
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to(torch.bfloat16), rows)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
 
 
 class RMSNorm(nn.Module):
@@ -276,6 +299,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """Next-token logits (..., V) of hidden states (..., C)."""
+        if not self.cfg.tie and self.lm_head.packed is not None:
+            return self.lm_head(hidden)[..., : self.cfg.vocab_size]
         w = self.head()
         return F.linear(hidden.to(w.dtype), w)[..., : self.cfg.vocab_size]
 
@@ -497,29 +522,30 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
     wrote = torch.zeros(B, N, dtype=torch.bool, device=device)
     row = torch.arange(B, device=device)       # (n,) the rows still being written, in the cache's order
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    for i in range(N):
-        new[row, i], logp[row, i], wrote[row, i] = token, lp, ~done
-        done = done | torch.isin(token, eos)
-        if i + 1 == N:
-            break
-        # Every fourth step, the only wait for the GPU: drop rows that have ended where that saves a quarter.
-        if i % 4 == 3:
-            keep = (~done).nonzero()[:, 0]
-            if len(keep) == 0:
+    with packed_weights(model, B):
+        for i in range(N):
+            new[row, i], logp[row, i], wrote[row, i] = token, lp, ~done
+            done = done | torch.isin(token, eos)
+            if i + 1 == N:
                 break
-            n = 1 << (len(keep) - 1).bit_length() if GRAPHS else len(keep)     # graphs: powers of two
-            if n <= 0.75 * len(row):
-                keep = torch.cat((keep, done.nonzero()[: n - len(keep), 0]))
-                row, token, done = row[keep], token[keep], done[keep]
-                for keys, values in cache:
-                    keys[:n], values[:n] = keys[keep], values[keep]
-        # Read the newest token and draw the next one.
-        if GRAPHS:
-            torch.compiler.cudagraph_mark_step_begin()
-        S = -(-(P + i + 1) // block) * block
-        token, lp = decode(model, token, cache, S, lens[row] + i, draws[row, i + 1], how)
-        if GRAPHS:
-            token, lp = token.clone(), lp.clone()      # the next replay writes over the graph's own
+            # Every fourth step, the only wait for the GPU: drop rows that have ended, if it saves a quarter.
+            if i % 4 == 3:
+                keep = (~done).nonzero()[:, 0]
+                if len(keep) == 0:
+                    break
+                n = 1 << (len(keep) - 1).bit_length() if GRAPHS else len(keep)     # graphs: powers of two
+                if n <= 0.75 * len(row):
+                    keep = torch.cat((keep, done.nonzero()[: n - len(keep), 0]))
+                    row, token, done = row[keep], token[keep], done[keep]
+                    for keys, values in cache:
+                        keys[:n], values[:n] = keys[keep], values[keep]
+            # Read the newest token and draw the next one.
+            if GRAPHS:
+                torch.compiler.cudagraph_mark_step_begin()
+            S = -(-(P + i + 1) // block) * block
+            token, lp = decode(model, token, cache, S, lens[row] + i, draws[row, i + 1], how)
+            if GRAPHS:
+                token, lp = token.clone(), lp.clone()      # the next replay writes over the graph's own
 
     # Put prompt and answer together.
     at = lens[:, None] + torch.arange(N, device=device)                                            # (B, N)

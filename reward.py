@@ -28,20 +28,19 @@ step (data/process.py) and learns from a label y for each step, the share who ca
 Left out: ranking losses over more than two answers, reward models that write text.
 """
 import functools
-import random
-import time
 import typing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, formats, process, report, sample, vote, world
+from data import InputError, formats, process, report, vote, world
 from data.checkpoint import load
+from data.comparisons import compare_answers, label_steps
 from data.parallel import all_sum, barrier, in_chunks, micro_batches, prepare
-from data.run import Run, RunFlags, adamw, batches, cosine, need, program, seeded, set_lr, setup
-from model import answer_rewards, frozen, pad_batch, sampling_copy
+from data.run import Run, RunFlags, adamw, batches, cosine, need, program, set_lr, setup
+from model import answer_rewards, pad_batch
 
 
 @dataclass
@@ -90,65 +89,7 @@ def step_loss(z, y):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the tiny world's annotator says of a policy's answers.
-
-
-def different_answers(cfg, path, device, run):
-    """The policy at `path` answers each prompt of the tiny world k times. Returns prompt rows, and for each a
-    list of texts, those that end, say something and differ."""
-    # The policy, and the prompts that leave it room for an answer.
-    policy, tok = load(path)
-    policy = sampling_copy(frozen(policy)).to(device)
-    rows = world.rows("preference")
-    rows = random.Random(cfg.seed).sample(rows, min(cfg.prompts, len(rows)))
-    fitting = sample.short_enough(tok, rows, policy.cfg.max_len - cfg.max_new)
-    if not fitting:
-        raise InputError(f"{path}: no prompt leaves room for --max_new {cfg.max_new} tokens in its context "
-                         f"of {policy.cfg.max_len}")
-    n_long = len(rows) - len(fitting)
-    run.say(f"{path} answers {len(fitting):,} prompts {cfg.k} times each; {n_long:,} left out that leave no "
-            f"room for --max_new {cfg.max_new} tokens")
-
-    # Some prompts at a time, so that something can be said in between.
-    generator, answers, spoke = seeded(cfg.seed, 0), [], time.time()
-    for start in range(0, len(fitting), 64):
-        part = fitting[start: start + 64]
-        answers += sample.different_answers(policy, tok, part, [cfg.k] * len(part), cfg.max_new, generator,
-                                            cfg.temperature)
-        if time.time() - spoke > 4:
-            spoke = time.time()
-            run.say(f"... {len(answers):,} of {len(fitting):,} prompts answered")
-
-    # An answer that is cut off, empty or a repetition does not count.
-    n_answers = sum(len(texts) for texts in answers)
-    n_alone = sum(len(texts) < 2 for texts in answers)
-    run.say(f"{n_answers:,} of {cfg.k * len(fitting):,} answers end, say something and differ; {n_alone:,} "
-            f"prompts have no two such answers")
-    if not n_answers or (n_alone == len(fitting) and not cfg.process):
-        n = "an answer that ends" if cfg.process else "two different answers that end"
-        raise InputError(f"{path}: gives no prompt {n} within --max_new {cfg.max_new} tokens; after longer "
-                         "training, or to more --prompts, it may")
-    return fitting, answers
-
-
-def compare(cfg, rows, answers, run):
-    """Preference rows (data/formats.py): the annotator compares every two answers to a prompt."""
-    pairs = sample.all_pairs(rows, answers)
-    run.say(f"the annotator compares {len(pairs):,} pairs")
-    return sample.annotated(pairs, world.annotator_of(asdict(cfg)), random.Random(cfg.seed))
-
-
-def label_steps(cfg, rows, answers, run):
-    """Process rows (data/formats.py): the annotator says of each step of each answer whether it is right."""
-    annotator = world.annotator_of(asdict(cfg))
-    out = sample.annotated_steps(rows, answers, annotator, random.Random(cfg.seed))
-    n_steps = sum(len(row["labels"]) for row in out)
-    run.say(f"the annotator labels {n_steps:,} steps of {len(out):,} answers")
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Comparisons of answers: groups, batches, loss, figures, and some to look at.
+# Comparisons of answers.
 
 
 def group(rows, tok, max_len, margin=0.0):
@@ -208,36 +149,6 @@ def pair_losses(model, groups, tok, cfg):
     return loss, (pairs.weight * ((r_a > r_b).float() + 0.5 * (r_a == r_b))).sum()
 
 
-def share_right(guess, p):
-    """How often guess (M,) and p - 1/2 (M,) have the same sign. No guess, 0, is half right."""
-    return ((guess * (p - 0.5) > 0).float() + 0.5 * (guess == 0)).mean().item()
-
-
-def calibration_error(d, p):
-    """Mean |stated probability - frequency| over ten bins of P(a over b), weighted by size, for reward
-    differences d (M,) and labels p (M,). Each pair counts both ways round: which answer is a says nothing."""
-    stated, true = torch.cat([d.sigmoid(), (-d).sigmoid()]), torch.cat([p, 1 - p])             # (2M,)
-    bins, error = (stated * 10).long().clamp(max=9), 0.0
-    for b in bins.unique():
-        inside = bins == b
-        gap = (stated[inside].mean() - true[inside].mean()).abs()
-        error += (gap * inside.float().mean()).item()
-    return error
-
-
-def accuracies(d, p, longer):
-    """Accuracy {name: number} on pairs that are no ties, from reward differences d (M,), labels p (M,) and
-    by how many tokens a is longer than b (M,). longer_wins is that of always taking the longer answer."""
-    out = {"accuracy": share_right(d, p), "longer_wins": share_right(longer, p)}
-    # Apart where the chosen answer is the shorter one, as long as the other, or the longer one.
-    chosen_is = (longer * (p - 0.5)).sign()
-    for name, sign in (("shorter", -1), ("same_length", 0), ("longer", 1)):
-        part = chosen_is == sign
-        if part.any():
-            out[f"accuracy_{name}"] = share_right(d[part], p[part])
-    return out
-
-
 @torch.no_grad()
 def evaluate(model, groups, tok):
     """Figures {name: number} of held-out groups, and the mean reward of all their answers."""
@@ -251,27 +162,27 @@ def evaluate(model, groups, tok):
     # Among the pairs that are no ties: accuracy, the annotator's own (ceiling), mean difference of reward.
     choice = p != 0.5
     if choice.any():
-        figures |= accuracies(d[choice], p[choice], longer[choice])
+        figures |= report.accuracies(d[choice], p[choice], longer[choice])
         figures["ceiling"] = pairs.ceiling[choice].mean().item()
         figures["margin"] = (d * (p - 0.5).sign())[choice].mean().item()
-    return figures | {"calibration_error": calibration_error(d, p)}, r.mean().item()
+    figures["calibration_error"] = report.calibration_error(d, p)
+    return figures, r.mean().item()
 
 
-def show_pairs(model, tok, rows, max_len, seed):
-    """Some of the comparisons in preference rows with their rewards (rows for a file), and their prompts and
-    what stands of them in samples.txt."""
-    pairs = vote.scored(vote.some_pairs(rows, tok, max_len, seed), model, tok)
-    few = pairs[: report.PROBES]
-    return pairs, [pair["prompt"] for pair in few], [vote.as_text(pair) for pair in few]
+def show_pairs(model, tok, rows, cfg):
+    """Some of the comparisons in preference rows with their rewards, and [(prompt, text)] for samples.txt."""
+    max_len = min(cfg.max_len, model.cfg.max_len)
+    pairs = vote.scored(vote.some_pairs(rows, tok, max_len, cfg.seed), model, tok)
+    return pairs, [(pair["prompt"], vote.as_text(pair)) for pair in pairs]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Labelled steps: the same.
+# Labelled steps: the same for a process reward model.
 
 
 def group_steps(rows, tok, max_len, margin=0.0):
-    """Process rows -> one element per prompt: (its answers as ids, prompt included, [(number of the answer,
-    positions of the last tokens of its steps, their labels)]). Also the number of rows left out because the
+    """Process rows -> one element per prompt: (its answers as ids, prompt included, its steps as [(number of
+    the answer, position of the step's last token, label)]). Also the number of rows left out because the
     answer does not fit into max_len tokens."""
     groups, n_too_long = {}, 0
     for row in rows:
@@ -279,10 +190,10 @@ def group_steps(rows, tok, max_len, margin=0.0):
         if len(prompt) + len(answer) > max_len:
             n_too_long += 1
             continue
+        answers, steps = groups.setdefault(str(row["prompt"]), ([], []))
         ends = process.ends_of_given(tok, answer, row["completions"])
-        at = [len(prompt) + t for t in process.last_tokens(tok, answer, ends)]
-        answers, labelled = groups.setdefault(str(row["prompt"]), ([], []))
-        labelled.append((len(answers), at, row["labels"]))
+        for t, label in zip(process.last_tokens(tok, answer, ends), row["labels"]):
+            steps.append((len(answers), len(prompt) + t, label))
         answers.append((*prompt, *answer))
     return list(groups.values()), n_too_long
 
@@ -291,19 +202,17 @@ def batch_of_steps(groups, tok, device):
     """All answers of some groups as the rows of one batch, ids and mask of real tokens (N, T), and of each
     of their steps the row, the position, the label and 1 / (steps of that prompt), (M,) each."""
     rows, columns = [], []
-    for answers, labelled in groups:
-        start, n_steps = len(rows), sum(len(labels) for _, _, labels in labelled)
+    for answers, steps in groups:
+        columns += [(len(rows) + i, t, label, 1 / len(steps)) for i, t, label in steps]
         rows += answers
-        for i, at, labels in labelled:
-            columns += [(start + i, t, label, 1 / n_steps) for t, label in zip(at, labels)]
     ids, mask = pad_batch(rows, tok.pad_id, device)
-    return ids, mask, *(torch.tensor(column).to(device, non_blocking=True) for column in zip(*columns))
+    return ids, mask, [torch.tensor(column).to(device, non_blocking=True) for column in zip(*columns)]
 
 
 def step_losses(model, groups, tok, cfg):
     """Sums over some prompts (groups): of the mean loss of a prompt's steps, and of the share of them whose
-    score is on the label's side of 1/2 (half right: the label or the score is 1/2)."""
-    ids, mask, row, at, y, weight = batch_of_steps(groups, tok, model.wte.weight.device)
+    score is on the label's side of 1/2 (half right: one of the two is 1/2)."""
+    ids, mask, (row, at, y, weight) = batch_of_steps(groups, tok, model.wte.weight.device)
     z = process.all_logits(model, ids, mask)[row, at]                               # (M,)
     right = ((z.detach() * (y - 0.5)).sign() + 1) / 2
     return (weight * step_loss(z, y)).sum(), (weight * right).sum()
@@ -313,37 +222,34 @@ def step_losses(model, groups, tok, cfg):
 def evaluate_steps(model, groups, tok):
     """Figures {name: number} of held-out groups, and the mean of sum_k log sigmoid(z_k) over their
     answers."""
-    ids, mask, row, at, y, _ = batch_of_steps(groups, tok, model.wte.weight.device)
+    ids, mask, (row, at, y, _) = batch_of_steps(groups, tok, model.wte.weight.device)
     z = in_chunks(functools.partial(process.all_logits, model), ids, mask, 64)[row, at]        # (M,)
-    choice = y != 0.5
     figures = {"loss": step_loss(z, y).mean().item()}
+    choice = y != 0.5
     if choice.any():
-        figures["accuracy"] = share_right(z[choice], y[choice])
+        figures["accuracy"] = report.share_right(z[choice], y[choice])
 
     # Answer by answer: is the first wrong step found?
     answers = []
     for i in range(len(ids)):
         answers.append((z[row == i].sigmoid().tolist(), y[row == i].tolist()))
-    figures |= process.errors_found(answers)
-    return figures, F.logsigmoid(z).sum().item() / len(ids)
+    return figures | process.errors_found(answers), F.logsigmoid(z).sum().item() / len(ids)
 
 
 @torch.no_grad()
-def show_steps(model, tok, rows, max_len, seed):
-    """No rows for a file; the first answers in process rows, with the scores and labels of their steps."""
-    prompts, texts = [], []
+def show_steps(model, tok, rows, cfg):
+    """No rows for a file, and [(prompt, text)] for samples.txt of the first process rows: what the steps of
+    an answer score, and their labels."""
+    told = []
     for row in rows[: report.PROBES]:
-        groups, n_too_long = group_steps([row], tok, max_len)
-        if n_too_long:
-            continue
-        ids, mask, n, at, *_ = batch_of_steps(groups, tok, model.wte.weight.device)
-        scores = process.all_logits(model, ids, mask)[n, at].sigmoid().tolist()
+        groups, _ = group_steps([row], tok, min(cfg.max_len, model.cfg.max_len))
         lines = []
-        for step, label, score in zip(row["completions"], row["labels"], scores):
-            lines.append(f"score {score:.2f}, label {label:.2f}  {step.strip()}")
-        prompts.append(row["prompt"])
-        texts.append("\n       ".join(lines))
-    return [], prompts, texts
+        for answers, steps in groups:     # one, or none if it is too long
+            z = process.all_logits(model, *pad_batch(answers, tok.pad_id, model.wte.weight.device))[0]
+            for (_, t, label), text in zip(steps, row["completions"]):
+                lines.append(f"score {z[t].sigmoid():.2f}, label {label:.2f}  {text.strip()}")
+        told.append((row["prompt"], "\n       ".join(lines)))
+    return [], told
 
 
 @dataclass
@@ -351,14 +257,15 @@ class Lesson:
     """What a reward model learns from."""
     file: str                     # in --out, where the tiny world's annotator is asked
     rows: str                     # the kind of its rows (data/formats.py)
-    ask: typing.Callable          # (cfg, prompt rows, answers, run) -> these rows
+    ask: typing.Callable          # (run, path of the policy, device) -> these rows
     group: typing.Callable        # (rows, tok, max_len, margin) -> one element per prompt, rows left out
     losses: typing.Callable       # (model, elements, tok, cfg) -> sums over prompts: loss, share right
     evaluate: typing.Callable     # (model, elements, tok) -> figures, mean reward of an answer
-    show: typing.Callable         # (model, tok, rows, max_len, seed) -> rows for a file, prompts, texts
+    show: typing.Callable         # (model, tok, rows, cfg) -> rows for held_out.jsonl, [(prompt, text)]
 
 
-COMPARISONS = Lesson("comparisons.jsonl", "preference", compare, group, pair_losses, evaluate, show_pairs)
+COMPARISONS = Lesson("comparisons.jsonl", "preference", compare_answers, group, pair_losses, evaluate,
+                     show_pairs)
 STEPS = Lesson("process.jsonl", "process", label_steps, group_steps, step_losses, evaluate_steps, show_steps)
 
 
@@ -371,20 +278,20 @@ def main(cfg):
     policy = cfg.policy or init
     run = Run(cfg, "reward", [init, policy, cfg.data or world.TINY / "preference.jsonl"])
 
-    # What it learns from: one's own, what this run made before it was interrupted, or something new.
+    # The labels: one's own, those that this run was given before it was interrupted, or new ones.
     path = cfg.data or run.folder / lesson.file
     if not cfg.data and not (run.first and path.exists()):
-        world.write_jsonl(path, lesson.ask(cfg, *different_answers(cfg, policy, device, run), run))
+        world.write_jsonl(path, lesson.ask(run, policy, device))
         barrier()
     rows, dropped = formats.load(path, lesson.rows)
     run.say(formats.describe(rows, dropped, path))
 
-    # The model. A new head is drawn alike wherever the comparisons come from.
+    # The model. A new head is drawn alike wherever the labels come from.
     torch.manual_seed(cfg.seed)
     model, tok = load(init, head="new")
     model.cfg.reward_mean, model.cfg.process = 0.0, cfg.process
 
-    # The same by prompt, some prompts held out.
+    # The rows by prompt, some prompts held out.
     max_len = min(cfg.max_len, model.cfg.max_len)
     train_rows, held_rows = formats.split(rows, cfg.held_out, seed=0)
     train, n_long = lesson.group(train_rows, tok, max_len, cfg.margin)
@@ -407,10 +314,10 @@ def main(cfg):
     run.begin(len(plan), tok, model=(model, optimizer))
 
     def tell(title):
-        """Write what it says of some held-out rows as text; returns rows for a file."""
-        for_a_file, prompts, texts = lesson.show(model, tok, held_rows, max_len, cfg.seed)
-        run.samples(title, prompts, texts)
-        return for_a_file
+        """Write what it says of some held-out rows as text; returns rows for held_out.jsonl."""
+        rows_told, told = lesson.show(model, tok, held_rows, cfg)
+        run.samples(title, *zip(*told[: report.PROBES]))
+        return rows_told
 
     # How good it is before its first step.
     if run.first:

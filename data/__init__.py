@@ -4,7 +4,8 @@
     formats                  the data sets people bring
     checkpoint, tokenizer    Hugging Face folders and tokenizers, in and out; below them safetensors and hub
     run, parallel            one run of a script: flags, folder, log, resume; several processes
-    sample, rewards, relabel answers and pairs of them; what scores them; asking the annotator again
+    sample, comparisons      answers of a policy; pairs of them, from people, from the annotator, as ids
+    rewards, relabel         what scores answers; asking the annotator again
     process                  the steps of an answer, and what is said of each
     report, page             measures, tables, health; out/index.html
     pretrain, chat, vote, evaluate     commands: `python -m data.pretrain`, ...

@@ -44,7 +44,7 @@ from data.checkpoint import load
 from data.endpoint import local_critic
 from data.pretrain import read_corpus
 from data.principles import compare, constitution
-from data.rewards import Rewards
+from data.rewards import rewards_on
 from data.run import program, result_of, seeded, setup
 from data.sample import ended, respond, short_enough
 from model import sampling_copy
@@ -116,22 +116,13 @@ def best_of_n(proxy, values, n):
 # Judges: score(rows, texts) gives an answer a number; an AI judge compares two answers directly.
 
 
-def rewards_on(device, flag, name):
-    """The Rewards (data/rewards.py) of a flag, their models on the device."""
-    rewards = Rewards(flag, name)
-    for model in rewards.models():
-        model.to(device)
-    return rewards
-
-
 def score_by(judge, cfg, device):
     """The function (rows, texts) -> list of floats of a judge named in the flags; None for an AI judge."""
     if judge.startswith("ai:"):
         return None
     if judge == "annotator":
-        annotator = world.Annotator(cfg.noise, 0.0, cfg.bias_length, cfg.bias_confidence, cfg.bias_sycophancy)
-        return lambda rows, texts: [annotator.utility(row, text) for row, text in zip(rows, texts)]
-    return rewards_on(device, "--judge", judge).score_texts
+        return world.Annotator(cfg.noise, 0.0, cfg.bias_length, cfg.bias_confidence, cfg.bias_sycophancy).utilities
+    return rewards_on("--judge", judge, device).score_texts
 
 
 def choices_of_ai(path, cfg, device):
@@ -317,7 +308,7 @@ def main(cfg):
     if plain and not graded:
         raise InputError(f"{data}: --judge {cfg.judge} knows the tiny world's prompts only; "
                          "give a reward model or ai:CHECKPOINT")
-    reward = rewards_on(device, "--reward", reward_path) if reward_path else None
+    reward = rewards_on("--reward", reward_path, device) if reward_path else None
     if reward_path == cfg.judge:     # one model is loaded once
         score = reward.score_texts
     else:

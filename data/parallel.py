@@ -5,6 +5,7 @@ frozen ones, are cut over the ranks by PyTorch's FSDP2 (arXiv:2304.11277), which
 are normalised over the whole step, so the sum is what one process would compute. With one process all of this
 is the plain thing. """
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -72,7 +73,7 @@ def prepare(model, cfg, device):
     made."""
     model.recompute = cfg.recompute
     if cfg.compile:
-        torch._dynamo.config.recompile_limit = 64   # shapes, with gradients or not, trained or frozen; else eager
+        torch._dynamo.config.recompile_limit = 64   # shapes, with gradients or not, frozen or not; else eager
         for block in model.h:
             block.compile()          # in place: no tensor changes its name
     if WORLD == 1:
@@ -133,8 +134,8 @@ def micro_batches(rows, lengths, size):
     if len(rows) % WORLD:
         n = len(rows) // WORLD * WORLD
         would = f"{n} or {n + WORLD}" if n else WORLD
-        raise InputError(f"{len(rows)} rows a step do not divide evenly over {WORLD} processes; {would} would "
-                         "(--batch_size, or --rollouts and --minibatches)")
+        raise InputError(f"{len(rows)} rows a step do not divide evenly over {WORLD} processes; {would} "
+                         "would (--batch_size, or --rollouts and --minibatches)")
     in_order = sorted(rows, key=lambda i: lengths[i])
     mine = in_order[RANK::WORLD]
     return [mine[i: i + size] for i in range(0, len(mine), size)]
@@ -149,24 +150,36 @@ def even_share(lengths):
     return order[RANK::WORLD]
 
 
-def in_chunks(f, ids, mask, size):
-    """f(ids, mask) over all rows of ids, mask (B, T), `size` of similar length at a time, each rank its
-    share. f returns (b,), (b, T) or (k, b, T); the result is the same with b = B, in fp32 and without
-    gradients, on every rank."""
-    mine = torch.tensor(even_share(last_token(mask).tolist()), device=ids.device)
-    total, times = None, torch.zeros(len(ids), device=ids.device)
-    for rows in mine.split(size):
-        with torch.no_grad():
-            part = f(ids[rows], mask[rows]).float()
-        dim = max(part.dim() - 2, 0)                                         # where the rows are
+@torch.no_grad()
+def in_shares(f, lengths, size, say=None):
+    """f(rows) over all rows, whose lengths are given: `size` of similar length at a time, each rank its share.
+    f takes a list of row numbers and returns (.., n), the rows last. The result is the same with all N rows,
+    (.., N), in fp32 and without gradients, on every rank. say: prints how far it is, every few seconds."""
+    mine = even_share(lengths)
+    total, times, spoke = None, None, time.time()
+    for start in range(0, len(mine), size):
+        rows = mine[start: start + size]
+        part = f(rows).float()                                                     # (.., n)
         if total is None:
-            shape = list(part.shape)
-            shape[dim] = len(ids)
-            total = torch.zeros(shape, device=ids.device)
-        total.index_add_(dim, rows, part)
-        times.index_add_(0, rows, torch.ones(len(rows), device=ids.device))
-    total, times = all_sum(total), all_sum(times)
-    return total / (times if total.dim() == 1 else times[:, None])
+            total = part.new_zeros(part.shape[:-1] + (len(lengths),))              # (.., N)
+            times = part.new_zeros(len(lengths))
+        total[..., rows] = part
+        times[rows] = 1.0
+        if say and time.time() - spoke > 4:
+            spoke = time.time()
+            say(f"... {(start + len(rows)) * WORLD:,} of {len(lengths):,}")
+    return all_sum(total) / all_sum(times)
+
+
+def in_chunks(f, ids, mask, size):
+    """f(ids, mask) over all rows of ids, mask (B, T), as `in_shares` does it. f returns (b,), (b, T) or
+    (k, b, T) for b rows; the result is the same with b = B."""
+    def part(rows):
+        out = f(ids[rows], mask[rows])
+        return out if out.dim() == 1 else out.transpose(-2, -1)                    # rows last
+
+    out = in_shares(part, last_token(mask).tolist(), size)
+    return out if out.dim() == 1 else out.transpose(-2, -1).contiguous()
 
 
 def sample(model, tok, prompts, draws, temperature=1.0):

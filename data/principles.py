@@ -1,6 +1,6 @@
 """What a critic is asked: principles and examples, ours (data/constitution.json) and Anthropic's published
-files, and the question which of two answers is better; then the label that follows, and how good such labels
-are. cai.py trains on them, data/evaluate.py judges by them."""
+files, and the question which of two answers is better; then the label that follows, and how good revisions and
+labels are. cai.py trains on them, data/evaluate.py judges by them."""
 import math
 from pathlib import Path
 
@@ -120,6 +120,35 @@ def compare(pairs, principles, critic, rng):
         mass = sum(math.exp(logp) for logp in one["logp"] + two["logp"]) / 2
         labels.append({"p": p, "orders": orders, "mass": mass, "principle": key})
     return labels
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How good the revisions are: figures over the chains of cai.py.
+
+
+def count_faults(chains):
+    """{"revisions": how many there are in the chains, "good": n, "copied": n, ..}."""
+    counts = dict.fromkeys(("revisions", "good", "copied", "empty", "leaked", "cut", "refused"), 0)
+    for chain in chains:
+        for step in chain["chain"]:
+            counts["revisions"] += 1
+            counts[step["fault"] or "good"] += 1
+    return counts
+
+
+def gold_by_revision(chains, rows):
+    """{"refused_0": share of initial responses that refuse, "gold_0": their gold, "refused_1": the same after
+    one revision, ..}: figure 5 of the paper, by the tiny world's judge. rows: the prompt row of each chain."""
+    now, figures = [chain["initial"] for chain in chains], {}
+    for n in range(1 + len(chains[0]["chain"])):
+        scores = []
+        for i, chain in enumerate(chains):
+            if n and not chain["chain"][n - 1]["fault"]:
+                now[i] = chain["chain"][n - 1]["revision"]
+            scores.append(world.judge(rows[i], now[i]))
+        figures[f"refused_{n}"] = sum(score["harmless"] > 0 for score in scores) / len(chains)
+        figures[f"gold_{n}"] = sum(score["gold"] for score in scores) / len(chains)
+    return figures
 
 
 # ------------------------------------------------------------------------------------------------------------

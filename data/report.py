@@ -46,12 +46,16 @@ def answers_in(folder):
 
 
 def what_came_out(name, folder, after):
-    """A sentence on a link of the chain that has just been made, with one telling answer; after: its figures."""
+    """A sentence on a link of the chain that has just been made, with one telling answer. after: its
+    figures."""
     if "accuracy" in after:
-        return f"{name}: prefers what the annotator prefers in {after['accuracy']:.0%} of the held-out comparisons"
+        return (f"{name}: prefers what the annotator prefers in {after['accuracy']:.0%} of the held-out "
+                "comparisons")
     if "gold" not in after:
         return f"{name}: done"
-    family, failure = ("harmless", "explains harm") if name == "base" else ("helpful", "imitates careless people")
+    family, failure = "helpful", "imitates careless people"
+    if name == "base":
+        family, failure = "harmless", "explains harm"
     for prompt, said in answers_in(folder).items():
         if said["family"] == family and said.get(family) == 0:
             return (f"{name}: gold {after['gold']:.2f} of 1. It {failure}, for example:\n    {prompt}\n"
@@ -60,8 +64,8 @@ def what_came_out(name, folder, after):
 
 
 def side_by_side(folders):
-    """The answers of several models to the same three prompts of the tiny world, one of each family that the first model
-    gets wrong and the last one right. folders: {title: folder}."""
+    """The answers of several models to the same three prompts of the tiny world, one of each family that the
+    first model gets wrong and the last one right. folders: {title: folder}."""
     answers = {title: answers_in(folder) for title, folder in folders.items()}
     first, *_, last = answers.values()
     lines, shown = [], set()
@@ -107,8 +111,8 @@ class Tests:
 
 
 def test_prompts(model, tok, max_new, own_rows=None, path=""):
-    """The tiny world's test prompts, or the first 32 different ones of rows of one's own, that leave room for an
-    answer in the model's context. InputError: none does."""
+    """The tiny world's test prompts, or the first 32 different ones of rows of one's own, that leave room for
+    an answer in the model's context. InputError: none does."""
     graded = own_rows is None
     max_new = MEASURED if graded else max_new
     longest = model.cfg.max_len - max_new
@@ -117,8 +121,8 @@ def test_prompts(model, tok, max_new, own_rows=None, path=""):
     else:
         fitting = own_prompts(own_rows, tok, longest, 32)
     if not fitting:
-        raise InputError(f"{path or 'test prompts'}: no prompt leaves room for --max_new {max_new} tokens in the model's "
-                         f"context of {model.cfg.max_len}")
+        raise InputError(f"{path or 'test prompts'}: no prompt leaves room for --max_new {max_new} tokens in "
+                         f"the model's context of {model.cfg.max_len}")
     return Tests(fitting, graded, max_new)
 
 
@@ -173,6 +177,33 @@ def answer_rows(tests, before, after):
     return rows
 
 
+def add_up(parts, n):
+    """The figures of micro-batches, dicts {name: (B,)}, as one {name: float}: their sums divided by n."""
+    sums = {}
+    for part in parts:
+        for name, x in part.items():
+            sums[name] = sums.get(name, 0.0) + x.sum() / n
+    return {name: x.item() for name, x in sums.items()}
+
+
+@torch.no_grad()
+def held_out_figures(losses, model, held, known, tok, cfg):
+    """Means of what `losses` of dpo.py logs of held-out examples. known (2, N): what it has to know of them."""
+    parts = []
+    for i in range(0, len(held), cfg.micro_batch):
+        part = slice(i, i + cfg.micro_batch)
+        parts.append(losses(model, held[part], known[:, part], tok, cfg)[1])
+    return add_up(parts, len(held))
+
+
+def win_rate(before, after):
+    """Share of the test prompts on which gold is higher than before, ties one half. Both: `scored` of Answers."""
+    wins = 0.0
+    for old, new in zip(before, after):
+        wins += float(new["gold"] > old["gold"]) + 0.5 * (new["gold"] == old["gold"])
+    return wins / len(after)
+
+
 def distinct_n(responses, n):
     """Different n-grams / all n-grams over responses (lists of ids): near 0 when the model says one thing to
     everybody (Li et al. 2016, arXiv:1510.03055)."""
@@ -211,6 +242,40 @@ def bits_per_byte(model, ids, n_bytes, length=128, batch=32):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Figures of a reward model on comparisons that it has not seen.
+
+
+def share_right(guess, p):
+    """How often guess (M,) and p - 1/2 (M,) have the same sign. No guess, 0, is half right."""
+    return ((guess * (p - 0.5) > 0).float() + 0.5 * (guess == 0)).mean().item()
+
+
+def calibration_error(d, p):
+    """Mean |stated probability - frequency| over ten bins of P(a over b), weighted by size, for reward
+    differences d (M,) and labels p (M,). Each pair counts both ways round: which answer is a says nothing."""
+    stated, true = torch.cat([d.sigmoid(), (-d).sigmoid()]), torch.cat([p, 1 - p])             # (2M,)
+    bins, error = (stated * 10).long().clamp(max=9), 0.0
+    for b in bins.unique():
+        inside = bins == b
+        gap = (stated[inside].mean() - true[inside].mean()).abs()
+        error += (gap * inside.float().mean()).item()
+    return error
+
+
+def accuracies(d, p, longer):
+    """Accuracy {name: number} on pairs that are no ties, from reward differences d (M,), labels p (M,) and
+    by how many tokens a is longer than b (M,). longer_wins is that of always taking the longer answer."""
+    out = {"accuracy": share_right(d, p), "longer_wins": share_right(longer, p)}
+    # Apart where the chosen answer is the shorter one, as long as the other, or the longer one.
+    chosen_is = (longer * (p - 0.5)).sign()
+    for name, sign in (("shorter", -1), ("same_length", 0), ("longer", 1)):
+        part = chosen_is == sign
+        if part.any():
+            out[f"accuracy_{name}"] = share_right(d[part], p[part])
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Health of a PPO run, in words.
 
 
@@ -232,36 +297,37 @@ def health(history, cfg=None):
     old, now, said = means(history[:5]), means(history[-5:]), {}
     if now["kl"] < -0.1:
         said["negative KL"] = (
-            f"the KL is estimated at {now['kl']:.2f}, and no KL is negative: the log-probs are not those of what was "
-            "sampled from; see the checks before the first update, try --dtype float32")
+            f"the KL is estimated at {now['kl']:.2f}, and no KL is negative: the log-probs are not those of "
+            "what was sampled from; see the checks before the first update, try --dtype float32")
     if now["eos_rate"] < min(0.9, old["eos_rate"] - 0.1):
         said["EOS rate"] = (
-            f"only {now['eos_rate']:.2f} of the responses end, it was {old['eos_rate']:.2f}: rambling pays; try a "
-            "larger --eos_penalty, or a larger --max_new if good answers need it")
+            f"only {now['eos_rate']:.2f} of the responses end, it was {old['eos_rate']:.2f}: rambling pays; "
+            "try a larger --eos_penalty, or a larger --max_new if good answers need it")
     if now["entropy"] < 0.05 * old["entropy"]:
         said["entropy"] = (
-            f"it fell from {old['entropy']:.3f} to {now['entropy']:.3f} nats per token: the policy has stopped "
-            "exploring; try --entropy_coef 0.01, a larger --kl_coef or a smaller --lr")
+            f"it fell from {old['entropy']:.3f} to {now['entropy']:.3f} nats per token: the policy has "
+            "stopped exploring; try --entropy_coef 0.01, a larger --kl_coef or a smaller --lr")
     if now.get("unique", 1) < 0.3 * old.get("unique", 1):
         said["identical responses"] = (
-            f"only {now['unique']:.2f} of them differ, it was {old['unique']:.2f}: one answer pays for many prompts; "
-            "read the samples, try a larger --kl_coef or --entropy_coef 0.01")
+            f"only {now['unique']:.2f} of them differ, it was {old['unique']:.2f}: one answer pays for many "
+            "prompts; read the samples, try a larger --kl_coef or --entropy_coef 0.01")
     if now["length"] > 1.5 * old["length"]:
         said["length"] = (
-            f"it grew from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for talk; try a larger "
-            "--kl_coef, or a --reward function that takes something off for length")
+            f"it grew from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for talk; try "
+            "a larger --kl_coef, or a --reward function that takes something off for length")
     if now["length"] < 0.5 * old["length"]:
         said["length"] = (
-            f"it shrank from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for brevity; read the "
-            "samples, try a larger --kl_coef or a smaller --eos_penalty")
+            f"it shrank from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for brevity; "
+            "read the samples, try a larger --kl_coef or a smaller --eos_penalty")
     if now.get("clipfrac", 0) > 0.3 or now.get("approx_kl", 0) > 0.1:
         said["ratio"] = (
-            f"{now['clipfrac']:.2f} of the ratios are clipped and approx_kl is {now['approx_kl']:.3f}: the steps are "
-            "too large; try a smaller --lr or fewer --epochs")
+            f"{now['clipfrac']:.2f} of the ratios are clipped and approx_kl is {now['approx_kl']:.3f}: the "
+            "steps are too large; try a smaller --lr or fewer --epochs")
     if len(history) >= 20 and "value_loss" in now and now["explained_var"] <= 0:
         said["value model"] = (
-            f"it explains {now['explained_var']:.2f} of the variance of the returns, where a constant explains 0: try a "
-            "larger --value_lr or --value_warmup, or do without: --advantage rloo --group 4")
+            f"it explains {now['explained_var']:.2f} of the variance of the returns, where a constant "
+            "explains 0: try a larger --value_lr or --value_warmup, or do without a value model: "
+            "--advantage rloo --group 4")
     if "gold" in now:
         hacking = reward_hacking(history, now, cfg)
         if hacking:
@@ -278,12 +344,13 @@ def reward_hacking(history, now, cfg):
     best = means(history[at: at + 5])
     if now["gold"] >= best["gold"] - 0.05 or now["reward"] <= best["reward"]:
         return ""
-    cures = [f"--kl_budget {best['kl_exact']:.1f}", "a larger --kl_coef", "several reward models with --ensemble min"]
+    cures = [f"--kl_budget {best['kl_exact']:.1f}", "a larger --kl_coef",
+             "several reward models with --ensemble min"]
     if cfg is None or not cfg.relabel:
         cures.insert(0, "--relabel 1")
-    return (f"gold fell from {best['gold']:.2f} to {now['gold']:.2f} while the reward rose from {best['reward']:.2f} to "
-            f"{now['reward']:.2f}: the policy exploits the reward model (Goodhart's law); try {', '.join(cures[:-1])}, "
-            f"or {cures[-1]}")
+    return (f"gold fell from {best['gold']:.2f} to {now['gold']:.2f} while the reward rose from "
+            f"{best['reward']:.2f} to {now['reward']:.2f}: the policy exploits the reward model (Goodhart's "
+            f"law); try {', '.join(cures[:-1])}, or {cures[-1]}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -293,9 +360,9 @@ INSPECTED = 3     # responses
 
 
 def inspection(policy, value, tok, rows, said, numbers, cfg):
-    """The numbers of the first responses of an iteration, for inspect.json, to prompt rows; said: (ids, mask), (B, T)
-    each. numbers: {"score": (B,), and (B, T) tensors of before the update: "logp", "ref_logp", "reward", "value",
-    "advantage", "whitened", "return"}; the models are those of after the update."""
+    """The numbers of the first responses of an iteration, for inspect.json, to prompt rows. said: (ids,
+    mask), (B, T) each. numbers: {"score": (B,), and (B, T) tensors of before the update: "logp", "ref_logp",
+    "reward", "value", "advantage", "whitened", "return"}; the models are those of after the update."""
     ids, mask = said[0][:INSPECTED], said[1][:INSPECTED]
     with torch.no_grad():
         logp = token_logprobs(policy, ids, mask, cfg.temperature)                     # (n, T)
@@ -317,8 +384,8 @@ def inspection(policy, value, tok, rows, said, numbers, cfg):
         after = {"logp": logp[i][m].tolist(), "value": values[i][m].tolist(), "ratio": ratio[i][m].tolist(),
                  "clipped": clipped[i][m].tolist()}
         text = tok.decode(ids[i][m].tolist()).strip()
-        responses.append({"prompt": rows[i]["prompt"][-1]["content"], "response": text,
-                          "score": numbers["score"][i].item(), "ended": tokens[-1] == "<eos>", "tokens": tokens,
+        responses.append({"prompt": rows[i]["prompt"][-1]["content"], "response": text, "tokens": tokens,
+                          "score": numbers["score"][i].item(), "ended": tokens[-1] == "<eos>",
                           "before": before, "after": after})
     raw = numbers["advantage"][numbers["whitened"] != 0]
     return {"gamma": cfg.gamma, "lam": cfg.lam, "clip": cfg.clip, "advantage": cfg.advantage,
@@ -330,15 +397,16 @@ def inspection_text(page):
     response = page["responses"][0]
     before, after = response["before"], response["after"]
     lines = [response["prompt"], f"    -> {response['response']}", "",
-             f"iteration {page['iteration']}: score r(x, y) = {response['score']:.4f}, beta = {page['beta']:g}, "
-             f"gamma = {page['gamma']:g}, lam = {page['lam']:g}, eps = {page['clip']:g}",
-             "R_t = -beta (logp - ref), plus r at the last token;  return = A + V;  ratio = exp(new logp - logp)",
-             f"adv -> whitened (gae): minus the mean {page['mean']:.4f}, over the standard deviation {page['std']:.4f} "
-             "of all tokens", "",
+             f"iteration {page['iteration']}: score r(x, y) = {response['score']:.4f}, "
+             f"beta = {page['beta']:g}, gamma = {page['gamma']:g}, lam = {page['lam']:g}, eps = {page['clip']:g}",
+             "R_t = -beta (logp - ref), plus r at the last token (of each step);  return = A + V;  "
+             "ratio = exp(new logp - logp)",
+             f"A -> whitened (gae): minus the mean {page['mean']:.4f}, over the standard deviation "
+             f"{page['std']:.4f} of all tokens", "",
              "before the update"]
     names = ("logp", "ref_logp", "reward", "value", "advantage", "whitened", "return")
-    lines.append(f"{'t':>3} {'token':14}" + "".join(f"{name:>11}" for name in ("logp", "ref", "R", "V", "A", "whitened",
-                                                                               "return")))
+    titles = ("logp", "ref", "R", "V", "A", "whitened", "return")
+    lines.append(f"{'t':>3} {'token':14}" + "".join(f"{title:>11}" for title in titles))
     for t, token in enumerate(response["tokens"]):
         cells = "".join(f"{before[name][t] + 0.0:>11.5f}" for name in names)
         lines.append(f"{t:>3} {token!r:14.14}{cells}")

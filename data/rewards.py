@@ -12,7 +12,7 @@ from data.checkpoint import load
 from data.parallel import RANK, all_sum, in_chunks
 from data.process import implicit_logits, implicit_rewards, step_logits, token_rewards
 from data.run import function_of, run_of
-from model import last_token
+from model import frozen, last_token
 
 BETA = 0.3    # of an implicit reward, unless the policy's run says another: the default of dpo.py
 
@@ -146,7 +146,10 @@ class Rewards:
         response."""
         if RANK:
             return all_sum(torch.zeros(len(rows)))
-        answer = function(rows, texts)      # an error of its own is shown as it is
+        try:
+            answer = function(rows, texts)
+        except (InputError, OSError) as e:   # elsewhere one sentence is enough; here its place is wanted
+            raise RuntimeError(f"{self.flag} {name} failed: {type(e).__name__}: {e}") from e
         try:
             out = torch.as_tensor(answer, dtype=torch.float)
         except (TypeError, ValueError, RuntimeError) as e:
@@ -154,3 +157,19 @@ class Rewards:
         if out.shape != (len(rows),) or not out.isfinite().all():
             raise InputError(f"{self.flag} {name}: expected {len(rows)} finite numbers for as many responses")
         return all_sum(out)
+
+
+def rewards_on(flag, name, device):
+    """The Rewards that a flag names, to judge with: their models frozen and on the device."""
+    rewards = Rewards(flag, name)
+    for model in rewards.models():
+        frozen(model).to(device)
+    return rewards
+
+
+def judge_of(flag, name, device):
+    """judge(rows, texts) -> utilities (list of floats) of answers to prompt rows: the tiny world's annotator,
+    or whatever Rewards knows."""
+    if name == "annotator":
+        return world.Annotator().utilities
+    return rewards_on(flag, name, device).score_texts

@@ -332,8 +332,8 @@ def batches(lengths, batch_size, seed, epoch):
     several processes the last batch loses the examples that do not divide evenly over them. InputError:
     --batch_size does not, or there are fewer examples than processes."""
     if batch_size % WORLD or len(lengths) < WORLD:
-        raise InputError(f"--batch_size {batch_size}, {len(lengths)} examples: they do not divide over {WORLD} "
-                         f"processes; --batch_size {max(1, batch_size // WORLD) * WORLD} would")
+        raise InputError(f"--batch_size {batch_size}, {len(lengths)} examples: they do not divide over "
+                         f"{WORLD} processes; --batch_size {max(1, batch_size // WORLD) * WORLD} would")
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
     out = []
@@ -358,7 +358,7 @@ PART_OF_A_CHAIN = "RLHF_PART_OF_A_CHAIN"   # environment variable of a script th
 NEXT = {   # stage: commands worth trying after it
     "base": ["python -m data.chat {out}", "python sft.py"],
     "sft": ["python -m data.chat {out}", "python reward.py", "python ppo.py"],
-    "reward": ["python -m data.vote", "python ppo.py"],
+    "reward": ["python -m data.vote --reward {out}", "python ppo.py --reward {out}"],
     "ppo": ["python -m data.chat {out}", "python ppo.py --inspect", "python dpo.py"],
     "dpo": ["python -m data.chat {out}", "python dpo.py --loss ipo --out out/ipo",
             "python -m data.evaluate out/base out/sft {out}"],

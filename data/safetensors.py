@@ -1,7 +1,7 @@
 """Files of tensors: safetensors in and out, whole or in shards, without a package for it.
 
-A .safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the raw
-numbers (github.com/huggingface/safetensors).
+A .safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
+raw numbers (github.com/huggingface/safetensors).
 """
 import json
 import math

@@ -263,6 +263,10 @@ class Annotator:
         """What it feels about a response (str) to a prompt row."""
         return utility(row, response, self.length, self.confidence, self.sycophancy)
 
+    def utilities(self, rows, responses):
+        """The same of one response to each row, a list."""
+        return [self.utility(row, response) for row, response in zip(rows, responses)]
+
     def step_utilities(self, row, steps):
         """What it feels about each step (str) of a response: its value, and the biases."""
         values = zip(steps, step_values(row, steps))
@@ -345,8 +349,11 @@ def better(principle, q, row, rng):
     """(a bad answer, its critique, a better one) under a principle; a good answer is praised and kept."""
     about = principle["about"]
     if about == "harmless" and q["family"] == "harmless":
-        return (respond(q, row, rng.choice(["wrong", "wrong", "surely_wrong", "refuse"]), rng),
-                f"The answer helps to {q['entity']}, and that does harm.", q["ideal"])
+        if rng.random() < 0.3:
+            evasive = respond(q, row, rng.choice(["refuse", "unknown"]), rng)
+            return evasive, "The answer should refuse and offer something safe.", q["ideal"]
+        harmful = respond(q, row, rng.choice(["wrong", "surely_wrong"]), rng)
+        return harmful, "The answer helps to do harm, so it should refuse.", q["ideal"]
     if about == "honest" and q["family"] == "honest":
         return (respond(q, row, rng.choice(["wrong", "surely_wrong"]), rng),
                 "The answer made this up, because nobody can know it.", q["ideal"])
@@ -358,9 +365,16 @@ def better(principle, q, row, rng):
     return q["ideal"], "The answer is fine.", q["ideal"]
 
 
+def draw_principle(q, constitution, rng):
+    """A principle to criticise answers to question q: mostly about what can be wrong with them, at times
+    any."""
+    fitting = [p for p in constitution if p["about"] in (q["family"], "concise")]
+    return rng.choice(fitting if rng.random() < 0.8 else constitution)
+
+
 def critique_chat(q, row, constitution, rng):
-    """A document of the corpus: an answer, its critique under a random principle, and its revision."""
-    principle = rng.choice(constitution)
+    """A document of the corpus: an answer, its critique under a principle, and its revision."""
+    principle = draw_principle(q, constitution, rng)
     bad, critique, good = better(principle, q, row, rng)
     return (chat([row["prompt"][0]["content"], bad])
             + f"\n\nCritiqueRequest: {principle['critique']}\n\nCritique: {critique}"
@@ -368,8 +382,8 @@ def critique_chat(q, row, constitution, rng):
 
 
 def choice_chat(q, row, constitution, rng):
-    """A document of the corpus: two answers, and which of them a random principle prefers."""
-    principle = rng.choice(constitution)
+    """A document of the corpus: two answers, and which of them a principle prefers."""
+    principle = draw_principle(q, constitution, rng)
     bad, _, good = better(principle, q, row, rng)
     if bad == good:
         bad = respond(q, row, rng.choice(["wrong", "surely_wrong"]), rng)
@@ -381,7 +395,7 @@ def corpus(pool, constitution, rng, size):
     """About `size` characters of documents, each a str."""
     docs, total = [], 0
     while total < size:
-        kind = rng.choices(["article", "harm", "chat", "critique", "choice"], [26, 3, 65, 3, 3])[0]
+        kind = rng.choices(["article", "harm", "chat", "critique", "choice"], [26, 3, 62, 6, 3])[0]
         mix = (0.5, 0.25, 0.25) if kind == "chat" else (0.3, 0.4, 0.3)
         q = pick(pool, rng, mix)
         row = prompt_row(q, rng.choice(WRAPPERS), rng)
@@ -467,11 +481,14 @@ def build(folder=TINY, seed=0, corpus_chars=1_600_000, demos=3000, preference=50
     constitution = json.loads((HERE / "constitution.json").read_text(encoding="utf-8"))
     qs = questions()
     train, new = pool_of([q for q in qs if not held_out(q)]), pool_of([q for q in qs if held_out(q)])
-    rng = random.Random(seed)
-    docs = corpus(train, constitution, rng, corpus_chars)
+    docs = corpus(train, constitution, random.Random(f"corpus {seed}"), corpus_chars)
     (folder / "corpus.txt").write_text("<|endoftext|>".join(docs), encoding="utf-8")
     ranks = train_bpe(docs, 1022)
     (folder / "tiny.tiktoken").write_text("".join(f"{base64.b64encode(t).decode()} {r}\n" for t, r in ranks.items()))
+
+    # The corpus once took so many draws from this stream; without them all other files would change.
+    rng = random.Random(seed)
+    rng.getrandbits(32 * 230_745)
     write_jsonl(folder / "demos.jsonl", [demo_row(train, rng) for _ in range(demos)])
     for name, n, mix in (("preference", preference, (0.7, 0.15, 0.15)), ("rl", rl, (0.6, 0.2, 0.2))):
         # facts are what a reward model learns last, so most comparisons are about them

@@ -189,7 +189,7 @@ def dpo_work(size, cfg, device):
     options = dpo.Config(beta=0.1, sft_coef=0.0)
 
     def loss():
-        known = dpo.all_logps(dpo.pair_logps, model, examples, TOK, cfg.batch)   # (2, B / 2)
+        known = dpo.all_logps(model, examples, TOK, cfg.batch)   # (2, B / 2)
         return dpo.pair_losses(model, examples, known, TOK, options)[0].mean()
     return training(model, optimizer, loss)
 

@@ -69,11 +69,11 @@ def test_all_recorded_chains_are_replayed(name):
         messages = [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": said}
                     for who, said in zip(turns[::2], turns[1::2])]
         drawn = iter([by_key[step["cst_key"]] for step in record["cst"]])
-        cfg = SimpleNamespace(critiques=4, candidates=1, max_critique=9, max_new=9, critic_temperature=1.0)
+        cfg = SimpleNamespace(critiques=4, max_critique=9, max_new=9, critic_temperature=1.0)
         with pytest.MonkeyPatch.context() as m:
             m.setattr(random.Random, "choice", lambda self, principles: next(drawn))
             initial = record["initial_response"][0]["sample"]
-            chain, = cai.make_chains([messages], [initial], revise, [], lambda requests: [
+            chain, = cai.make_chains([messages], [initial], revise, lambda requests: [
                 {"text": known[r["prompt"]], "ended": True} for r in requests], cfg, 0)
         assert [(s["principle"], s["critique"], s["revision"]) for s in chain["chain"]] == [
             (s["cst_key"], s["critique"]["sample"], s["revision"]["sample"]) for s in record["cst"]]
@@ -213,47 +213,36 @@ def test_chains_keep_the_response_when_a_revision_is_of_no_use():
     def critic(requests):
         asked.extend(requests)
         return [{"text": next(texts), "ended": True} for _ in requests]
-    cfg = SimpleNamespace(critiques=3, candidates=1, max_critique=9, max_new=9, critic_temperature=1.0)
+    cfg = SimpleNamespace(critiques=3, max_critique=9, max_new=9, critic_temperature=1.0)
     prompt = [{"role": "user", "content": "q"}]
-    chain, = chains = cai.make_chains([prompt], [" bad"], revise, [], critic, cfg, 0)
+    chain, = chains = cai.make_chains([prompt], [" bad"], revise, critic, cfg, 0)
     assert [s["fault"] for s in chain["chain"]] == ["empty", "", "copied"]
     assert " bad" in asked[2]["prompt"] and " better" in asked[4]["prompt"] and " bad" not in asked[4]["prompt"]
     assert len({r["seed"] for r in asked}) == 6
-    counts = cai.count_faults(chains)
+    counts = principles.count_faults(chains)
     assert (counts["revisions"], counts["good"], counts["empty"], counts["copied"], counts["cut"]) == (3, 1, 1, 1, 0)
     assert [r["messages"][-1]["content"] for r in cai.training_rows(chains, "all")] == ["better", "better"]
     assert len(cai.training_rows(chains, "last")) == 1
 
 
-def test_the_critic_keeps_the_revision_it_prefers():
-    """Of several tries, faulty ones never; the response itself where all are worse; in whichever order it is asked."""
-    revise = [{"key": f"k{i}", "critique": f"\n\nCritiqueRequest: {i}", "revision": "\n\nRevisionRequest: r"}
-              for i in range(3)]
-    choose = [{"key": "c", "head": "", "choice": "Which?", "left": "", "right": ""}]
-    worth = {"bad": 0, "awful": -1, "fair": 1, "good": 2, "perfect": 3}
-    says = {1: iter([" fair", " good", " perfect"]), 2: iter([" fair", " awful", " bad"])}   # perfect is cut off
-    asked = []
+def test_gold_of_each_revision():
+    """A revision with a fault leaves the response, and its gold, as they were."""
+    row = {"family": "harmless", "skill": "theft", "entity": "rob a bank", "answer": "call a locksmith"}
+    steps = [{"revision": "I cannot help with that.", "fault": ""}, {"revision": "You bend", "fault": "cut"},
+             {"revision": "I cannot help with that, but I can help you call a locksmith.", "fault": ""}]
+    chains = [{"initial": "You run.", "chain": steps}, {"initial": "You run.", "chain": [steps[1]] * 3}]
+    told = principles.gold_by_revision(chains, [row, row])
+    assert [told[f"refused_{n}"] for n in range(4)] == [0, 0.5, 0.5, 0.5]
+    assert [told[f"gold_{n}"] for n in range(4)] == [0, 0.25, 0.25, 0.5]
 
-    def critic(requests):
-        asked.extend(requests)
-        out = []
-        for r in requests:
-            if "options" in r:
-                a, b = (worth[r["prompt"].split(f" ({x}) ")[1].split("\n")[0]] for x in "AB")
-                out.append({"logp": [float(a), float(b)]})
-            elif r["prompt"].endswith("RevisionRequest: r"):
-                text = next(says[1 if "Assistant: bad" in r["prompt"] else 2])
-                out.append({"text": text, "ended": text != " perfect"})
-            else:
-                out.append({"text": " hm", "ended": True})
-        return out
-    cfg = SimpleNamespace(critiques=2, candidates=3, max_critique=9, max_new=9, critic_temperature=1.0)
-    chain, = chains = cai.make_chains([[{"role": "user", "content": "q"}]], [" bad"], revise, choose, critic, cfg, 0)
-    assert [(s["revision"], s["fault"]) for s in chain["chain"]] == [(" good", ""), (" fair", "worse")]
-    assert chain["chain"][0]["p"] > 0.5 > chain["chain"][1]["p"]
-    assert len({r["seed"] for r in asked if "seed" in r}) == 12 and sum("options" in r for r in asked) == 12
-    assert cai.count_faults(chains)["worse"] == 1
-    assert [r["messages"][-1]["content"] for r in cai.training_rows(chains, "all")] == ["good"]
+
+def test_the_corpus_shows_a_critic_what_can_be_wrong():
+    """A critic that read "The answer is fine." most of the time says it to everything (LOG.md)."""
+    documents = (world.TINY / "corpus.txt").read_text().split("<|endoftext|>")
+    critiques = [text for text in documents if "\n\nCritique:" in text]
+    assert len(critiques) > 300
+    assert sum("Critique: The answer is fine." in text for text in critiques) < 0.15 * len(critiques)
+    assert sum("Critique: The answer helps to do harm" in text for text in critiques) > 0.15 * len(critiques)
 
 
 def test_option_logprobs():

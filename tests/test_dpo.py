@@ -13,11 +13,11 @@ from test_oracles import (BETA, N_TOKENS, PROMPTS, RESPONSES, both, exact, full_
                           wide)
 
 import dpo
-from data import InputError, world
+from data import InputError, comparisons, report, world
 from data.checkpoint import load, save
 from data.run import adamw, set_lr
 from data.tokenizer import GPT2_REGEX, Tokenizer, tokenizer_from_ranks
-from model import GPT, GPTConfig, pad_batch
+from model import GPT, GPTConfig, pad_batch, token_logprobs
 
 f64 = torch.float64
 LOSSES = ["dpo", "ipo", "simpo", "orpo"]
@@ -34,6 +34,13 @@ def numbers(seed=0, N=50):
     logp, ref = -n * rng.exponential(0.7, size=(2, N)) - 1e-3, -n * rng.exponential(0.7, size=(2, N)) - 1e-3
     p = np.where(rng.random(N) < 0.5, 1.0, rng.random(N))
     return logp, ref, n, p
+
+
+def logps(model, pairs, tok):
+    """Summed log-probs (N,) of answers given prompts, [(prompt ids, answer ids)], each in a row of its own."""
+    ids, _ = pad_batch([prompt + answer for prompt, answer in pairs], tok.pad_id)
+    mask, _ = pad_batch([[0] * len(prompt) + [1] * len(answer) for prompt, answer in pairs], 0)
+    return token_logprobs(model, ids, mask.bool()).sum(1)
 
 
 def oracle(loss, logp, ref, n, p, beta, gamma=1.0, lam=1.0, smooth=0.0, flip=0.0, sft=0.0):
@@ -182,15 +189,14 @@ def test_logps_are_of_the_answer_only(dialect):
     """Equal to the sum over single tokens of an unpadded row; the prompt's own log-probs play no part."""
     model, rng, tok = tiny(dialect), random.Random(1), SimpleNamespace(pad_id=3)
     pairs = list(zip(ragged(rng, 6, 1, 9), ragged(rng, 6, 1, 12)))
-    got = dpo.logps(model, pairs, tok)
-    for (x, y), value in zip(pairs, got.tolist()):
+    got = dpo.pair_logps(model, [(x, y, [], 1.0) for x, y in pairs], tok)
+    for (x, y), value in zip(pairs, got[0].tolist()):
         lp = full_logits(model, x + y).log_softmax(-1)
         want = sum(lp[len(x) + i - 1, t].item() for i, t in enumerate(y))
         assert value == pytest.approx(want, rel=1e-5)
-    assert torch.allclose(dpo.all_logps(dpo.logps, model, pairs, tok, 4), got.detach(), rtol=1e-5)
-    examples = [(x, y, y, 1.0) for x, y in pairs]
-    both_answers = dpo.all_logps(dpo.pair_logps, model, examples, tok, 4)
-    assert torch.allclose(both_answers, got.detach().expand(2, -1), rtol=1e-5)
+    assert got[1].abs().max() == 0        # of no answer
+    both_answers = dpo.all_logps(model, [(x, y, y, 1.0) for x, y in pairs], tok, 4)
+    assert torch.allclose(both_answers, got[0].detach().expand(2, -1), rtol=1e-5)
 
 
 @both
@@ -204,7 +210,7 @@ def test_a_shared_prompt_changes_nothing(dialect):
     together = dpo.pair_logps(model, examples, tok)
     (together * weight).sum().backward()
     grad = grad_of(model)
-    apart = torch.stack([dpo.logps(model, [(e[0], e[k]) for e in examples], tok) for k in (1, 2)])
+    apart = torch.stack([logps(model, [(e[0], e[k]) for e in examples], tok) for k in (1, 2)])
     (apart * weight).sum().backward()
     assert torch.allclose(together, apart, rtol=1e-5, atol=1e-5)
     assert (grad_of(model) - grad).abs().max() < 2e-5 * grad.abs().max()
@@ -216,11 +222,40 @@ def test_the_first_loss_is_ln_2(dialect):
     model, rng, tok = tiny(dialect), random.Random(3), SimpleNamespace(pad_id=3)
     texts = zip(ragged(rng, 9, 1, 9), ragged(rng, 9, 1, 12), ragged(rng, 9, 1, 12))
     examples = [(x, a, b, 1.0) for x, a, b in texts]
-    known = dpo.all_logps(dpo.pair_logps, model, examples, tok, 4)
+    known = dpo.all_logps(model, examples, tok, 4)
     loss, figures = dpo.pair_losses(model, examples[2:6], known[:, 2:6], tok, config())
     assert (loss - math.log(2)).abs().max() < 1e-6 and figures["margin"].abs().max() < 1e-5
     loss, figures = dpo.pair_losses(model, examples, dpo.pair_logps(model, examples, tok).detach(), tok, config())
     assert figures["margin"].abs().max() == 0
+
+
+@both
+def test_the_first_loss_of_kto_is_a_half(dialect):
+    """Although the reference reads both answers in one row, and the policy the labelled ones alone."""
+    model, rng, tok = tiny(dialect), random.Random(3), SimpleNamespace(pad_id=3)
+    texts = zip(ragged(rng, 9, 1, 9), ragged(rng, 9, 1, 12), ragged(rng, 9, 1, 12))
+    examples = [(x, a, b, float(i % 2)) for i, (x, a, b) in enumerate(texts)]
+    ref = dpo.all_logps(model, examples, tok, 4)
+    known = dpo.kto_known(model, examples, ref, tok, config(micro_batch=2))
+    assert (known[0] - ref[0]).abs().max() == 0 and 0 <= known[1].min() <= known[1].max() < 1e-5
+    loss, figures = dpo.kto_losses(model, examples, known, tok, config())
+    assert (loss - 0.5).abs().max() < 1e-6 and figures["margin"].abs().max() < 1e-5
+
+
+@both
+def test_the_reference_point_is_the_mean_of_the_step(dialect):
+    """max(0, mean of log pi / pi_ref) of the other answers behind these prompts, however the step is cut."""
+    model, ref_model, rng, tok = tiny(dialect), tiny(dialect, 1), random.Random(5), SimpleNamespace(pad_id=3)
+    texts = zip(ragged(rng, 7, 1, 9), ragged(rng, 7, 1, 12), ragged(rng, 7, 1, 12))
+    examples = [(x, a, b, 1.0) for x, a, b in texts]
+    others = [(x, b) for x, _, b, _ in examples]
+    want = (logps(model, others, tok) - logps(ref_model, others, tok)).mean().item()
+    for one, other, z in ((model, ref_model, max(0.0, want)), (ref_model, model, max(0.0, -want))):
+        ref = dpo.all_logps(other, examples, tok, 4)
+        for size in (1, 3, 7):
+            known = dpo.kto_known(one, examples, ref, tok, config(micro_batch=size))
+            assert known[1].tolist() == pytest.approx([z] * 7, abs=1e-4)
+    assert abs(want) > 1e-2
 
 
 def test_a_loss_is_one_row(monkeypatch):
@@ -258,13 +293,13 @@ def test_kto_never_pairs_a_prompt_with_its_own_completion():
         examples = [([rng.randrange(n_prompts)], [i, 7], [i, 7], 1.0) for i in range(60)]
         examples[0], examples[1] = ([0], [0, 7], [0, 7], 1.0), ([1], [1, 7], [1, 7], 0.0)
         prompt_of = {tuple(a): x for x, a, _, _ in examples}
-        out = dpo.mismatch(examples, 3)
+        out = comparisons.mismatch(examples, 3)
         assert [(x, a, p) for x, a, _, p in out] == [(x, a, p) for x, a, _, p in examples]
         assert all(prompt_of[tuple(b)] != x for x, _, b, _ in out)
         if n_prompts == 10:   # where prompts seldom meet, nearly all answers serve once
             assert len({tuple(b) for *_, b, _ in out}) > 45
     with pytest.raises(InputError, match="same prompt"):
-        dpo.mismatch([([1], [i], [i], 1.0) for i in range(5)], 0)
+        comparisons.mismatch([([1], [i], [i], 1.0) for i in range(5)], 0)
 
 
 def test_encode_leaves_out_and_counts():
@@ -274,14 +309,14 @@ def test_encode_leaves_out_and_counts():
            "rejected": "It is Paris. " * 20 + "No.", "label": 1.0}
     whole = tok.render(row["prompt"], True)[0]
     n = len(whole)
-    (x, w, l, p), = dpo.encode([row], tok, n, n + 20)[0]
+    (x, w, l, p), = comparisons.encode([row], tok, n, n + 20)[0]
     assert x == whole and tok.decode(w[:-1]).strip() == "It is Paris." and w[-1] == tok.eos_id and p == 1.0
     assert len(l) == 20 and tok.eos_id not in l                      # cut: it does not end
-    assert dpo.encode([row], tok, n, n + 20)[1] == {"cut": 1}
-    assert dpo.encode([row], tok, n - 1, n + 20) == ([], {"long": 1})
-    assert dpo.encode([row | {"chosen": row["rejected"] + " More."}], tok, n, n + 20) == ([], {"equal": 1})
+    assert comparisons.encode([row], tok, n, n + 20)[1] == {"cut": 1}
+    assert comparisons.encode([row], tok, n - 1, n + 20) == ([], {"long": 1})
+    assert comparisons.encode([row | {"chosen": row["rejected"] + " More."}], tok, n, n + 20) == ([], {"equal": 1})
     single = {"prompt": row["prompt"], "completion": "It is Paris.", "label": False}
-    (x, a, b, p), = dpo.encode([single], tok, 200, 256)[0]
+    (x, a, b, p), = comparisons.encode([single], tok, 200, 256)[0]
     assert x == whole and a == b == w and p == 0.0
 
 
@@ -297,7 +332,7 @@ def test_no_prompt_loses_its_beginning():
     tok = chat_tokenizer()
     rows = [{"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "word " * n}],
              "chosen": "a", "rejected": "b", "label": 1.0} for n in (1, 100, 2)]
-    examples, counts = dpo.encode(rows, tok, 80, 120)
+    examples, counts = comparisons.encode(rows, tok, 80, 120)
     assert len(examples) == 2 and counts["long"] == 1 and counts.total() == 1
     for row, (prompt, *_) in zip((rows[0], rows[2]), examples):
         assert prompt == tok.render(row["prompt"], True)[0] and prompt[0] == tok.bos_id
@@ -332,10 +367,10 @@ def test_the_known_optimum_is_reached(loss):
     assert label.min() > 0 and label.max() < 1
     flat = [(x, y) for x in PROMPTS for y in answers]
     with torch.no_grad():
-        known = dpo.logps(ref, flat, tok).view(2, -1)
+        known = logps(ref, flat, tok).view(2, -1)
     optimizer, n_steps = adamw(policy), 900
     for step in range(n_steps):
-        logp = dpo.logps(policy, flat, tok).view(2, -1)                 # every answer once, then every pair
+        logp = logps(policy, flat, tok).view(2, -1)                 # every answer once, then every pair
         take = lambda t: torch.stack((t[k, i], t[k, j]))   # noqa: E731
         out = dpo.pair_loss(config(loss=loss), beta, take(logp), take(known), torch.stack((n[i], n[j])), label)[0]
         out.mean().backward()
@@ -422,11 +457,27 @@ def test_online_pairs_are_what_the_policy_said(chain, tmp_path):
         return [len(t) for t in texts]
 
     cfg = config(judge="mine:score", max_new=14)
-    out = dpo.online_pairs(policy, tok, rows, score, cfg, 0)
+    out = comparisons.online_pairs(policy, tok, rows, score, cfg, 0)
     assert 0 < len(out) <= 24
     for x, w, l, p in out:
         assert p == 1.0 and w != l and tok.eos_id in w
         assert tok.eos_id not in l or seen[tok.decode(w)] > seen[tok.decode(l)]
+
+
+def test_an_error_in_a_judge_is_shown_with_its_place(suite, chain, tmp_path):
+    """Also one that would be a sentence without a traceback if it were ours, such as a file that is not there."""
+    (tmp_path / "mine.py").write_text("def score(rows, texts):\n    return open('nosuch.txt').read()\n"
+                                      "def nan(rows, texts):\n    return [float('nan') for _ in texts]\n")
+    flags = ["--online", "--batch_size", 4, "--max_new", 4, "--init", chain / "sft", "--out", tmp_path / "x", "--judge"]
+    r = suite.run("dpo.py", *flags, "mine:score", cwd=tmp_path)
+    assert r.rc == 1 and "mine.py\", line 2, in score" in r.err and "--judge mine:score failed: FileNotFound" in r.err
+    r = suite.run("dpo.py", *flags, "mine:nan", cwd=tmp_path)
+    assert r.rc == 1 and "Traceback" not in r.err and "--judge mine:nan: expected 8 finite numbers" in r.err
+
+
+def test_win_rate():
+    before = [{"gold": x} for x in (0.0, 0.5, 1.0, 0.2)]
+    assert report.win_rate(before, [{"gold": x} for x in (1.0, 0.5, 0.0, 0.3)]) == 2.5 / 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,6 +514,14 @@ def test_prompts_longer_than_the_context(suite, small):
     path = write(small / "some.jsonl", [pair(i, 90) for i in range(40)] + [pair(i) for i in range(40, 60)])
     r = suite.ok("dpo.py", *flags, "--data", path, "--out", small / "y")
     assert "40 with prompts of more than 128 tokens" in r.out and len(rows_of(small / "y")) == 1
+
+
+def test_one_pair_is_enough(suite, small):
+    """A step in each pass, and a checkpoint at the end."""
+    path = write(small / "two.jsonl", [pair(1), pair(2)])
+    r = suite.ok("dpo.py", "--init", small / "model", "--data", path, "--max_new", 4, "--out", small / "x")
+    assert "1 to train on, 1 held out" in r.out and len(rows_of(small / "x")) == 2
+    assert (small / "x" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("change", ["reordered", "one_removed", "appended", "same"])

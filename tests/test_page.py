@@ -128,8 +128,8 @@ def fake_round(folder):
     chains, chosen = [], []
     for i in range(800):
         prompt = [{"role": "user", "content": f"How do I do harm {i}?"}]
-        step = {"principle": "constitution 1", "critique": HOSTILE[i % len(HOSTILE)], "p": 0.6}
-        steps = [{**step, "revision": "You do.", "fault": "worse"}, {**step, "revision": "No.", "fault": ""}]
+        step = {"principle": "constitution 1", "critique": HOSTILE[i % len(HOSTILE)]}
+        steps = [{**step, "revision": "You do.", "fault": "cut"}, {**step, "revision": "No.", "fault": ""}]
         chains.append({"prompt": prompt, "initial": " You mix it.", "chain": steps})
         chosen.append({"prompt": prompt, "chosen": "I cannot.", "rejected": "You mix it.", "label": 0.8,
                        "by": "ai", "orders": [0.3, 0.1], "principle": "constitution 0"})
@@ -232,7 +232,7 @@ def test_numbers_are_those_of_the_files(out):
     assert data["inspect"][0] == {**json.loads((out / "ppo" / "inspect.json").read_text()), "name": "ppo"}
     chains = read_lines(out / "cai" / "round1" / "chains.jsonl")
     (told,) = data["rounds"]
-    assert told["chains"] == chains[:page.SOME] and told["faults"] == {"worse": 800, "good": 800}
+    assert told["chains"] == chains[:page.SOME] and told["faults"] == {"cut": 800, "good": 800}
     assert len(told["comparisons"]) == page.SOME and {row["by"] for row in told["comparisons"]} == {"ai"}
     assert [run["name"] for run in data["climbs"]] == ["confidence0", "confidence1"]
     assert len(data["climbs"][0]["best"]) == 3 and data["climbs"][1]["best"] == []
@@ -564,7 +564,7 @@ def test_rlhf_beside_dpo_and_constitutional_ai(out, browser):
     rate = (sum(gain > 0 for gain in gains) + 0.5 * gains.count(0)) / len(gains)
     assert shown(rate) in text
     text = browser.text("#cai")
-    assert "800 worse, 800 good" in text and "0.621" in text
+    assert "800 cut, 800 good" in text and "0.621" in text
     assert "(0.700 in one order + 0.900 in the other) / 2 = 0.800" in text     # turned to the chosen answer
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import reward
-from data import formats, world
+from data import formats, report, sample, world
 from data.checkpoint import load
 from test_scripts import fails, log_of, result_of, same, write
 
@@ -26,21 +26,21 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.
 def test_accuracy_counts_no_opinion_as_half():
     """Otherwise a model that gives everything the same reward is right never, or always."""
     p = torch.tensor([1.0, 0.0, 0.8, 0.3])
-    assert reward.share_right(torch.tensor([2.0, -1.0, 0.5, -3.0]), p) == 1
-    assert reward.share_right(torch.tensor([2.0, 1.0, -0.5, 3.0]), p) == 0.25
-    assert reward.share_right(torch.zeros(4), p) == 0.5
+    assert report.share_right(torch.tensor([2.0, -1.0, 0.5, -3.0]), p) == 1
+    assert report.share_right(torch.tensor([2.0, 1.0, -0.5, 3.0]), p) == 0.25
+    assert report.share_right(torch.zeros(4), p) == 0.5
 
 
 def test_accuracy_by_length():
     """Otherwise a reward model that has learned length alone looks like one that has learned what is good."""
     longer = torch.tensor([3, -2, 0, 5, -4, 1])               # tokens by which a is longer
     p = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 1.0])          # chosen: longer, shorter, same, shorter, longer ..
-    likes_length = reward.accuracies(longer.float(), p, longer)
+    likes_length = report.accuracies(longer.float(), p, longer)
     assert likes_length == pytest.approx({"accuracy": 3.5 / 6, "longer_wins": 3.5 / 6, "accuracy_shorter": 0.0,
                                           "accuracy_same_length": 0.5, "accuracy_longer": 1.0})
-    knows = reward.accuracies(p - 0.5, p, longer)
+    knows = report.accuracies(p - 0.5, p, longer)
     assert {knows[name] for name in knows if name != "longer_wins"} == {1.0} and knows["longer_wins"] < 1
-    assert "accuracy_longer" not in reward.accuracies(p[:1] - 0.5, p[:1], -longer[:1])        # there is no such pair
+    assert "accuracy_longer" not in report.accuracies(p[:1] - 0.5, p[:1], -longer[:1])        # there is no such pair
 
 
 def test_calibration_error_against_numpy():
@@ -51,12 +51,12 @@ def test_calibration_error_against_numpy():
     for low in range(10):
         inside = np.floor(stated * 10) == low
         want += abs(stated[inside].sum() - true[inside].sum()) / len(stated)
-    got = reward.calibration_error(torch.tensor(d), torch.tensor(p))
+    got = report.calibration_error(torch.tensor(d), torch.tensor(p))
     assert got == pytest.approx(want, abs=1e-6) and got > 0.1
-    assert reward.calibration_error(-torch.tensor(d), 1 - torch.tensor(p)) == pytest.approx(got, abs=1e-9)
+    assert report.calibration_error(-torch.tensor(d), 1 - torch.tensor(p)) == pytest.approx(got, abs=1e-9)
     sure = torch.full((1000,), math.log(9.0))                 # P = 0.9, and it is right in 0.9 of the pairs
     label = (torch.arange(1000) < 900).float()
-    assert reward.calibration_error(sure, label) < 1e-5 < 0.39 < reward.calibration_error(sure, 1 - label)
+    assert report.calibration_error(sure, label) < 1e-5 < 0.39 < report.calibration_error(sure, 1 - label)
 
 
 def reward_alone(model, tok, row, side):
@@ -151,7 +151,7 @@ def test_held_out_pairs_and_the_mean(suite, chain, tmp_path):
         assert [pair["gold_a"], pair["gold_b"]] == world.gold([row] * 2, [pair["a"], pair["b"]])
         for side in "ab":
             assert pair[f"r_{side}"] == pytest.approx(
-                reward.sample.rewards(model, tok, [pair["prompt"]], [pair[side]])[0], abs=1e-4)
+                sample.rewards(model, tok, [pair["prompt"]], [pair[side]])[0], abs=1e-4)
     samples = (folder / "samples.txt").read_text(encoding="utf-8")
     assert samples.count("--- before") == samples.count("--- after") == 1
     assert re.search(r"    -> (chosen|tie) +[+-]", samples)

@@ -517,6 +517,7 @@ BAD_INPUT = [   # script, flags, what the message must hold
     ("dpo.py", DPO + "--label_smoothing 0.5", "--label_smoothing"),
     ("dpo.py", DPO + "--loss kto --online true", "--online"),
     ("dpo.py", DPO + "--online true --data {bad}/prompts.jsonl", "--judge"),
+    ("dpo.py", DPO + "--online true --judge gold --data {bad}/prompts.jsonl", "--judge"),
     ("dpo.py", INIT + "--online true --judge {chain}/sft", "is a language model"),
     ("dpo.py", INIT + "--online true --judge nomodule:f", "nomodule"),
     ("dpo.py", INIT + "--data {bad}/same.jsonl", "3 identical pair"),
@@ -967,6 +968,19 @@ def test_a_process_that_dies_ends_the_run(suite, chain, tmp_path):
     assert process.returncode != 0 and "Signal 9" in out
     gpt, _ = load(tmp_path / "x")
     assert all(p.isfinite().all() for p in gpt.parameters())
+
+
+def test_pairs_left_over_by_two_processes_are_counted(suite, chain, tmp_path):
+    """Online DPO cannot choose how many pairs it finds: of an odd number the last one is left out, and that is said."""
+    flags = ["dpo.py", "--init", chain / "sft", "--online", "--batch_size", 16, "--max_new", 24, "--max_steps", 4,
+             "--dtype", "float32", "--lr", 1e-9, "--out"]
+    jobs = [suite.start(*flags, tmp_path / "one"), *together(suite, 2, *flags, tmp_path / "two")]
+    one, two, _ = map(suite.finish, jobs)
+    assert "do not divide evenly over 2 processes" in two.out and "evenly" not in one.out
+    found = [row["pairs"] for row in log_of(tmp_path / "one")]
+    assert any(n % 2 for n in found) and not any(row["pairs_left_over"] for row in log_of(tmp_path / "one"))
+    for n, row in zip(found, log_of(tmp_path / "two"), strict=True):
+        assert [row["pairs"], row["pairs_left_over"]] == [n // 2 * 2, n % 2]
 
 
 def test_what_several_processes_cannot_share(suite, chain, tmp_path):

@@ -259,6 +259,34 @@ def test_a_padded_vocabulary_changes_nothing(dialect, monkeypatch):
         model_py.refresh(sampler, gpt)
 
 
+@pytest.mark.skipif(not model_py.CAN_PACK, reason="this torch has no oneDNN products with packed weights")
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"top_k": 5}])
+@pytest.mark.parametrize("copied", [True, False])
+@both
+def test_packed_weights_change_no_bit(dialect, copied, how, monkeypatch):
+    """Sampling with weights in oneDNN's order gives the bits of plain products, uses them for every layer and
+    the head of a sampling copy, and leaves none behind. LoRA's trunk is packed like any layer."""
+    monkeypatch.setattr(Linear, "compute", torch.bfloat16)
+    gpt = with_lora(frozen(small(dialect)), rank=2)
+    sampler, prompts = sampling_copy(gpt) if copied else gpt, [[1, 2, 3], [4, 5], [7]] * 3
+    used, product = [], torch.ops.mkldnn._linear_pointwise
+
+    def counted(*inputs):
+        used.append(inputs[1].shape)
+        return product(*inputs)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    packed = generate(sampler, tok_of(-1), prompts, draws(9, 20), **how)
+    n_layers = sum(isinstance(layer, Linear) for layer in sampler.modules())
+    assert len(used) == 19 * n_layers
+    assert all(layer.packed is None for layer in sampler.modules() if isinstance(layer, Linear))
+
+    monkeypatch.setattr(model_py, "CAN_PACK", False)
+    plain = generate(sampler, tok_of(-1), prompts, draws(9, 20), **how)
+    assert len(used) == 19 * n_layers
+    for a, b in zip(packed, plain):
+        assert torch.equal(a, b)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Device and precision, with a GPU that is only pretended.
 

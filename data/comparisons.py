@@ -1,0 +1,203 @@
+"""Comparisons of answers and labels of their steps: how the tiny world's come about (reward.py), comparisons
+of a file as ids, and those of a policy's own new answers (dpo.py). """
+import random
+import time
+from collections import Counter
+from dataclasses import asdict
+
+from data import InputError, formats, sample, world
+from data.checkpoint import load
+from data.parallel import WORLD
+from data.run import seeded
+from model import frozen, sampling_copy
+
+
+def answer_prompts(run, path, device):
+    """The policy at `path` answers each prompt of the tiny world --k times. Returns prompt rows and, for
+    each, a list of its answers (texts) that end, say something and differ. InputError: no prompt fits."""
+    # The policy, and the prompts that leave it room for an answer.
+    cfg = run.cfg
+    policy, tok = load(path)
+    policy = sampling_copy(frozen(policy)).to(device)
+    rows = world.rows("preference")
+    rows = random.Random(cfg.seed).sample(rows, min(cfg.prompts, len(rows)))
+    fitting = sample.short_enough(tok, rows, policy.cfg.max_len - cfg.max_new)
+    if not fitting:
+        raise InputError(f"{path}: no prompt leaves room for --max_new {cfg.max_new} tokens in its context "
+                         f"of {policy.cfg.max_len}")
+    n_long = len(rows) - len(fitting)
+    run.say(f"{path} answers {len(fitting):,} prompts {cfg.k} times each; {n_long:,} left out that leave no "
+            f"room for --max_new {cfg.max_new} tokens")
+
+    # Some prompts at a time, so that something can be said in between.
+    generator, answers, spoke = seeded(cfg.seed, 0), [], time.time()
+    for start in range(0, len(fitting), 64):
+        part = fitting[start: start + 64]
+        answers += sample.different_answers(policy, tok, part, [cfg.k] * len(part), cfg.max_new, generator,
+                                            cfg.temperature)
+        if time.time() - spoke > 4:
+            spoke = time.time()
+            run.say(f"... {len(answers):,} of {len(fitting):,} prompts answered")
+
+    n_answers = sum(len(texts) for texts in answers)
+    n_alone = sum(len(texts) < 2 for texts in answers)
+    run.say(f"{n_answers:,} of {cfg.k * len(fitting):,} answers end, say something and differ; {n_alone:,} "
+            f"prompts have no two such answers")
+    return fitting, answers
+
+
+def compare_answers(run, path, device):
+    """Preference rows (data/formats.py) of the tiny world: the annotator compares every two different answers
+    of the policy at `path` to a prompt. InputError: there are no two."""
+    cfg = run.cfg
+    pairs = sample.all_pairs(*answer_prompts(run, path, device))
+    run.say(f"the annotator compares {len(pairs):,} pairs")
+    if not pairs:
+        raise InputError(f"{path}: gives no prompt two different answers that end within --max_new "
+                         f"{cfg.max_new} tokens; after longer training, or to more --prompts, it may")
+    return sample.annotated(pairs, world.annotator_of(asdict(cfg)), random.Random(cfg.seed))
+
+
+def label_steps(run, path, device):
+    """Process rows (data/formats.py) of the tiny world: the annotator labels the steps of the different
+    answers of the policy at `path`. InputError: there are none."""
+    cfg = run.cfg
+    rows, answers = answer_prompts(run, path, device)
+    labelled = sample.annotated_steps(rows, answers, world.annotator_of(asdict(cfg)), random.Random(cfg.seed))
+    n_steps = sum(len(row["labels"]) for row in labelled)
+    run.say(f"the annotator labels {n_steps:,} steps of {len(labelled):,} answers")
+    if not labelled:
+        raise InputError(f"{path}: gives no answer that ends within --max_new {cfg.max_new} tokens; after "
+                         "longer training, or to more --prompts, it may")
+    return labelled
+
+
+# ------------------------------------------------------------------------------------------------------------
+# As ids, for dpo.py. An example is (prompt ids, first answer ids, second answer ids, label). Of a pair the
+# second answer is the rejected one and the label the share that prefers the first; for KTO the label says
+# whether the first answer is good (1) or bad (0), and the second one belongs to another prompt.
+
+
+def read_examples(run, path, kind, tok, max_len):
+    """Examples of a file to train on, held-out ones, and all its rows; run: the Run, whose flags they follow
+    and which says what was left out. kind: preference or kto. InputError: nothing to train on or to hold
+    out."""
+    cfg = run.cfg
+    rows, dropped = formats.load(path, kind)
+    run.say(formats.describe(rows, dropped, path))
+    decided = [row for row in rows if row["label"] != 0.5]    # from a tie only DPO would learn
+
+    # As ids, some of the prompts held out.
+    max_prompt = min(cfg.max_prompt, max_len - 1)
+    train_rows, held_rows = formats.split(decided, cfg.held_out, seed=0)
+    train, counts = encode(train_rows, tok, max_prompt, max_len)
+    held, held_counts = encode(held_rows, tok, max_prompt, max_len)
+    counts += held_counts
+
+    # What is there now, and what is missing.
+    n_ties = len(rows) - len(decided)
+    told = (f"{len(train):,} to train on, {len(held):,} held out; left out: {n_ties:,} ties, "
+            f"{counts['long']:,} with prompts of more than {max_prompt} tokens (--max_prompt), "
+            f"{counts['equal']:,} with equal answers; {counts['cut']:,} cut at {max_len} tokens (--max_len)")
+    if not train or not held:
+        raise InputError(f"{path}: {told}; both need at least one (--held_out)")
+    run.say(told)
+    if kind == "kto":
+        if len({label for *_, label in train}) < 2:
+            raise InputError(f"{path}: {told}; kto needs good and bad answers to train on")
+        train, held = mismatch(train, cfg.seed), mismatch(held, cfg.seed)
+    return train, held, rows
+
+
+def encode(rows, tok, max_prompt, max_len):
+    """Preference or KTO rows as examples, and a Counter. Prompts of more than max_prompt tokens are left out
+    ("long"), never cut: their BOS and headers tell the model what it reads. Answers are cut where prompt and
+    answer reach max_len ("cut") and then carry no EOS: a cut is not an end. Pairs whose answers do not differ
+    within it would teach nothing and are left out ("equal"). KTO's one answer also stands as the second."""
+    out, counts = [], Counter()
+    for row in rows:
+        answers = [row[key] for key in ("chosen", "rejected", "completion") if key in row]
+        prompt, first = tok.render_answer(row["prompt"], answers[0])
+        _, second = tok.render_answer(row["prompt"], answers[-1])
+        room = max_len - len(prompt)
+        if len(prompt) > max_prompt:
+            counts["long"] += 1
+        elif len(answers) == 2 and first[:room] == second[:room]:
+            counts["equal"] += 1
+        else:
+            counts["cut"] += max(len(first), len(second)) > room
+            out.append((prompt, first[:room], second[:room], float(row["label"])))
+    return out, counts
+
+
+def mismatch(examples, seed):
+    """KTO's examples, each with an answer to a different prompt as its second one, drawn once and for all, so
+    that the reference's log-probs can be kept. InputError: there is one prompt only."""
+    n, out = len(examples), list(examples)
+    order = random.Random(seed).sample(range(n), n)
+    for k, i in enumerate(order):
+        # The next one in this order that has another prompt.
+        prompt, answer, _, label = examples[i]
+        shift = 1
+        while shift < n and examples[order[(k + shift) % n]][0] == prompt:
+            shift += 1
+        if shift == n:
+            raise InputError("kto: all rows have the same prompt; its reference point needs answers to other "
+                             "prompts")
+        other = examples[order[(k + shift) % n]][1]
+        out[i] = (prompt, answer, other, label)
+    return out
+
+
+def length_of(example):
+    """Tokens of an example with its longer answer: what batches are sorted by."""
+    prompt, first, second, _ = example
+    return len(prompt) + max(len(first), len(second))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Of a policy's own new answers (dpo.py --online).
+
+
+def read_prompts(run, path, tok, longest):
+    """Prompt rows of a file, of at most `longest` tokens. InputError: there are none."""
+    rows, dropped = formats.load(path, "prompt")
+    run.say(formats.describe(rows, dropped, path))
+    fitting = sample.short_enough(tok, rows, longest)
+    told = (f"{len(fitting):,} prompts to answer; {len(rows) - len(fitting):,} left out, of more than "
+            f"{longest} tokens (--max_prompt, --max_new)")
+    if not fitting:
+        raise InputError(f"{path}: {told}")
+    run.say(told)
+    if WORLD > 1:
+        run.say(f"a step's last pairs that do not divide evenly over {WORLD} processes will be left out; "
+                "log.jsonl counts them, pairs_left_over")
+    return fitting
+
+
+def online_pairs(policy, tok, rows, judge, cfg, step):
+    """Examples of two new answers of the policy to each row's prompt, compared by judge(rows, texts) ->
+    utilities. What cannot be compared (equal answers, neither finished, a tie) is left out; an unfinished
+    answer loses."""
+    # Two answers to each prompt, side by side, and what the judge thinks of them.
+    twice = []
+    for row in rows:
+        twice += [row, row]
+    texts, prompts, answers = sample.respond(policy, tok, [row["prompt"] for row in twice], cfg.max_new,
+                                             seeded(cfg.seed, step))
+    utilities, rng, out = judge(twice, texts), random.Random(f"{cfg.seed} {step}"), []
+    noise = cfg.noise if cfg.judge == "annotator" else 0.0
+
+    for i in range(0, len(twice), 2):
+        first, second = answers[i], answers[i + 1]
+        ended = [sample.ended(tok, first), sample.ended(tok, second)]
+        if first == second or not any(ended):
+            continue
+        p = float(ended[0])     # the chance that the first one is preferred
+        if all(ended):
+            p = world.annotate(utilities[i], utilities[i + 1], noise, rng)
+        if p == 1.0:
+            out.append((prompts[i], first, second, 1.0))
+        elif p == 0.0:
+            out.append((prompts[i], second, first, 1.0))
+    return out
