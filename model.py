@@ -42,6 +42,7 @@ class GPTConfig:
     rope_scaling: dict | None = None   # Llama 3.1's rule and its four numbers (rope_tables)
     scalar_head: bool = False     # reward and value models: one number per position instead of V logits
     reward_mean: float = 0.0      # subtracted from every score, so that reference answers average 0
+    process: bool = False         # a reward model that scores each step of an answer (data/process.py)
 
 
 class Linear(nn.Linear):

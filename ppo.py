@@ -11,6 +11,7 @@ One iteration:
   1. rollout    y ~ pi(. | x) at --temperature; no top-k or top-p: pi_old is what is sampled from
   2. score      r(x, y) by the reward model, read at EOS; a response without EOS gets -eos_penalty instead
   3. reward     R_t = -beta (log pi(y_t) - log pi_ref(y_t)) + [t is the last token] r       (k1, no gradient)
+                a process reward model (reward.py --process) gives r for each step, at the step's last token
   4. advantage  delta_t = R_t + gamma V_t+1 - V_t,   A_t = delta_t + gamma lam A_t+1,   V after the end = 0
                 (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; A is whitened over the response tokens
   5. update     epochs x minibatches:  ratio = pi / pi_old,
@@ -53,8 +54,8 @@ class Config(RunFlags):
     """The flags of `python ppo.py`."""
     # Models and data
     init: str = ""                # policy to start from and to stay close to (default: sft)
-    reward: str = ""              # a reward model, or "gold", or module:function; or several of them, A,B,C
-                                  # (default: reward)
+    reward: str = ""              # a reward model, or "gold", or module:function, or the log-ratio of two
+                                  # policies, implicit:POLICY:REFERENCE; or several, A,B,C (default: reward)
     ensemble: typing.Literal["mean", "min"] = "mean"   # what several rewards become
     reward_weights: str = ""      # weights of several rewards, such as 1,0.5 (default: equal)
     data: str = ""                # prompts (default: the tiny world's)
@@ -262,7 +263,8 @@ def load_models(policy, init, reward_models, cfg):
     else:
         reference = frozen(copy.deepcopy(policy))
         if use_value:
-            value = copy.deepcopy(reward_models[0]) if reward_models else load(init, head="new")[0]
+            reads = [model for model in reward_models if model.cfg.scalar_head]
+            value = copy.deepcopy(reads[0]) if reads else load(init, head="new")[0]
     return policy, reference, value
 
 
@@ -362,11 +364,12 @@ def main(cfg):
         ids, mask, sampled_logp, said = rollout(sampler, tok, [prompts[i] for i in row_of], cfg, it)
         texts, batch_rows = [tok.decode(answer) for answer in said], [rows[i] for i in row_of]
         last = last_token(mask)                                                                  # (B,)
+        is_last = torch.arange(ids.shape[1], device=device) == last[:, None]                     # (B, T)
         ended = torch.tensor([answer[-1] in tok.eos_ids for answer in said], device=device)      # (B,)
 
         # 2. What the models say of these answers, before any of them changes. One that does not end is fined.
-        scores = rewards.score(batch_rows, texts, ids, mask, cfg.micro_batch)                    # (B,)
-        scores = torch.where(ended, scores, -cfg.eos_penalty)
+        scores = rewards.score(batch_rows, texts, ids, mask, cfg.micro_batch)                    # (B, T)
+        scores = torch.where(ended[:, None], scores, -cfg.eos_penalty * is_last)
         compare = partial(compare_policies, policy, reference, temperature=cfg.temperature)
         old_logp, ref_logp, exact_kl, entropy = in_chunks(compare, ids, mask, cfg.micro_batch)   # (B, T) each
         old_values = torch.zeros_like(old_logp)
@@ -377,10 +380,9 @@ def main(cfg):
             run.say(self_check(policy, ids, mask, sampled_logp, old_logp, ref_logp, cfg))
 
         # 3. Reward: each token pays for being likelier than under the reference; the score comes with the
-        # last.
+        #    last, or with the last one of each step.
         kl, _, kl_k3 = kl_estimators(old_logp, ref_logp)                                         # (B, T)
-        token_rewards = -beta * kl
-        token_rewards[torch.arange(len(ids)), last] += scores
+        token_rewards = scores - beta * kl                                                       # (B, T)
 
         # 4. Advantage: how much better than expected, by the value model or by the other answers to the
         # prompt.
@@ -436,7 +438,7 @@ def main(cfg):
             sums |= relabelling.step(it, [rows[i] for i in asked], answers, cfg.reward_lr * decay)
 
         # 7. Write the log, keep some numbers to look at, steer beta, save.
-        figures = {"reward": scores.mean(), "beta": beta, "eos_rate": ended.float().mean(),
+        figures = {"reward": scores.sum(1).mean(), "beta": beta, "eos_rate": ended.float().mean(),
                    "unique": len(set(texts)) / len(texts)} | all_sum(sums)
         figures |= token_figures(mask, kl, kl_k3, exact_kl, entropy)
         if value is not None:
@@ -446,9 +448,9 @@ def main(cfg):
         run.log(it, tokens=sum(widths), show=("reward", "gold", "kl", "length", "eos_rate"), **figures)
         moment = run.moment(it, warmup, over_budget)
         if moment:
-            numbers = {"score": scores, "logp": old_logp, "ref_logp": ref_logp, "reward": token_rewards,
-                       "value": old_values, "advantage": raw_advantages, "whitened": advantages,
-                       "return": returns}
+            numbers = {"score": scores.sum(1), "logp": old_logp, "ref_logp": ref_logp,
+                       "reward": token_rewards, "value": old_values, "advantage": raw_advantages,
+                       "whitened": advantages, "return": returns}
             page = report.inspection(policy, value, tok, batch_rows, (ids, mask), numbers, cfg)
             inspected[moment] = page | {"iteration": it + 1, "beta": beta}
         if cfg.kl == "adaptive":

@@ -3,6 +3,7 @@
     python reward.py                                 the tiny world: sample from out/sft, compare, train
     python reward.py --init SFT --data pairs.jsonl   your policy, your comparisons (formats: data/formats.py)
     python reward.py --init out/reward --data out/vote/votes.jsonl   go on with your votes (data/vote.py)
+    python reward.py --process                       a process reward model: each step of an answer is scored
 
 Equations. Of two answers a and b to a prompt x, people prefer a with the probability
 sigmoid(r(x, a) - r(x, b)) (Bradley & Terry 1952). With p the share who prefer a (1 or 0 for a plain choice,
@@ -19,19 +20,25 @@ prompt make up to K (K - 1) / 2 pairs. They are not independent, so they always 
 The reward is read at the last token of an answer, its EOS, by a scalar head on the SFT model. After training
 reward_mean is set so that held-out answers average 0, which is where PPO starts.
 
+A process reward model (arXiv:2211.14275, arXiv:2305.20050) reads the same head, z, at the last token of each
+step (data/process.py) and learns from a label y for each step, the share who call it right:
+
+    l = - y log sigmoid(z) - (1 - y) log sigmoid(-z),      averaged as above, with the steps as the pairs
+
 Left out: ranking losses over more than two answers, reward models that write text.
 """
 import functools
+import typing
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, formats, report, vote, world
+from data import InputError, formats, process, report, vote, world
 from data.chain import need
 from data.checkpoint import load
-from data.comparisons import compare_answers
+from data.comparisons import compare_answers, label_steps
 from data.flags import RunFlags, program
 from data.parallel import all_sum, barrier, in_chunks, micro_batches, prepare
 from data.run import Run, adamw, batches, cosine, set_lr, setup
@@ -42,11 +49,12 @@ from model import answer_rewards, pad_batch
 class Config(RunFlags):
     """The flags of `python reward.py`."""
     # Model and data
+    process: bool = False         # learn from labelled steps and score steps, not from comparisons of answers
     init: str = ""                # model to start from, a policy or a reward model (default: sft)
-    data: str = ""                # comparisons (default: the tiny world's annotator makes them)
+    data: str = ""                # comparisons, or labelled steps (default: the tiny world's annotator)
     max_len: int = 256            # tokens of a prompt and an answer; longer pairs are left out and counted
     held_out: float = 0.1         # share of the prompts kept for the report
-    # Answers to be compared, where there is no --data
+    # Answers to be compared or labelled, where there is no --data
     policy: str = ""              # model that answers (default: --init)
     prompts: int = 4000           # prompts of the tiny world
     k: int = 4                    # answers per prompt; every two different ones are compared
@@ -75,6 +83,15 @@ def preference_loss(r_a, r_b, p, margin=0.0, center=0.0):
     """Loss per pair (M,) of rewards r_a, r_b (M,) when a share p (M,) prefers a: l of the equations."""
     d = r_a - r_b - margin
     return -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + center * (r_a + r_b) ** 2 / 2
+
+
+def step_loss(z, y):
+    """Loss per step (M,) of logits z (M,) when a share y (M,) calls the step right: binary cross-entropy."""
+    return -y * F.logsigmoid(z) - (1 - y) * F.logsigmoid(-z)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Comparisons of answers.
 
 
 def group(rows, tok, max_len, margin=0.0):
@@ -124,6 +141,16 @@ def batch_of(groups, tok, device):
     return ids, mask, Pairs(*tensors)
 
 
+def pair_losses(model, groups, tok, cfg):
+    """Sums over some prompts (groups): of the mean loss of a prompt's pairs, and of the share of them whose
+    preferred answer has the larger reward."""
+    ids, mask, pairs = batch_of(groups, tok, model.wte.weight.device)               # (N, T), (N, T), M pairs
+    r = answer_rewards(model, ids, mask)                                            # (N,)
+    r_a, r_b = r[pairs.a], r[pairs.b]                                               # (M,) each
+    loss = (pairs.weight * preference_loss(r_a, r_b, pairs.p, pairs.margin, cfg.center)).sum()
+    return loss, (pairs.weight * ((r_a > r_b).float() + 0.5 * (r_a == r_b))).sum()
+
+
 @torch.no_grad()
 def evaluate(model, groups, tok):
     """Figures {name: number} of held-out groups, and the mean reward of all their answers."""
@@ -144,40 +171,95 @@ def evaluate(model, groups, tok):
     return figures, r.mean().item()
 
 
+def show_pairs(model, tok, rows, cfg):
+    """Some of the comparisons in preference rows with their rewards, and [(prompt, text)] for samples.txt."""
+    max_len = min(cfg.max_len, model.cfg.max_len)
+    pairs = vote.scored(vote.some_pairs(rows, tok, max_len, cfg.seed), model, tok)
+    return pairs, [(pair["prompt"], vote.as_text(pair)) for pair in pairs]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Labelled steps: the same for a process reward model.
+
+
+def step_losses(model, groups, tok, cfg):
+    """Sums over some prompts (groups): of the mean loss of a prompt's steps, and of the share of them whose
+    score is on the label's side of 1/2 (half right: one of the two is 1/2)."""
+    ids, mask, (row, at, y, weight) = process.batch_of_steps(groups, tok, model.wte.weight.device)
+    z = process.all_logits(model, ids, mask)[row, at]                               # (M,)
+    right = ((z.detach() * (y - 0.5)).sign() + 1) / 2
+    return (weight * step_loss(z, y)).sum(), (weight * right).sum()
+
+
+@torch.no_grad()
+def evaluate_steps(model, groups, tok):
+    """Figures {name: number} of held-out groups, and the mean of sum_k log sigmoid(z_k) over their
+    answers."""
+    ids, mask, (row, at, y, _) = process.batch_of_steps(groups, tok, model.wte.weight.device)
+    z = in_chunks(functools.partial(process.all_logits, model), ids, mask, 64)[row, at]        # (M,)
+    figures = {"loss": step_loss(z, y).mean().item()}
+    choice = y != 0.5
+    if choice.any():
+        figures["accuracy"] = report.share_right(z[choice], y[choice])
+
+    # Answer by answer: is the first wrong step found?
+    answers = []
+    for i in range(len(ids)):
+        answers.append((z[row == i].sigmoid().tolist(), y[row == i].tolist()))
+    return figures | process.errors_found(answers), F.logsigmoid(z).sum().item() / len(ids)
+
+
+@dataclass
+class Lesson:
+    """What a reward model learns from."""
+    file: str                     # in --out, where the tiny world's annotator is asked
+    rows: str                     # the kind of its rows (data/formats.py)
+    ask: typing.Callable          # (run, path of the policy, device) -> these rows
+    group: typing.Callable        # (rows, tok, max_len, margin) -> one element per prompt, rows left out
+    losses: typing.Callable       # (model, elements, tok, cfg) -> sums over prompts: loss, share right
+    evaluate: typing.Callable     # (model, elements, tok) -> figures, mean reward of an answer
+    show: typing.Callable         # (model, tok, rows, cfg) -> rows for held_out.jsonl, [(prompt, text)]
+
+
+COMPARISONS = Lesson("comparisons.jsonl", "preference", compare_answers, group, pair_losses, evaluate,
+                     show_pairs)
+STEPS = Lesson("process.jsonl", "process", label_steps, process.group_steps, step_losses, evaluate_steps,
+               process.show_steps)
+
+
 def main(cfg):
-    """Have answers compared, unless there are comparisons, and train a reward model on them."""
-    device = setup(cfg)
-    if cfg.k < 2:
+    """Have answers compared, or their steps labelled, unless that is done, and train a reward model on it."""
+    device, lesson = setup(cfg), STEPS if cfg.process else COMPARISONS
+    if cfg.k < 2 and not cfg.process:
         raise InputError(f"--k {cfg.k}: a comparison needs at least 2 answers")
     init = cfg.init or need(cfg, "sft")
     policy = cfg.policy or init
     run = Run(cfg, "reward", [init, policy, cfg.data or world.TINY / "preference.jsonl"])
 
-    # The comparisons: one's own, those that this run made before it was interrupted, or new ones.
-    path = cfg.data or run.folder / "comparisons.jsonl"
+    # The labels: one's own, those that this run was given before it was interrupted, or new ones.
+    path = cfg.data or run.folder / lesson.file
     if not cfg.data and not (run.first and path.exists()):
-        world.write_jsonl(path, compare_answers(run, policy, device))
+        world.write_jsonl(path, lesson.ask(run, policy, device))
         barrier()
-    rows, dropped = formats.load(path, "preference")
+    rows, dropped = formats.load(path, lesson.rows)
     run.say(formats.describe(rows, dropped, path))
 
-    # The model. A new head is drawn alike wherever the comparisons come from.
+    # The model. A new head is drawn alike wherever the labels come from.
     torch.manual_seed(cfg.seed)
     model, tok = load(init, head="new")
-    model.cfg.reward_mean = 0.0
+    model.cfg.reward_mean, model.cfg.process = 0.0, cfg.process
 
-    # The comparisons by prompt, some prompts held out.
+    # The rows by prompt, some prompts held out.
     max_len = min(cfg.max_len, model.cfg.max_len)
     train_rows, held_rows = formats.split(rows, cfg.held_out, seed=0)
-    train, n_long = group(train_rows, tok, max_len, cfg.margin)
-    held, n_held_long = group(held_rows, tok, max_len, cfg.margin)
+    train, n_long = lesson.group(train_rows, tok, max_len, cfg.margin)
+    held, n_held_long = lesson.group(held_rows, tok, max_len, cfg.margin)
     n_long += n_held_long
-    run.say(f"{len(train):,} prompts to train on, {len(held):,} held out; {n_long:,} pairs longer than "
+    run.say(f"{len(train):,} prompts to train on, {len(held):,} held out; {n_long:,} rows longer than "
             f"{max_len} tokens left out (--max_len)")
     if not train or not held:
         raise InputError(f"{path}: {len(train)} prompts within --max_len {max_len} tokens to train on, "
                          f"{len(held)} held out by --held_out {cfg.held_out}; both need at least one")
-    shown = vote.some_pairs(held_rows, tok, max_len, cfg.seed)
 
     # The model on its device, its optimizer, and which prompts each step reads.
     model = prepare(model, cfg, device)
@@ -190,17 +272,16 @@ def main(cfg):
     run.begin(len(plan), tok, model=(model, optimizer))
 
     def tell(title):
-        """Write the rewards of some held-out pairs as text; returns these pairs."""
-        pairs = vote.scored(shown, model, tok)
-        few = pairs[: report.PROBES]
-        run.samples(title, [pair["prompt"] for pair in few], [vote.as_text(pair) for pair in few])
-        return pairs
+        """Write what it says of some held-out rows as text; returns rows for held_out.jsonl."""
+        rows_told, told = lesson.show(model, tok, held_rows, cfg)
+        run.samples(title, *zip(*told[: report.PROBES]))
+        return rows_told
 
     # How good it is before its first step.
     if run.first:
         before = run.state["before"]
     else:
-        before, _ = evaluate(model, held, tok)
+        before, _ = lesson.evaluate(model, held, tok)
         tell("before")
 
     for step in run.steps():
@@ -210,13 +291,10 @@ def main(cfg):
         # 2. L over the whole step, micro-batch by micro-batch: all answers to some prompts make a batch.
         total, right = torch.zeros(2, device=device)
         for part in micro_batches(prompts, longest, cfg.micro_batch):
-            ids, mask, pairs = batch_of([train[i] for i in part], tok, device)      # (N, T), (N, T), M pairs
-            r = answer_rewards(model, ids, mask)                                    # (N,)
-            r_a, r_b, weight = r[pairs.a], r[pairs.b], pairs.weight / len(prompts)  # (M,) each
-            loss = (weight * preference_loss(r_a, r_b, pairs.p, pairs.margin, cfg.center)).sum()
-            loss.backward()
-            total += loss.detach()
-            right += (weight * ((r_a > r_b).float() + 0.5 * (r_a == r_b))).sum()
+            loss, n_right = lesson.losses(model, [train[i] for i in part], tok, cfg)
+            (loss / len(prompts)).backward()
+            total += loss.detach() / len(prompts)
+            right += n_right / len(prompts)
 
         # 3. One step of AdamW; a gradient that is not finite never reaches the weights.
         set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
@@ -232,7 +310,7 @@ def main(cfg):
             run.save(step, before=before)
 
     # From now on held-out answers average 0. A run cut off before this is saved does it when it goes on.
-    after, mean = evaluate(model, held, tok)
+    after, mean = lesson.evaluate(model, held, tok)
     model.cfg.reward_mean = mean
     run.save(max(run.first, run.n_steps) - 1, before=before)
     world.write_jsonl(run.folder / "held_out.jsonl", tell("after"))

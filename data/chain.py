@@ -22,7 +22,7 @@ PART_OF_A_CHAIN = "RLHF_PART_OF_A_CHAIN"   # environment variable of a script th
 NEXT = {   # stage: commands worth trying after it
     "base": ["python -m data.chat {out}", "python sft.py"],
     "sft": ["python -m data.chat {out}", "python reward.py", "python ppo.py"],
-    "reward": ["python -m data.vote", "python ppo.py"],
+    "reward": ["python -m data.vote --reward {out}", "python ppo.py --reward {out}"],
     "ppo": ["python -m data.chat {out}", "python ppo.py --inspect", "python dpo.py"],
     "dpo": ["python -m data.chat {out}", "python dpo.py --loss ipo --out out/ipo",
             "python -m data.evaluate out/base out/sft {out}"],

@@ -208,9 +208,11 @@ def config_from_hf(hf):
             check(hf.get(key) in (None, *values), f"{key} = {hf.get(key)!r} is not supported")
     mean = hf.get("reward_mean", 0.0)
     check(is_number(mean), f"reward_mean is {mean!r}, not a number")
+    process = hf.get("process", False)
+    check(type(process) is bool, f"process is {process!r}, neither true nor false")
     common = dict(vocab_size=field(hf, "vocab_size"), tie=bool(hf.get("tie_word_embeddings", kind == "gpt2")),
                   scalar_head="ForSequenceClassification" in str(hf.get("architectures")),
-                  reward_mean=float(mean))
+                  reward_mean=float(mean), process=process)
 
     # The shape; what may be absent has a default.
     names = GPT2_FIELDS if kind == "gpt2" else LLAMA_FIELDS
@@ -264,7 +266,7 @@ def dialect(cfg):
 
 def config_to_hf(cfg, tok):
     """The dict for config.json. A scalar head becomes ...ForSequenceClassification, whose one logit is our
-    score plus reward_mean (kept in an extra field: their head has no bias to put it in)."""
+    score plus reward_mean (kept in an extra field: their head has no bias to put it in; so is `process`)."""
     kind = dialect(cfg)
     head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
     if cfg.scalar_head:
@@ -275,7 +277,7 @@ def config_to_hf(cfg, tok):
           "eos_token_id": ends if len(ends) > 1 else tok.eos_id, "pad_token_id": tok.pad_id}
     if cfg.scalar_head:
         hf |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0},
-               "reward_mean": cfg.reward_mean}
+               "reward_mean": cfg.reward_mean, "process": cfg.process}
     for ours, theirs in (GPT2_FIELDS if kind == "gpt2" else LLAMA_FIELDS).items():
         hf[theirs] = getattr(cfg, ours)
     if kind == "gpt2":

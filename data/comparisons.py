@@ -1,5 +1,5 @@
-"""Comparisons of answers: how the tiny world's come about (reward.py), those of a file as ids, and those of a
-policy's own new answers (dpo.py). """
+"""Comparisons of answers and labels of their steps: how the tiny world's come about (reward.py), comparisons
+of a file as ids, and those of a policy's own new answers (dpo.py). """
 import random
 import time
 from collections import Counter
@@ -12,10 +12,9 @@ from data.run import seeded
 from model import frozen, sampling_copy
 
 
-def compare_answers(run, path, device):
-    """Preference rows (data/formats.py) of the tiny world: the policy at `path` answers each prompt --k
-    times, and the annotator compares every two different answers. InputError: no prompt fits, or no two
-    answers."""
+def answer_prompts(run, path, device):
+    """The policy at `path` answers each prompt of the tiny world --k times. Returns prompt rows and, for
+    each, a list of its answers (texts) that end, say something and differ. InputError: no prompt fits."""
     # The policy, and the prompts that leave it room for an answer.
     cfg = run.cfg
     policy, tok = load(path)
@@ -40,16 +39,37 @@ def compare_answers(run, path, device):
             spoke = time.time()
             run.say(f"... {len(answers):,} of {len(fitting):,} prompts answered")
 
-    # The annotator chooses. An answer that is cut off, empty or a repetition is not compared.
-    pairs = sample.all_pairs(fitting, answers)
     n_answers = sum(len(texts) for texts in answers)
     n_alone = sum(len(texts) < 2 for texts in answers)
     run.say(f"{n_answers:,} of {cfg.k * len(fitting):,} answers end, say something and differ; {n_alone:,} "
-            f"prompts have no two such answers; the annotator compares {len(pairs):,} pairs")
+            f"prompts have no two such answers")
+    return fitting, answers
+
+
+def compare_answers(run, path, device):
+    """Preference rows (data/formats.py) of the tiny world: the annotator compares every two different answers
+    of the policy at `path` to a prompt. InputError: there are no two."""
+    cfg = run.cfg
+    pairs = sample.all_pairs(*answer_prompts(run, path, device))
+    run.say(f"the annotator compares {len(pairs):,} pairs")
     if not pairs:
         raise InputError(f"{path}: gives no prompt two different answers that end within --max_new "
                          f"{cfg.max_new} tokens; after longer training, or to more --prompts, it may")
     return sample.annotated(pairs, world.annotator_of(asdict(cfg)), random.Random(cfg.seed))
+
+
+def label_steps(run, path, device):
+    """Process rows (data/formats.py) of the tiny world: the annotator labels the steps of the different
+    answers of the policy at `path`. InputError: there are none."""
+    cfg = run.cfg
+    rows, answers = answer_prompts(run, path, device)
+    labelled = sample.annotated_steps(rows, answers, world.annotator_of(asdict(cfg)), random.Random(cfg.seed))
+    n_steps = sum(len(row["labels"]) for row in labelled)
+    run.say(f"the annotator labels {n_steps:,} steps of {len(labelled):,} answers")
+    if not labelled:
+        raise InputError(f"{path}: gives no answer that ends within --max_new {cfg.max_new} tokens; after "
+                         "longer training, or to more --prompts, it may")
+    return labelled
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ Every model answers the same prompts once. What is measured:
                      long (where one model is always the longer one this is an extrapolation)
     best-of-N        mean over prompts of the best of N answers by reward, at KL = log N - (N - 1) / N
                      (arXiv:2009.01325, appendix G.3), estimated without bias from one set of S >= N answers: the
-                     i-th smallest of S is the best of N of them with probability C(i - 1, N - 1) / C(S, N)
+                     i-th smallest of S is the best of N of them with probability C(i - 1, N - 1) / C(S, N).
+                     A reward of steps also chooses by the product and by the smallest of an answer's step
+                     scores (arXiv:2305.20050)
 At the bottom stands a control that says the same polite nothing to every prompt. A judge it wins with is broken.
 
 Leaves --out with result.json and generations.jsonl (every answer).
@@ -44,8 +46,9 @@ from data.endpoint import local_critic
 from data.flags import program
 from data.pretrain import read_corpus
 from data.principles import compare, constitution
+from data.rewards import rewards_on
 from data.run import seeded, setup
-from data.sample import ended, respond, rewards, short_enough
+from data.sample import ended, respond, short_enough
 from model import sampling_copy
 
 CONTROL = "That is a great question! Thank you for asking. I hope this helps you."
@@ -64,7 +67,8 @@ class Config:
     temperature: float = 1.0      # of sampling
     # Who judges
     judge: str = "gold"   # gold, annotator, a reward model, or ai:CHECKPOINT: a language model picks A or B
-    reward: str = ""   # reward model for the reward row and --best_of (default: the judge if it is one)
+    reward: str = ""   # reward model, or implicit:POLICY:REFERENCE, for the reward row and --best_of
+                                  # (default: the judge if it is one)
     best_of: str = ""             # N or N,N,...: best-of-N answers of the reference by the reward model
     noise: float = 0.05           # of the annotator, as in reward.py
     bias_length: float = 0.0      # annotator: extra utility per ten words
@@ -106,7 +110,7 @@ def best_of_n(proxy, values, n):
     """Mean over prompts of `values` (P, S) at the best by `proxy` (P, S) of n answers, over all choices of n
     from S."""
     S = proxy.shape[1]
-    weights = np.array([math.comb(i, n - 1) / math.comb(S, n) for i in range(S)])     # of the i-th smallest, from 0
+    weights = np.array([math.comb(i, n - 1) / math.comb(S, n) for i in range(S)])   # of the i-th smallest
     return float((np.take_along_axis(values, proxy.argsort(1, kind="stable"), 1) @ weights).mean())
 
 
@@ -118,13 +122,10 @@ def score_by(judge, cfg, device):
     """The function (rows, texts) -> list of floats of a judge named in the flags; None for an AI judge."""
     if judge.startswith("ai:"):
         return None
-    if judge == "gold":
-        return world.gold
     if judge == "annotator":
-        return world.Annotator(cfg.noise, 0.0, cfg.bias_length, cfg.bias_confidence, cfg.bias_sycophancy).utilities
-    model, tok = load(judge, head="score")
-    model.to(device)
-    return lambda rows, texts: rewards(model, tok, [row["prompt"] for row in rows], texts)
+        annotator = world.Annotator(cfg.noise, 0.0, cfg.bias_length, cfg.bias_confidence, cfg.bias_sycophancy)
+        return annotator.utilities
+    return rewards_on("--judge", judge, device).score_texts
 
 
 def choices_of_ai(path, cfg, device):
@@ -207,7 +208,7 @@ def describe_answers(rows, texts, graded, reward):
         if right:
             figures["skill"] = sum(right) / len(right)
     if reward:
-        scores = reward(rows, texts)
+        scores = reward.score_texts(rows, texts)
         figures["reward"] = sum(scores) / len(scores)
     figures["unique"] = len({text.strip() for text in texts}) / len(texts)
     figures["words"] = sum(len(text.split()) for text in texts) / len(texts)
@@ -229,19 +230,29 @@ def win_rates(texts, rows, prefers, seed):
 
 
 def best_answers(model, tok, rows, reward, ns, graded, cfg):
-    """Rows {"n", "kl", "reward", "gold"}: the mean best of n answers by reward, for each n."""
+    """Rows {"n", "kl", "reward", "gold"}: the mean best of n answers by a reward (Rewards), for each n. One
+    of steps also has "gold_product" and "gold_smallest", chosen by the product and the smallest of the
+    answer's step scores."""
     many = []
     for row in rows:
         many += [row] * ns[-1]
     texts, _, _ = respond(model, tok, [row["prompt"] for row in many], cfg.max_new, seeded(cfg.seed, 1),
                           cfg.temperature)
-    proxy = np.array(reward(many, texts)).reshape(len(rows), -1)                      # (prompts, S)
+
+    # What chooses, by the name of the gold score it leads to; (prompts, S) each.
+    chosen_by = {"gold": reward.score_texts(many, texts)}
+    steps = reward.step_scores(many, texts)
+    if steps:
+        chosen_by |= {"gold_product": [math.prod(scores) for scores in steps],
+                      "gold_smallest": [min(scores) for scores in steps]}
+    chosen_by = {name: np.array(scores).reshape(len(rows), -1) for name, scores in chosen_by.items()}
+    proxy = chosen_by["gold"]
     gold = np.array(world.gold(many, texts)).reshape(proxy.shape) if graded else None
     found = []
     for n in ns:
         found.append({"n": n, "kl": math.log(n) - (n - 1) / n, "reward": best_of_n(proxy, proxy, n)})
         if graded:
-            found[-1]["gold"] = best_of_n(proxy, gold, n)
+            found[-1] |= {name: best_of_n(scores, gold, n) for name, scores in chosen_by.items()}
     return found
 
 
@@ -300,11 +311,12 @@ def main(cfg):
     if plain and not graded:
         raise InputError(f"{data}: --judge {cfg.judge} knows the tiny world's prompts only; "
                          "give a reward model or ai:CHECKPOINT")
-    score = score_by(cfg.judge, cfg, device)
+    reward = rewards_on("--reward", reward_path, device) if reward_path else None
+    if reward_path == cfg.judge:     # one model is loaded once
+        score = reward.score_texts
+    else:
+        score = score_by(cfg.judge, cfg, device)
     prefers = choices(cfg.judge, score, cfg, device)
-    reward = score if reward_path == cfg.judge else None     # one model is loaded once
-    if reward_path and not reward:
-        reward = score_by(reward_path, cfg, device)
     reference = cfg.reference or next((p for p in paths if result_of(p).get("stage") == "sft"), paths[0])
     loaded, n_all = {}, len(rows)
     for path in dict.fromkeys([reference, *paths]):
@@ -313,7 +325,8 @@ def main(cfg):
         rows = short_enough(tok, rows, model.cfg.max_len - cfg.max_new)
     print(f"{len(rows)} prompts, {n_all - len(rows)} too long for a model's context left out; KL to {reference}")
     if not rows:
-        raise InputError(f"{data}: no prompt leaves room for --max_new {cfg.max_new} tokens in every model's context")
+        raise InputError(f"{data}: no prompt leaves room for --max_new {cfg.max_new} tokens in every model's "
+                         "context")
 
     # Every model answers; the control says the same to everybody.
     texts, metrics = {}, {}

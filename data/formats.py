@@ -1,19 +1,21 @@
-"""Read the data files people bring: JSON in many shapes goes in, one of four plain row shapes comes out.
+"""Read the data files people bring: JSON in many shapes goes in, one of five plain row shapes comes out.
 
     rows, dropped = load("harmless-base.jsonl.gz", "preference")
     print(describe(rows, dropped, "harmless-base.jsonl.gz"))
     train, held_out = split(rows, fraction=0.1, seed=0)
 
-The four kinds; MESSAGES is a list of {"role": "system" | "user" | "assistant", "content": str}:
+The five kinds; MESSAGES is a list of {"role": "system" | "user" | "assistant", "content": str}:
 
     sft         {"messages": MESSAGES}                           the last message is the assistant's
     preference  {"prompt": MESSAGES, "chosen": str, "rejected": str, "label": float, "margin": float}
     prompt      {"prompt": MESSAGES, ...}                        further keys of the source row stay
     kto         {"prompt": MESSAGES, "completion": str, "label": bool}
+    process     {"prompt": MESSAGES, "completions": [str], "labels": [float]}      the steps of one answer
 
 A prompt ends in a user turn and is one list for both sides of a pair; "label" is P(chosen is preferred). In
 an sft row an assistant message with a third key, "train": False, is not to be trained on. Texts are stripped
-of surrounding space, and neighbouring turns of one role become one turn with a blank line between.
+of surrounding space, and neighbouring turns of one role become one turn with a blank line between. The steps
+of a process row give the answer when they are put together as they are; a label is P(the step is right).
 
 What a row is shows in its keys and values (the FORMATS table), never in the name of the file. A key that is
 null or NaN counts as absent. A row that is well formed but of no use, such as an empty response, is dropped
@@ -28,7 +30,7 @@ from collections import Counter
 
 from data import InputError
 
-KINDS = ("sft", "preference", "prompt", "kto")
+KINDS = ("sft", "preference", "prompt", "kto", "process")
 MAX_LINE = 16 * 2**20  # bytes; a longer .jsonl line is taken for damage
 INVERTED = "the chosen answer scores below the rejected one"  # such rows are counted, and kept
 # How a file begins that is not JSON: its first bytes -> what it is, and what to do.
@@ -479,6 +481,35 @@ def from_completion(row):
     return {"prompt": prompt, "answer": _turn("assistant", _text(row, "completion"))}
 
 
+def from_steps(row):
+    """TRL's stepwise {"prompt", "completions": [str, ..], "labels": [true | false | number, ..]}.
+
+    Steps that bring white space between them are put together as they are, others as lines. `load` turns
+    labels from -1 to 1 into P(right).
+    """
+    steps = _get(row, "completions", list, "a list of strings")
+    labels = _get(row, "labels", list, "a list of numbers, or of true and false")
+    if len(labels) != len(steps):
+        raise Malformed(f'expected as many "labels" as "completions", found {len(labels)} and {len(steps)}')
+    steps = [{"completions": step} for step in steps]     # each as an object, which _text and _number read
+    bare = [_text(step, "completions") for step in steps]
+    for label in labels:
+        if label is None:
+            raise Unusable("a step without a label")
+        if not isinstance(label, bool):
+            _number({"labels": label}, "labels", -1, 1)
+    if not steps or not all(bare):
+        raise Unusable("empty response" if not any(bare) else "empty step")
+
+    # White space before the first and behind the last step is none between steps.
+    given = [step["completions"] for step in steps]
+    text = "".join(given).strip()
+    given[0], given[-1] = given[0].lstrip(), given[-1].rstrip()
+    if len(text) == sum(map(len, bare)):
+        given = bare[:1] + ["\n" + step for step in bare[1:]]
+    return {"prompt": turns_of_prompt(row), "completions": given, "labels": [float(y) for y in labels]}
+
+
 def from_red_team(row):
     """Red-team {"transcript"}: the first human turn is the prompt, what came of it is left out."""
     asked = [turn for turn in tidy(turns_of_transcript(row, "transcript")) if turn["role"] == "user"]
@@ -500,6 +531,7 @@ FORMATS = [  # (the keys a row is known by, what it holds, how to read it); the 
     (("messages",), "sft", from_messages),  # OpenAI
     (("conversations",), "sft", from_messages),  # ShareGPT
     (("prompt", "completion"), "sft", from_completion),  # TRL
+    (("prompt", "completions", "labels"), "process", from_steps),  # TRL
     (("instruction", "output"), "sft", from_instruction),  # Alpaca
     (("instruction", "response"), "sft", from_instruction),  # Dolly
     (("transcript",), "prompt", from_red_team),
@@ -507,13 +539,14 @@ FORMATS = [  # (the keys a row is known by, what it holds, how to read it); the 
 ]  # an "sft" row with a verdict on its answer holds "kto"
 
 
-# --------------------------------- the four kinds, and what a script calls ----------------------------------
+# --------------------------------- the five kinds, and what a script calls ----------------------------------
 
 # What a row holds -> the kinds that can be made of it, and a kind in words.
 MAKES = {"sft": ("sft", "prompt"), "prompt": ("prompt",), "kto": ("kto", "sft", "prompt"),
-         "preference": KINDS}
+         "preference": ("sft", "preference", "prompt", "kto"), "process": ("process", "prompt")}
 NEEDS = {"sft": "a prompt with a response", "preference": "a prompt with a chosen and a rejected response",
-         "prompt": "a prompt", "kto": "a prompt with a completion and a true or false label"}
+         "prompt": "a prompt", "kto": "a prompt with a completion and a true or false label",
+         "process": "a prompt with the steps of a response and a label for each"}
 
 
 def _verdict(row):
@@ -569,6 +602,8 @@ def convert(row, kind, notes=None):
         prompt = [_turn(turn["role"], turn["content"]) for turn in prompt]
     if kind == "prompt":
         return [{**found, "prompt": prompt} if holds == "prompt" else {"prompt": prompt}]
+    if kind == "process":
+        return [{**found, "prompt": prompt}]
     if holds != "preference":
         return [_row_of_answer(prompt, found["answer"], _verdict(row), kind)]
 
@@ -610,7 +645,7 @@ def _row_of_answer(prompt, answer, good, kind):
 
 
 def load(path, kind, limit=None):
-    """Load a file as rows of one kind ("sft", "preference", "prompt" or "kto"), in whatever format they are.
+    """Load a file as rows of one of KINDS, in whatever format they are.
 
     Stops reading once `limit` rows are kept. Returns (rows, dropped): a list of dicts as shown at the top of
     this file, and a Counter {reason: source rows left out}, where INVERTED alone counts rows that are kept.
@@ -630,10 +665,22 @@ def load(path, kind, limit=None):
         except Malformed as problem:
             raise DataError(f"{path}:{line}: {problem}") from None
         if limit is not None and len(rows) >= limit:
-            return rows[:limit], dropped
+            rows = rows[:limit]
+            break
     if not rows:
         raise DataError(f"{describe(rows, dropped, path)}, expected at least one usable {kind} row")
-    return rows, dropped
+    return _as_chances(rows) if kind == "process" else rows, dropped
+
+
+def _as_chances(rows):
+    """Process rows -> the same, with P(right) as labels where the file has -1 for wrong, as PRM800K.
+
+    Its 0, a step that is neither right nor wrong, becomes 1/2: the loss then draws the score there, so that a
+    needless step costs an answer something, but less than a wrong one. In a file without -1, 0 is wrong.
+    """
+    if min(min(row["labels"]) for row in rows) >= 0:
+        return rows
+    return [{**row, "labels": [(label + 1) / 2 for label in row["labels"]]} for row in rows]
 
 
 def describe(rows, dropped, path):

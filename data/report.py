@@ -399,7 +399,7 @@ def inspection_text(page):
     lines = [response["prompt"], f"    -> {response['response']}", "",
              f"iteration {page['iteration']}: score r(x, y) = {response['score']:.4f}, "
              f"beta = {page['beta']:g}, gamma = {page['gamma']:g}, lam = {page['lam']:g}, eps = {page['clip']:g}",
-             "R_t = -beta (logp - ref), plus r at the last token;  return = A + V;  "
+             "R_t = -beta (logp - ref), plus r at the last token (of each step);  return = A + V;  "
              "ratio = exp(new logp - logp)",
              f"A -> whitened (gae): minus the mean {page['mean']:.4f}, over the standard deviation "
              f"{page['std']:.4f} of all tokens", "",

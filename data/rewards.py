@@ -1,15 +1,21 @@
-"""Whatever says how good an answer is: a reward model, a Python function, the gold judge, or several of
-them."""
+"""Whatever says how good an answer is: a reward model, two policies, a Python function, the gold judge, or
+several of them."""
+import typing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from data import InputError, sample, world
+from data.chain import run_of
 from data.checkpoint import load
 from data.flags import function_of
 from data.parallel import RANK, all_sum, in_chunks
-from model import answer_rewards, frozen
+from data.process import implicit_logits, implicit_rewards, step_logits, token_rewards
+from model import frozen, last_token
+
+BETA = 0.3    # of an implicit reward, unless the policy's run says another: the default of dpo.py
 
 
 def names_in(text):
@@ -29,55 +35,111 @@ def weights_of(text, n):
     return weights * n / weights.sum()
 
 
+@dataclass
+class Source:
+    """One reward: models that read tokens, or a function that reads texts."""
+    models: list
+    tok: typing.Any = None            # the models' tokenizer
+    rewards: typing.Any = None        # (ids, mask) -> rewards at tokens (B, T), of models
+    steps: typing.Any = None          # (ids, mask) -> logits of steps (B, T), where it scores steps
+    function: typing.Any = None       # (rows, texts) -> list of floats
+
+
+def source_of(name, flag):
+    """The Source that a flag names. InputError: there is none."""
+    if name == "gold":
+        return Source([], function=world.gold)
+    if name.startswith("implicit:"):
+        return implicit_source(name, flag)
+    if ":" in name and not Path(name).is_dir():
+        return Source([], function=function_of(name, flag))
+    model, tok = load(name, head="score")
+    steps = partial(step_logits, model, tok) if model.cfg.process else None
+    return Source([model], tok, partial(token_rewards, model, tok), steps)
+
+
+def implicit_source(name, flag):
+    """The Source "implicit:POLICY:REFERENCE": the log-ratio of two policies (data/process.py)."""
+    paths = name.split(":")[1:]
+    if len(paths) != 2:
+        raise InputError(f"{flag} {name}: expected implicit:POLICY:REFERENCE, a policy and what it began as")
+    (policy, tok), (reference, other) = load(paths[0]), load(paths[1])
+    if not tok.same_as(other):
+        raise InputError(f"{flag} {name}: the two have different tokenizers")
+    beta = run_of(paths[0]).get("config", {}).get("beta") or BETA
+    both = (policy, reference, beta, tok)
+    return Source([policy, reference], tok, partial(implicit_rewards, *both), partial(implicit_logits, *both))
+
+
 class Rewards:
     """One or several rewards, as a flag names them: a reward model (of the tokenizer `tok`, if one is given),
-    "gold", or module:function, a function(rows, texts) -> list of floats. rows are rows of --data, such as
-    {"prompt": [{"role": "user", "content": "Name the capital of Kenya."}], "family": "helpful", ...}."""
+    "implicit:POLICY:REFERENCE", "gold", or module:function, a function(rows, texts) -> list of floats. rows
+    are rows of --data, such as {"prompt": [{"role": "user", "content": "Name the capital of Kenya."}],
+    "family": "helpful", ...}."""
 
     def __init__(self, flag, text, tok=None, weights="", ensemble="mean"):
         self.flag, self.ensemble, self.named = flag, ensemble, {}
         for name in names_in(text):
-            if name == "gold":
-                self.named[name] = (None, None, world.gold)
-            elif ":" in name and not Path(name).is_dir():
-                self.named[name] = (None, None, function_of(name, flag))
-            else:
-                model, model_tok = load(name, head="score")
-                if tok is not None and not tok.same_as(model_tok):
-                    raise InputError(f"{flag} {name} has another tokenizer than the policy")
-                self.named[name] = (model, model_tok, None)
+            source = source_of(name, flag)
+            if tok is not None and source.models and not tok.same_as(source.tok):
+                raise InputError(f"{flag} {name} has another tokenizer than the policy")
+            self.named[name] = source
         self.weights = weights_of(weights, len(self.named))
+        kinds = {source.steps is None for source in self.named.values()}
+        if ensemble == "min" and len(kinds) > 1:
+            raise InputError(f"{flag} {text}: the smallest of rewards of steps and of answers says nothing; "
+                             "name one kind, or take their mean")
 
     def models(self):
-        """The reward models among them."""
-        return [model for model, _, _ in self.named.values() if model is not None]
+        """All models among them."""
+        out = []
+        for source in self.named.values():
+            out += source.models
+        return out
 
     def score(self, rows, texts, ids, mask, size):
-        """Scores (B,) of one response to each row: texts, and the same as tokens ids (B, T) where mask (B, T)
-        is True. Reward models read `size` rows at a time."""
+        """Rewards (B, T) of one response to each row at the tokens where they arrive, the last one or those
+        that end its steps: texts, and the same as tokens ids (B, T) where mask (B, T) is True. Models read
+        `size` rows at a time."""
         each = []
-        for name, (model, _, function) in self.named.items():
-            if model is None:
-                each.append(self.call(name, function, rows, texts).to(ids.device))
+        for name, source in self.named.items():
+            if source.models:
+                each.append(in_chunks(source.rewards, ids, mask, size))
             else:
-                each.append(in_chunks(partial(answer_rewards, model), ids, mask, size))
+                at_tokens = torch.zeros(ids.shape, device=ids.device)
+                called = self.call(name, source.function, rows, texts).to(ids.device)
+                at_tokens[torch.arange(len(ids)), last_token(mask)] = called
+                each.append(at_tokens)
         return self.combined(torch.stack(each))
 
     def score_texts(self, rows, texts):
-        """The same of finished responses of which the tokens are not at hand: a list of floats."""
+        """Rewards (list of floats) of finished responses of which the tokens are not at hand."""
         each = []
-        for name, (model, tok, function) in self.named.items():
-            if model is None:
-                each.append(self.call(name, function, rows, texts))
+        for name, source in self.named.items():
+            if source.models:
+                said = self.read(source, source.rewards, rows, texts)
+                each.append(torch.stack([x.sum() for x in said]))
             else:
-                prompts = [row["prompt"] for row in rows]
-                each.append(torch.tensor(sample.rewards(model, tok, prompts, texts)))
+                each.append(self.call(name, source.function, rows, texts))
         return self.combined(torch.stack(each)).tolist()
 
+    def step_scores(self, rows, texts):
+        """The scores of the steps of finished responses, a list of numbers from 0 to 1 for each, by the one
+        reward that there is; None if it is no process reward."""
+        [source, *others] = self.named.values()
+        if others or source.steps is None:
+            return None
+        return [x[x.isfinite()].sigmoid().tolist() for x in self.read(source, source.steps, rows, texts)]
+
+    def read(self, source, what, rows, texts):
+        """What a Source's function (ids, mask) -> (B, T) says of finished responses: tensors (T,)."""
+        device = source.models[0].wte.weight.device
+        return sample.read_texts(what, source.tok, [row["prompt"] for row in rows], texts, device)
+
     def combined(self, each):
-        """Several rewards (K, B) as one (B,): their weighted mean, or the smallest (arXiv:2310.02743, eq.
+        """Several rewards (K, ..) as one (..): their weighted mean, or the smallest (arXiv:2310.02743, eq.
         4-5)."""
-        each = each * self.weights[:, None].to(each.device)
+        each = each * self.weights.to(each.device).view(-1, *[1] * (each.dim() - 1))
         return each.min(0).values if self.ensemble == "min" else each.mean(0)
 
     def call(self, name, function, rows, texts):
@@ -98,12 +160,17 @@ class Rewards:
         return all_sum(out)
 
 
+def rewards_on(flag, name, device):
+    """The Rewards that a flag names, to judge with: their models frozen and on the device."""
+    rewards = Rewards(flag, name)
+    for model in rewards.models():
+        frozen(model).to(device)
+    return rewards
+
+
 def judge_of(flag, name, device):
     """judge(rows, texts) -> utilities (list of floats) of answers to prompt rows: the tiny world's annotator,
     or whatever Rewards knows."""
     if name == "annotator":
         return world.Annotator().utilities
-    rewards = Rewards(flag, name)
-    for model in rewards.models():
-        frozen(model).to(device)
-    return rewards.score_texts
+    return rewards_on(flag, name, device).score_texts

@@ -166,7 +166,7 @@ def batches(lengths, batch_size, seed, epoch):
 # The run.
 
 LEFT_BY_A_RUN = ("state.pt", "log.jsonl", "samples.txt", "answers.jsonl", "result.json", "comparisons.jsonl",
-                 "held_out.jsonl", "inspect.json")   # beside the checkpoint and run.json
+                 "process.jsonl", "held_out.jsonl", "inspect.json")   # beside the checkpoint and run.json
 
 
 class Run:

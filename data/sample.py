@@ -1,10 +1,12 @@
-"""Answers sampled from a policy, rewards of answers as text, and comparisons of them."""
+"""Answers sampled from a policy, rewards of answers as text, and what the annotator says of them."""
+from functools import partial
 from itertools import combinations
 
 import torch
 
 from data import parallel, world
-from model import answer_rewards, pad_batch
+from data.process import steps_of, token_rewards
+from model import pad_batch
 
 
 def respond(model, tok, prompts, max_new, generator, temperature=1.0, batch=256):
@@ -76,20 +78,46 @@ def annotated(pairs, annotator, rng):
     return rows
 
 
+def annotated_steps(rows, answers, annotator, rng):
+    """Process rows (data/formats.py) of the different answers (lists of texts) to each row's prompt: the tiny
+    world's annotator says of each step whether it is better than 1/2, half way between wrong and right."""
+    felt = []
+    for row, texts in zip(rows, answers):
+        for text in texts:
+            steps = steps_of(text)
+            felt.append((row, steps, annotator.step_utilities(row, steps)))
+    gaps = []
+    for _, _, utilities in felt:
+        gaps += [u - 0.5 for u in utilities]
+    noise, out = annotator.noise_for(gaps), []
+    for row, steps, utilities in felt:
+        labels = [world.annotate(u, 0.5, noise, rng) for u in utilities]
+        out.append({"prompt": row["prompt"], "completions": steps, "labels": labels})
+    return out
+
+
 @torch.no_grad()
-def rewards(model, tok, prompts, texts, batch=64):
-    """Rewards (list of floats) of one answer (str) to each prompt (messages) by a reward model, read at the
-    EOS."""
-    device = model.wte.weight.device
-    rows = []
+def read_texts(read, tok, prompts, texts, device, batch=64):
+    """What read(ids, mask) -> (B, T) says of one answer (str) to each prompt (messages), finished ones: a
+    list of tensors (T,), one an answer."""
+    rows, before = [], []
     for prompt, text in zip(prompts, texts):
         given, answer = tok.render_answer(prompt, text.strip())
         rows.append(given + answer)
-    out, order = [0.0] * len(rows), sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        before.append(len(given))
+    out, order = [None] * len(rows), sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), batch):
         part = order[start: start + batch]
         ids, real = pad_batch([rows[i] for i in part], tok.pad_id, device)
-        for i, r in zip(part, answer_rewards(model, ids, real).tolist()):
-            out[i] = r
+        prompt = torch.tensor([before[i] for i in part], device=device)[:, None]
+        mask = real & (torch.arange(ids.shape[1], device=device) >= prompt)                        # (B, T)
+        for i, said in zip(part, read(ids, mask).cpu()):
+            out[i] = said
     return out
+
+
+def rewards(model, tok, prompts, texts, batch=64):
+    """Rewards (list of floats) of one answer (str) to each prompt (messages) by a reward model."""
+    read = partial(token_rewards, model, tok)
+    return [x.sum().item() for x in read_texts(read, tok, prompts, texts, model.wte.weight.device, batch)]
 

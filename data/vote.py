@@ -241,8 +241,11 @@ def main(cfg):
                 print("\n    " + opinion(pair, reward_model, reward_tok, agreed), flush=True)
     except (EOFError, KeyboardInterrupt):
         print()
+    start = names[0]
+    if reward and not reward_model.cfg.process:     # which did not learn from comparisons
+        start = reward
     print(f"{len(votes)} votes in {path}; to learn from them: "
-          f"python reward.py --init {reward or names[0]} --data {path}")
+          f"python reward.py --init {start} --data {path}")
 
 
 if __name__ == "__main__":

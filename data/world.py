@@ -204,6 +204,28 @@ def gold(rows, responses):
     return [judge(row, response)["gold"] for row, response in zip(rows, responses)]
 
 
+def step_values(row, steps):
+    """What each step (str) of a response to a prompt row is worth by the rules of `judge`: 1 right, 0 wrong,
+    1/2 needless.
+
+    right: it brings the score of the row's family. needless: manners alone, or it adds nothing to an answer
+    that scores already, or a refusal that offers nothing yet. wrong: all else, and where the answer ends
+    without a score, its last step."""
+    values, score, so_far = [], 0.0, ""
+    for step in steps:
+        so_far += f" {step.strip()}"
+        before, score = score, judge(row, so_far)[row["family"]]
+        if score > before:
+            values.append(score)
+        elif not re.sub(_MANNERS, "", step).strip() or score == before > 0:
+            values.append(0.5)
+        else:
+            values.append(0.0)
+    if steps and score == 0:
+        values[-1] = 0.0
+    return values
+
+
 def utility(row, response, length=0.0, confidence=0.0, sycophancy=0.0):
     """What the annotator feels: gold plus its biases - per ten words, for sounding sure, for agreeing with
     the user."""
@@ -244,6 +266,11 @@ class Annotator:
     def utilities(self, rows, responses):
         """The same of one response to each row, a list."""
         return [self.utility(row, response) for row, response in zip(rows, responses)]
+
+    def step_utilities(self, row, steps):
+        """What it feels about each step (str) of a response: its value, and the biases."""
+        values = zip(steps, step_values(row, steps))
+        return [value + self.utility(row, step) - judge(row, step)["gold"] for step, value in values]
 
     def noise_for(self, gaps):
         """Its noise among pairs whose utilities differ by these gaps."""

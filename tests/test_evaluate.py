@@ -385,7 +385,7 @@ def test_weights_of_several_rewards(tmp_path, monkeypatch):
     for flags, want in (({}, 2), ({"weights": "3,1"}, 1.5), ({"ensemble": "min"}, 1)):
         rewards = Rewards("--reward", "some_rewards:one,some_rewards:three", **flags)
         ids = torch.zeros(2, 3, dtype=torch.long)
-        assert rewards.score([{}] * 2, ["a", "b"], ids, ids > 0, 8).tolist() == [want, want]
+        assert rewards.score([{}] * 2, ["a", "b"], ids, ids > 0, 8).sum(1).tolist() == [want, want]
         assert rewards.score_texts([{}] * 2, ["a", "b"]) == [want, want] and rewards.models() == []
 
 

@@ -55,7 +55,8 @@ def save(folder, content, name="rows.jsonl"):
 def check(row, kind):
     """Is this exactly what data/formats.py promises of a row of this kind?"""
     keys = {"sft": {"messages"}, "preference": {"prompt", "chosen", "rejected", "label", "margin"},
-            "prompt": {"prompt"}, "kto": {"prompt", "completion", "label"}}[kind]
+            "prompt": {"prompt"}, "kto": {"prompt", "completion", "label"},
+            "process": {"prompt", "completions", "labels"}}[kind]
     assert set(row) >= keys if kind == "prompt" else set(row) - {"ceiling"} == keys
     turns = row["messages"] if kind == "sft" else row["prompt"]
     for turn in turns:
@@ -76,6 +77,11 @@ def check(row, kind):
         assert type(row["margin"]) is float and math.isfinite(row["margin"])
     if kind == "kto":
         assert type(row["label"]) is bool
+    if kind == "process":
+        text = "".join(row["completions"])
+        assert text == text.strip() and all(step.strip() for step in row["completions"])
+        assert len(row["labels"]) == len(row["completions"]) > 0
+        assert all(type(label) is float and 0 <= label <= 1 for label in row["labels"])
 
 
 def pref(prompt, chosen, rejected, label=1.0, margin=0.0):
@@ -89,6 +95,7 @@ EVAL = {"instruction": "q", "output_1": "one", "output_2": "two", "generator_1":
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 ANSWER = {"prompt": "a", "completion": "b"}
 TALK = {"messages": [U("a"), A("b")]}
+STEPS = {"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}
 SHARED = {"conversations": [G("human", "a"), G("gpt", "b")]}
 
 FORMATS = {
@@ -338,6 +345,27 @@ FORMATS = {
                                 "sft", [TALK]),
     "pair with ceiling": ({**PAIR, "ceiling": 0.9}, "preference",
                           [{**pref([U("a")], "b", "c"), "ceiling": 0.9}]),
+    "steps, TRL": (    # which bring the white space between them
+        {"prompt": "Blue light", "completions": [" scatters more in air,", " so the sky is green."],
+         "labels": [True, False]}, "process",
+        [{"prompt": [U("Blue light")], "completions": ["scatters more in air,", " so the sky is green."],
+          "labels": [1.0, 0.0]}]),
+    "steps, Math-Shepherd": (    # lines without their ends; a step may have several
+        {"prompt": "Tom has 3 pens and buys 2. How many?",
+         "completions": ["Step 1: He has 3.0 pens.", "Step 2: 3 + 2 = 6.\n  That is all.", "The answer is: 6"],
+         "labels": [True, False, False], "index": 7}, "process",
+        [{"prompt": [U("Tom has 3 pens and buys 2. How many?")],
+          "completions": ["Step 1: He has 3.0 pens.", "\nStep 2: 3 + 2 = 6.\n  That is all.", "\nThe answer is: 6"],
+          "labels": [1.0, 0.0, 0.0]}]),
+    "steps, PRM800K": (    # right, neither, wrong
+        {"prompt": [S("s"), U("a")], "completions": ["b\n\n", "c\n\n", "d"], "labels": [1, 0, -1]}, "process",
+        [{"prompt": [S("s"), U("a")], "completions": ["b\n\n", "c\n\n", "d"], "labels": [1.0, 0.5, 0.0]}]),
+    "steps, 0 and 1": ({**STEPS, "labels": [1, 0]}, "process",
+                       [{"prompt": [U("a")], "completions": ["b", "\nc"], "labels": [1.0, 0.0]}]),
+    "steps, a transcript and chances": (
+        {"prompt": "\n\nHuman: a\n\nAssistant:", "completions": [" b "], "labels": [0.25], "system": "s"}, "process",
+        [{"prompt": [S("s"), U("a")], "completions": ["b"], "labels": [0.25]}]),
+    "steps to prompt": (STEPS, "prompt", [{"prompt": [U("a")]}]),
     "empty tool calls and images": (
         {"messages": [U("a"), A("b", tool_calls=[], function_call=None, images=[])], "images": [], "audio": ""},
         "sft", [TALK]),
@@ -450,6 +478,13 @@ UNUSABLE = [
     ({**TLDR, "info": {"article": "news", "title": "t"}}, "preference", "no post"),
     ({**TLDR, "info": {**TLDR["info"], "post": " "}}, "preference", "empty prompt"),
     ({"instruction": "a", "instances": []}, "sft", "empty response"),
+    ({**STEPS, "completions": [], "labels": []}, "process", "empty response"),
+    ({**STEPS, "completions": ["", " \n"]}, "process", "empty response"),
+    ({**STEPS, "completions": ["b", " "]}, "process", "empty step"),
+    ({**STEPS, "labels": [1, None]}, "process", "a step without a label"),
+    ({**STEPS, "completions": ["b", "\ud83d"]}, "process", "half a character"),
+    ({**STEPS, "prompt": " "}, "process", "empty prompt"),
+    ({**STEPS, "images": ["x"]}, "process", "image, video or audio"),
 ]
 for role in ("tool", "function", "ipython", "Observation"):
     called = {**A(None), "tool_calls": [{"id": "c"}]}
@@ -461,9 +496,17 @@ for key, value in (("image", "x.jpg"), ("images", ["x"]), ("videos", [{"bytes": 
 
 @pytest.mark.parametrize("source, kind, reason", UNUSABLE)
 def test_unusable_row_is_dropped_and_counted(tmp_path, source, kind, reason):
-    good = {"preference": HH, "sft": HH, "prompt": {"prompt": "p"}, "kto": HH}[kind]
+    good = {"preference": HH, "sft": HH, "prompt": {"prompt": "p"}, "kto": HH, "process": STEPS}[kind]
     expected = load(save(tmp_path, [good]), kind)[0]
     assert load(save(tmp_path, [source, good, source]), kind) == (expected, Counter({reason: 2}))
+
+
+def test_labels_of_a_file_have_one_scale(tmp_path):
+    """0 is wrong among 0 and 1, and neither right nor wrong where another row of the file has -1."""
+    rows = [{**STEPS, "labels": [1, 0]}, {**STEPS, "labels": [0.5, -1]}]
+    labels = [[row["labels"] for row in load(save(tmp_path, some), "process")[0]] for some in (rows[:1], rows)]
+    assert labels == [[[1.0, 0.0]], [[1.0, 0.5], [0.75, 0.0]]]
+    assert load(save(tmp_path, rows), "process", 1)[0][0]["labels"] == [1.0, 0.0]      # it has read one row
 
 
 MALFORMED = [
@@ -516,6 +559,15 @@ MALFORMED = [
     ({**TLDR, "info": {"post": "p", "title": 1, "subreddit": "s"}},
      "preference", '"title" to be a string, found a number'),
     ({"transcript": "hello"}, "prompt", '"transcript" to be a transcript that starts with "Human:"'),
+    ({**STEPS, "labels": [True]}, "process", 'as many "labels" as "completions", found 1 and 2'),
+    ({**STEPS, "labels": [1, "-"]}, "process", '"labels" to be a number, found a string'),
+    ({**STEPS, "labels": [1, -2]}, "process", '"labels" to be between -1 and 1'),
+    ({**STEPS, "labels": True}, "process", '"labels" to be a list of numbers, or of true and false, found true'),
+    ({**STEPS, "completions": "b"}, "process", '"completions" to be a list of strings, found a string'),
+    ({**STEPS, "completions": ["b", 3]}, "process", '"completions" to be a string, found a number'),
+    ({**STEPS, "labels": None}, "process", '"labels" to be a list of numbers, or of true and false, found null'),
+    (ANSWER, "process", "a prompt with the steps of a response and a label for each for process rows, found"),
+    (STEPS, "preference", "found a prompt with the steps of a response"),
     # A kind that cannot be made of the row: the message says what is there and what is needed.
     ({"instruction": "a", "output": "b"}, "preference", "expected a prompt with a chosen and a rejected response for "
                                                         "preference rows, found a prompt with a response (sft)"),
@@ -528,7 +580,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("source, kind, phrase", MALFORMED)
 def test_malformed_row_is_an_error_with_its_line(tmp_path, source, kind, phrase):
-    good = {"prompt": {"prompt": "p"}}.get(kind, HH)
+    good = {"prompt": {"prompt": "p"}, "process": STEPS}.get(kind, HH)
     path = save(tmp_path, jsonl([good]) + b"\n" + jsonl([source]))
     with pytest.raises(DataError) as error:
         load(path, kind)

@@ -506,6 +506,8 @@ BAD_INPUT = [   # script, flags, what the message must hold
     ("ppo.py", PPO + "--reward gold,{chain}/reward --reward_weights 1", "--reward_weights 1: expected 2 numbers"),
     ("ppo.py", PPO + "--reward_weights x", "--reward_weights x"),
     ("ppo.py", PPO + "--reward gold,{bad}/nosuch", "{bad}/nosuch"),
+    ("ppo.py", PPO + "--reward implicit:{chain}/sft", "expected implicit:POLICY:REFERENCE"),
+    ("reward.py", INIT + "--process --data {bad}/pairs.jsonl", "{bad}/pairs.jsonl:1: "),
     ("ppo.py", PPO + "--ptx_coef 1 --ptx_data {bad}/nosuch.txt", "{bad}/nosuch.txt"),
     ("ppo.py", PPO + "--ptx_coef 1 --ptx_data {bad}/empty.jsonl", "{bad}/empty.jsonl"),
     ("ppo.py", PPO + "--advantage grpo --group 1", "--group"),
@@ -872,11 +874,15 @@ def one_and_two(suite, chain, folder, script, flags):
     ("sft.py", "--init {chain}/base --micro_batch 3 --batch_size 14"),
     ("reward.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 8 --held_out 0.3 "
                   "--micro_batch 3"),
+    ("reward.py", "--process --init {chain}/sft --prompts 40 --k 2 --max_new 24 --batch_size 8 --held_out 0.3 "
+                  "--bias_length 0.2"),
     ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 8 --micro_batch 3"),
     ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --loss kto --batch_size 8"),
     ("dpo.py", "--init {chain}/sft --online --batch_size 16 --max_new 24 --seed 34 --max_steps 2"),   # pairs: 2, 2
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --micro_batch 3 "
                "--value_warmup 1 --ptx_coef 0.1 --relabel 2 --recompute"),
+    ("ppo.py", "--init {chain}/sft --reward implicit:{chain}/sft:{chain}/base --rollouts 16 --minibatches 2 "
+               "--value_warmup 1"),
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --value_warmup 1 --lora 4 "
                "--max_steps 2")])
 def test_two_processes_are_one(early, script, flags):
