@@ -16,8 +16,9 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from data import report
 from model import answer_rewards, last_token, pad_batch, token_logprobs, width_of
+
+SHOWN = 12    # answers whose steps stand in samples.txt
 
 # In bytes, because a token may hold a part of a character.
 LINE = re.compile(rb"[^\n]*\S")
@@ -181,7 +182,7 @@ def show_steps(model, tok, rows, cfg):
     """No rows for a file, and [(prompt, text)] for samples.txt of the first process rows: what the steps of
     an answer score, and their labels."""
     told = []
-    for row in rows[: report.PROBES]:
+    for row in rows[:SHOWN]:
         groups, _ = group_steps([row], tok, min(cfg.max_len, model.cfg.max_len))
         lines = []
         for answers, steps in groups:     # one, or none if it is too long
