@@ -164,6 +164,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
 
     def forward(self, x, rope, bias, cache=None, pos=None):
+        # q, k and v of all heads in one product; k and v may have fewer heads.
         B, T, _ = x.shape
         H, Hkv, D = self.cfg.n_head, self.cfg.n_kv_head, self.cfg.head_dim
         qk, v = self.qkv(x).view(B, T, H + 2 * Hkv, D).split([H + Hkv, Hkv], dim=2)
@@ -175,6 +176,7 @@ class Attention(nn.Module):
         q, k = qk.split([H, Hkv], dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)              # (B, H or Hkv, T, D)
 
+        # Keys and values of earlier tokens come from the cache, to which the new ones are added.
         if cache is not None:
             keys, values = cache                                                       # (B, Hkv, S, D) each
             if pos is None:     # prompts fill the cache from its start
@@ -185,6 +187,8 @@ class Attention(nn.Module):
                 values[rows, :, pos[:, 0]] = v[:, :, 0]
                 S = bias.shape[-1]
                 k, v = keys[:B, :, :S], values[:B, :, :S]
+
+        # Every query takes its mix of the values; the heads side by side are the output.
         y = attention(q, k, v, bias)                                                   # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, H * D))
 
@@ -199,7 +203,7 @@ class MLP(nn.Module):
         self.down = Linear(cfg.n_inner, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x):
-        x = self.up(x)
+        x = self.up(x)   # (B, T, I), or twice as wide: gate and value side by side
         if self.swiglu:
             gate, x = x.chunk(2, dim=-1)
             return self.down(F.silu(gate) * x)
@@ -277,6 +281,7 @@ class GPT(nn.Module):
         else:
             rope = self.cos[pos], self.sin[pos]   # (B, T, 1, D)
 
+        # The layers, all with the same mask.
         bias = None
         if mask is not None:
             bias = attention_bias(mask, Linear.compute or x.dtype)
@@ -355,8 +360,11 @@ def sampling_copy(model):
     """A frozen copy of the model to sample from. Decoding reads every weight once per token, so they are cast
     once, not for every token, and the head too. `refresh` brings it up to date. What is frozen in the model
     is shared."""
+    # A copy of what is trained alone.
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     sampler = frozen(copy.deepcopy(model, shared))
+
+    # Its head is a layer of its own, which the embedding does not share any more.
     head = sampler.head().detach().clone()
     sampler.cfg = replace(sampler.cfg, tie=False)
     sampler.lm_head = Linear(1, 1, bias=False)
@@ -398,6 +406,7 @@ class LoRA(nn.Module):
 def with_lora(trunk, rank, scalar_head=False):
     """A model of its own adapters on the weights of a frozen `trunk`, which are shared, not copied: the trunk
     itself is the reference, and policy and value model cost little more than nothing beside it."""
+    # The same weights, not a copy of them, inside of new layers.
     model = copy.deepcopy(trunk, {id(p): p for p in trunk.parameters()})
     for block in model.h:
         block.attn.qkv, block.attn.proj = LoRA(block.attn.qkv, rank), LoRA(block.attn.proj, rank)
@@ -407,21 +416,6 @@ def with_lora(trunk, rank, scalar_head=False):
         model.score = Linear(trunk.cfg.n_embd, 1, bias=False, device=trunk.wte.weight.device)
         init_score(model.score.weight)
     return model
-
-
-def merged(state):
-    """The state of a plain GPT, {name: tensor} in fp32, of one that may have adapters: they are added into
-    the weights they belong to."""
-    out = {}
-    for name, x in state.items():
-        if name.endswith((".a.weight", ".b.weight")):
-            continue
-        x = x.float()
-        if name.endswith(".linear.weight"):
-            layer = name.removesuffix(".linear.weight")
-            x = x + 2 * state[f"{layer}.b.weight"].float() @ state[f"{layer}.a.weight"].float()
-        out[name.replace(".linear.", ".")] = x
-    return out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -451,6 +445,7 @@ def sample(logits, u, top_k=0, top_p=1.0):
         p = in_order.softmax(-1)
         before = p.cumsum(-1) - p                             # probability of all that are likelier
         logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -math.inf)
+    # The first token whose cumulative probability exceeds u.
     total = logits.softmax(-1).cumsum(-1, dtype=u.dtype)                                           # (B, V)
     token = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
@@ -494,6 +489,7 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
     EOS included; logp (B, T): log-prob of each token of the answer under softmax(logits / temperature), 0
     elsewhere - also with top_k or top_p, because that is the distribution training uses. ValueError: an empty
     or too long prompt."""
+    # What there is to do; all of it on the model's device.
     device, how = model.wte.weight.device, (temperature, top_k, top_p)
     B, N = draws.shape
     P = max(len(prompt) for prompt in prompts)
@@ -518,12 +514,15 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
 
     # The first token follows from the hidden state of the last one of the prompt.
     token, lp = draw(model.logits(hidden[which, lens - 1]), draws[:, 0], how)                      # (B,)
+
+    # What is written so far, and which rows are at it.
     new, logp = torch.zeros(B, N, dtype=torch.long, device=device), torch.zeros(B, N, device=device)
     wrote = torch.zeros(B, N, dtype=torch.bool, device=device)
     row = torch.arange(B, device=device)       # (n,) the rows still being written, in the cache's order
     done = torch.zeros(B, dtype=torch.bool, device=device)
     with packed_weights(model, B):
         for i in range(N):
+            # Keep the drawn tokens of all rows that have not ended before.
             new[row, i], logp[row, i], wrote[row, i] = token, lp, ~done
             done = done | torch.isin(token, eos)
             if i + 1 == N:
@@ -651,10 +650,13 @@ def answer_rewards(model, ids, mask):
 def compare_policies(policy, reference, ids, mask, temperature=1.0):
     """Four (B, T) tensors, 0 outside the mask: log-probs of policy and reference, the exact KL(policy ||
     reference) over the whole vocabulary, and the policy's entropy, in nats."""
+    # Hidden states of both at the positions where a masked token is predicted.
     T = width_of(mask)
     rows, before = mask[:, 1:T].nonzero(as_tuple=True)   # (N,) each; `before` is where token t is predicted
     hidden, ref_hidden = policy(ids[:, :T])[rows, before], reference(ids[:, :T])[rows, before]     # (N, C)
     y = ids[rows, before + 1][:, None]                                                             # (N, 1)
+
+    # Both distributions over the whole vocabulary, some positions at a time.
     out = torch.zeros(4, *ids.shape, device=ids.device)
     n = max(1, LOGITS // (2 * policy.cfg.vocab_size))
     for i in range(0, len(y), n):

@@ -16,7 +16,7 @@ from data.parallel import RANK, barrier, full_state
 from data.hub import HUB_NAME, fetch_hub
 from data.safetensors import INDEX, WEIGHTS, plain_names, read_tensors, sync, write_safetensors
 from data.tokenizer import CheckpointError, load_tokenizer, read_object, require, tokenizer_to_json
-from model import GPT, GPTConfig, merged
+from model import GPT, GPTConfig
 
 def load(path, device="cpu", head="none"):
     """(GPT, Tokenizer) of one of our folders, a Hugging Face folder or a hub name. head: "none" asks for a
@@ -28,6 +28,21 @@ def load(path, device="cpu", head="none"):
     model.to_empty(device="cpu").init_weights()
     model.load_state_dict(weights, strict=head != "new")
     return model.to(device), tok
+
+
+def merged(state):
+    """The state of a plain GPT, {name: tensor} in fp32, of one that may have LoRA's adapters: they are added
+    into the weights they belong to (model.LoRA)."""
+    out = {}
+    for name, x in state.items():
+        if name.endswith((".a.weight", ".b.weight")):
+            continue
+        x = x.float()
+        if name.endswith(".linear.weight"):
+            layer = name.removesuffix(".linear.weight")
+            x = x + 2 * state[f"{layer}.b.weight"].float() @ state[f"{layer}.a.weight"].float()
+        out[name.replace(".linear.", ".")] = x
+    return out
 
 
 def save(folder, model, tok, state=None):

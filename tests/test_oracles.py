@@ -26,10 +26,11 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
 from data import world  # noqa: E402
+from data.checkpoint import merged  # noqa: E402
 from data.parallel import in_chunks, micro_batches  # noqa: E402
 from data.tokenizer import Tokenizer, tokenizer_from_ranks  # noqa: E402
 from model import (GPT, GPTConfig, answer_rewards, attention, attention_bias, compare_policies,  # noqa: E402
-                   frozen, generate, last_token, merged, pad_batch, refresh, sample, sampling_copy,
+                   frozen, generate, last_token, pad_batch, refresh, sample, sampling_copy,
                    token_logprobs, token_values, with_lora)
 
 torch.set_num_threads(1)
