@@ -301,9 +301,9 @@ def logprobs_and_bonus(policy, ids, mask, cfg):
     return logp, cfg.entropy_coef * entropy.sum()
 
 
-def token_figures(mask, kl, kl_k3, exact_kl, entropy):
+def token_figures(mask, k1, k3, exact_kl, entropy):
     """What the log says of (B, T) tensors: KL and length per response, entropy per token."""
-    return {"kl": kl.sum(1).mean(), "kl_k3": kl_k3.sum(1).mean(), "kl_exact": exact_kl.sum(1).mean(),
+    return {"kl": k1.sum(1).mean(), "kl_k3": k3.sum(1).mean(), "kl_exact": exact_kl.sum(1).mean(),
             "length": mask.sum(1).float().mean(), "entropy": entropy.sum() / mask.sum()}
 
 
@@ -387,8 +387,8 @@ def main(cfg):
 
         # 3. Reward: each token pays for being likelier than under the reference; the score comes with the
         #    last token, or with the last one of each step.
-        kl, _, kl_k3 = kl_estimators(old_logp, ref_logp)                                         # (B, T)
-        token_rewards = scores - beta * kl                                                       # (B, T)
+        k1, _, k3 = kl_estimators(old_logp, ref_logp)                                            # (B, T)
+        token_rewards = scores - beta * k1                                                       # (B, T)
 
         # 4. Advantage: how much better than expected, by the value model or by the other answers to the
         # prompt.
@@ -443,7 +443,7 @@ def main(cfg):
         # 7. Write the log, keep some numbers to look at, steer beta, save.
         figures = {"reward": scores.sum(1).mean(), "beta": beta, "eos_rate": ended.float().mean(),
                    "unique": len(set(texts)) / len(texts)} | all_sum(sums)
-        figures |= token_figures(mask, kl, kl_k3, exact_kl, entropy)
+        figures |= token_figures(mask, k1, k3, exact_kl, entropy)
         if value is not None:
             figures["explained_var"] = explained_variance(old_values, returns, mask)
         if not cfg.data:    # the tiny world knows the gold score, which is shown and never trained on
@@ -457,7 +457,7 @@ def main(cfg):
             page = report.inspection(policy, value, tok, batch_rows, (ids, mask), numbers, cfg)
             inspected[moment] = page | {"iteration": it + 1, "beta": beta}
         if cfg.kl == "adaptive":
-            beta = adapt_kl_coef(beta, kl.sum(1).mean().item(), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
+            beta = adapt_kl_coef(beta, k1.sum(1).mean().item(), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
         if run.due(it) or over_budget:
             later_pairs = relabelling.later_pairs if relabelling else []
             run.save(it, before=before, answers=first_answers, beta=beta, later_pairs=later_pairs,
