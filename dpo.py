@@ -49,7 +49,7 @@ from data.flags import RunFlags, program
 from data.parallel import WORLD, all_sum, in_shares, micro_batches, prepare
 from data.rewards import judge_of
 from data.run import Run, adamw, batches, cosine, set_lr, setup
-from model import frozen, logprobs_from, pad_batch, refresh, sampling_copy, with_lora
+from model import frozen, logprobs_from, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
 
 # ------------------------------------------------------------------------------------------------------------
 # The losses as pure functions: (B,) of h (B,), the implicit reward of the chosen answer minus that of the
@@ -238,16 +238,23 @@ def kto_loss(r, good, z, beta, good_weight=1.0, bad_weight=1.0):
     return torch.where(good > 0.5, good_weight, bad_weight) * (1 - (beta * gain).sigmoid())
 
 
-def alone(examples, which):
-    """Examples of nothing but the first (which = 1) or the second answer (2) of some examples."""
-    return [(example[0], example[which], [], example[3]) for example in examples]
+def answer_logps(model, examples, which, tok):
+    """Summed log-probs (B,) of the labelled (which = 1) or the other answers (2) of examples."""
+    rows = [example[0] + example[which] for example in examples]
+    ids, real = pad_batch(rows, tok.pad_id)                                         # (B, T) each
+    n_prompt = torch.tensor([[len(prompt)] for prompt, *_ in examples])             # (B, 1)
+    mask = real & (torch.arange(ids.shape[1]) >= n_prompt)                          # (B, T)
+    return token_logprobs(model, ids.to(model.wte.weight.device), mask).sum(1)
 
 
 def kto_known(model, examples, ref, tok, cfg):
     """What kto_losses has to know of a step, (2, B): log-probs of the labelled answers under the reference,
     and z, the same in each column. ref (2, B): log-probs of both answers under the reference."""
     # z is of the whole step, so it is known before its first micro-batch, and has no gradient.
-    logp = all_logps(model, alone(examples, 2), tok, cfg.micro_batch)[0]            # (B,)
+    def of(rows):
+        return answer_logps(model, [examples[i] for i in rows], 2, tok)
+
+    logp = in_shares(of, [length_of(example) for example in examples], cfg.micro_batch)     # (B,)
     z = (logp - ref[1]).mean().clamp(min=0.0)
     return torch.stack((ref[0], z.expand(len(examples))))
 
@@ -257,7 +264,7 @@ def kto_losses(model, examples, known, tok, cfg):
     ref, z = known                                                                  # (B,) each
     beta = cfg.beta or LOSSES["kto"].beta
     good = torch.tensor([label for *_, label in examples], device=known.device)     # (B,)
-    r = pair_logps(model, alone(examples, 1), tok)[0] - ref                         # (B,)
+    r = answer_logps(model, examples, 1, tok) - ref                                 # (B,)
     loss = kto_loss(r, good, z, beta, cfg.good_weight, cfg.bad_weight)
 
     # For the log: does a good answer gain more than z, a bad one less?
