@@ -39,12 +39,14 @@ from pathlib import Path
 import torch
 
 from data import InputError, formats, read_json, report, world, write_atomic
+from data.chain import need, run_script, sibling, unfinished
 from data.checkpoint import load, save
 from data.endpoint import make_critic
+from data.flags import RunFlags, program
 from data.parallel import WORLD
 from data.principles import (accuracy, agreement, compare, constitution, count_faults, critic_figures,
                              few_shots, gold_by_revision, transcript)
-from data.run import MEASURE, Run, RunFlags, need, program, run_script, seeded, setup, sibling, unfinished
+from data.run import MEASURE, Run, seeded, setup
 from data.sample import all_pairs, annotated, different_answers, ended, preference_row, respond, short_enough
 from model import sampling_copy
 

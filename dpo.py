@@ -42,12 +42,13 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from data import InputError, report, world
+from data.chain import chain_columns, need, sibling
 from data.checkpoint import load
 from data.comparisons import length_of, online_pairs, read_examples, read_prompts
+from data.flags import RunFlags, program
 from data.parallel import WORLD, all_sum, in_shares, micro_batches, prepare
 from data.rewards import judge_of
-from data.run import (Run, RunFlags, adamw, batches, chain_columns, cosine, need, program, set_lr, setup,
-                      sibling)
+from data.run import Run, adamw, batches, cosine, set_lr, setup
 from model import frozen, logprobs_from, pad_batch, refresh, sampling_copy, with_lora
 
 # ------------------------------------------------------------------------------------------------------------

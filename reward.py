@@ -36,10 +36,12 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from data import InputError, formats, process, report, vote, world
+from data.chain import need
 from data.checkpoint import load
 from data.comparisons import compare_answers, label_steps
+from data.flags import RunFlags, program
 from data.parallel import all_sum, barrier, in_chunks, micro_batches, prepare
-from data.run import Run, RunFlags, adamw, batches, cosine, need, program, set_lr, setup
+from data.run import Run, adamw, batches, cosine, set_lr, setup
 from model import answer_rewards, pad_batch
 
 

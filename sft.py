@@ -20,9 +20,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import InputError, formats, report, world
+from data.chain import need
 from data.checkpoint import load
+from data.flags import RunFlags, program
 from data.parallel import all_sum, micro_batches, prepare
-from data.run import Run, RunFlags, adamw, batches, cosine, need, program, set_lr, setup
+from data.run import Run, adamw, batches, cosine, set_lr, setup
 from model import pad_batch, refresh, sampling_copy, token_logprobs
 
 

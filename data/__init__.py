@@ -3,7 +3,8 @@
     world, facts             the tiny world: corpus, demonstrations, prompts, annotator, gold judge
     formats                  the data sets people bring
     checkpoint, tokenizer    Hugging Face folders and tokenizers, in and out; below them safetensors and hub
-    run, parallel            one run of a script: flags, folder, log, resume; several processes
+    flags, chain             the command line; making the links that a script starts from
+    run, parallel            one run: device, folder, log, resume; several processes
     sample, comparisons      answers of a policy; pairs of them, from people, from the annotator, as ids
     rewards, relabel         what scores answers; asking the annotator again
     process                  the steps of an answer, and what is said of each

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import InputError, sample, world
+from data.chain import run_of
 from data.checkpoint import load
-from data.run import program, run_of, seeded, setup
+from data.flags import program
+from data.run import seeded, setup
 from data.tokenizer import tokenizer_from_ranks
 from model import frozen, sampling_copy
 

@@ -40,12 +40,14 @@ import numpy as np
 import torch
 
 from data import InputError, formats, report, world, write_atomic
+from data.chain import result_of
 from data.checkpoint import load
 from data.endpoint import local_critic
+from data.flags import program
 from data.pretrain import read_corpus
 from data.principles import compare, constitution
 from data.rewards import rewards_on
-from data.run import program, result_of, seeded, setup
+from data.run import seeded, setup
 from data.sample import ended, respond, short_enough
 from model import sampling_copy
 

@@ -19,8 +19,9 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import InputError, parallel, report, world
+from data.flags import RunFlags, program
 from data.parallel import all_sum, micro_batches, prepare
-from data.run import MEASURE, Run, RunFlags, adamw, cosine, program, seeded, set_lr, setup
+from data.run import MEASURE, Run, adamw, cosine, seeded, set_lr, setup
 from data.tokenizer import gpt2_tokenizer, tokenizer_from_ranks
 from model import GPT, GPTConfig, refresh, sampling_copy, token_logprobs
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from data import formats, world
+from data.chain import result_of
 from data.parallel import WORLD, micro_batches
-from data.run import result_of, set_lr
+from data.run import set_lr
 from data.sample import all_pairs, annotated
 from model import answer_rewards, pad_batch
 

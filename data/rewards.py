@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from data import InputError, sample, world
+from data.chain import run_of
 from data.checkpoint import load
+from data.flags import function_of
 from data.parallel import RANK, all_sum, in_chunks
 from data.process import implicit_logits, implicit_rewards, step_logits, token_rewards
-from data.run import function_of, run_of
 from model import frozen, last_token
 
 BETA = 0.3    # of an implicit reward, unless the policy's run says another: the default of dpo.py

@@ -1,7 +1,6 @@
-"""One run of a script: its flags and command line, device and precision, the links of the chain it starts
-from, and the folder it leaves, with lock, log, progress line, save and resume.
+"""One run of a script: device, precision and optimizer, and the folder it leaves, with lock, log, progress
+line, save and resume.
 
-    cfg = ...                            program(main, Config, doc) fills it from the command line
     device = setup(cfg)                  seeds, precision, processes
     run = Run(cfg, "sft", [data])        locks the folder; an unfinished run with the same flags goes on
     run.begin(n_steps, tok, policy=(model, optimizer))
@@ -12,25 +11,16 @@ from, and the folder it leaves, with lock, log, progress line, save and resume.
             run.save(step, before=before)
     run.finish(before, after)
 """
-import argparse
 import ctypes
-import difflib
-import functools
-import hashlib
-import importlib
-import inspect
 import json
 import math
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
-import traceback
-import typing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 
 # Large tensors in huge pages: GPT-2 124M trains 1.2x faster. And glibc keeps freed memory instead of fetching
@@ -45,189 +35,17 @@ except (OSError, AttributeError):   # another system
 import torch   # noqa: E402
 
 import model as gpt   # noqa: E402
-from data import InputError, read_json, report, write_atomic   # noqa: E402
+from data import InputError, report, write_atomic   # noqa: E402
+from data.chain import NEXT, PART_OF_A_CHAIN, fingerprint, result_of, run_of, sibling   # noqa: E402
 from data.checkpoint import finish_save, load_state, save   # noqa: E402
-from data.parallel import (RANK, WORLD, all_sum, barrier, child_environment, full_state,   # noqa: E402
-                           load_full_state, load_optimizer_state, optimizer_state, start_processes)
+from data.flags import FREE   # noqa: E402
+from data.parallel import (RANK, WORLD, all_sum, full_state, load_full_state,   # noqa: E402
+                           load_optimizer_state, optimizer_state, start_processes)
 
 try:
     import fcntl
 except ImportError:   # Windows: no lock
     fcntl = None
-
-ROOT = Path(__file__).parents[1]
-
-# ------------------------------------------------------------------------------------------------------------
-# Flags.
-
-
-@dataclass
-class RunFlags:
-    """The flags that every script shares; a script's own Config adds its groups before them."""
-    # The run itself (the same in every script)
-    out: str = ""   # folder for checkpoint, log and samples (default: out/ and the script's name; with
-                                  # data or a model of your own out/mine/ and the name)
-    overwrite: bool = False       # begin anew where --out holds a run with other flags
-    resume: bool = False   # go on from the checkpoint in --out; an unfinished run with the same flags does so
-                                  # by itself
-    max_steps: int = 0            # stop after this many steps (0: run all)
-    save_every: int = 100         # steps between checkpoints
-    seed: int = 0                 # every random draw comes from (seed, step)
-    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
-    compile: bool = False         # torch.compile every layer and, on a GPU, decode in CUDA graphs
-    recompute: bool = False       # run layers again in the backward pass, for less memory
-
-
-MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora")   # others count from 1
-MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")
-SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate")   # between 0 and 1
-FREE = ("out", "overwrite", "resume", "max_steps", "save_every", "device", "compile", "recompute",
-        "micro_batch", "inspect", "nproc_per_node", "parallel", "timeout",
-        "retries")   # a run that goes on may change these
-
-
-@functools.cache
-def described_fields(Config):
-    """[(group, field name, comment)] of a Config, in the order of its source, what it inherits last. A group
-    is named by a comment line of its own."""
-    found = []
-    for cls in (c for c in Config.__mro__ if "__dataclass_fields__" in vars(c)):
-        group = "flags"
-        for line in inspect.getsource(cls).splitlines():
-            heading = re.fullmatch(r"    # (.*)", line)
-            field = re.match(r"    (\w+): .*?#\s*(.*)", line)
-            more = re.fullmatch(r"\s{30,}# (.*)", line)
-            if heading:
-                group = heading[1]
-            elif field and field[1] not in [name for _, name, _ in found]:   # else a script has its own
-                found.append([group, field[1], field[2]])
-            elif more and found and not field:
-                found[-1][2] += " " + more[1]
-    return found
-
-
-def parse_bool(text):
-    """A flag's bool; ArgumentTypeError for what is neither."""
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
-
-
-def parse_float(text):
-    """A flag's finite float; ArgumentTypeError for nan and inf."""
-    if not math.isfinite(float(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return float(text)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
-
-
-def parse_flags(Config, doc, args=None):
-    """A Config filled from `--name value` or `--name=value`. Its help is the comment behind each field, in
-    groups."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    known, groups = {f.name: f for f in fields(Config)}, {}
-    for group, name, comment in described_fields(Config):
-        f = known[name]
-        kind, options = f.type, {}
-        if typing.get_origin(kind) is typing.Literal:
-            options["choices"] = typing.get_args(f.type)
-            options["metavar"] = "|".join(options["choices"])
-            kind = type(f.default)
-        elif kind is bool:
-            kind, options["nargs"], options["const"], options["metavar"] = parse_bool, "?", True, "BOOL"
-        else:
-            options["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
-        if kind is float:
-            kind = parse_float
-        if f.default not in ("", None):
-            comment += f" (default {f.default})"
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        groups[group].add_argument(f"--{name}", type=kind, default=f.default, help=comment.replace("%", "%%"),
-                                   **options)
-
-    given, unknown = parser.parse_known_args(args)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], known, 1)
-        hint = f", did you mean --{near[0]}?" if near else ""
-        parser.error(f"unknown argument {unknown[0]}{hint}")
-    cfg = Config(**vars(given))
-    for f in fields(Config):
-        if f.type in (int, float) and not f.name.startswith("bias_"):
-            check_range(parser, f, getattr(cfg, f.name))
-    return cfg
-
-
-def check_range(parser, f, value):
-    """End the program if a number is outside of what its flag can mean."""
-    low = int(f.type is int and f.name not in MAY_BE_0)
-    high = 1 if f.name in SHARES else 2 ** 31 - 1 if f.type is int else math.inf
-    if not low <= value <= high:
-        bounds = f"at least {low}" if value < low and high > 1 else f"between {low} and {high}"
-        parser.error(f"argument --{f.name}: {value} is not {bounds}")
-
-
-def program(main, Config, doc):
-    """Run main(config) as a program: what a user can mend ends in one sentence and exit code 1, not in a
-    traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")   # a terminal that cannot show a character shows "?"
-    cfg = parse_flags(Config, doc)
-    if hasattr(cfg, "out"):
-        cfg.out = cfg.out or default_out(cfg, Path(inspect.getfile(main)).stem)
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        main(cfg)
-    except (InputError, OSError) as e:   # OSError: no such file, no right to write it, disk full, ...
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt as e:
-        sys.exit(f"{Path(sys.argv[0]).stem}: interrupted{e}")
-    except RuntimeError as e:
-        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
-            raise
-        at = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == inspect.getfile(main)][-1]
-        sizes = [f"--{f.name} {getattr(cfg, f.name)}" for f in fields(cfg) if f.name in MEMORY]
-        sys.exit(f"error: out of memory at {Path(at.filename).name}:{at.lineno}, `{at.line}`; what could be "
-                 f"smaller: {', '.join(sizes)}")
-
-
-def default_out(cfg, script):
-    """out/<name>, where the tiny chain looks for it; out/mine/<name> with data or a model of one's own."""
-    own = getattr(cfg, "data", "") or getattr(cfg, "init", "")
-    name = {"pretrain": "base"}.get(script, script)
-    if getattr(cfg, "process", False):
-        name += "_process"
-    return f"out/mine/{name}" if own else f"out/{name}"
-
-
-def interrupt(signum, frame):
-    """A signal handler that does what Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
-def function_of(name, flag):
-    """The Python function that a flag names as "module:function" or "FILE.py:function"; the current folder is
-    searched. InputError: there is none, or it cannot be imported."""
-    where, _, function = name.rpartition(":")
-    path = Path(where)
-    sys.path.insert(0, str(path.parent if path.suffix == ".py" else Path.cwd()))
-    try:
-        module = importlib.import_module(path.stem if path.suffix == ".py" else where)
-    except Exception as e:   # whatever stands in somebody's file
-        raise InputError(f"{flag} {name}: {where} cannot be imported: {type(e).__name__}: {e}") from None
-    finally:
-        del sys.path[0]
-    if not callable(getattr(module, function, None)):
-        raise InputError(f"{flag} {name}: {module.__file__} has no function {function!r}")
-    return getattr(module, function)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Device, precision, threads, random numbers, optimizer.
@@ -345,133 +163,7 @@ def batches(lengths, batch_size, seed, epoch):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The chain: base -> sft -> reward -> ppo and so on.
-
-LINKS = {   # name: (script, the links it starts from, rough seconds on two cores, what it does)
-    "base": (["-m", "data.pretrain"], [], 70, "reads the internet of the tiny world"),
-    "sft": (["sft.py"], ["base"], 20, "learns to answer from demonstrations"),
-    "reward": (["reward.py"], ["sft"], 45, "learns what the annotator prefers"),
-}
-
-
-PART_OF_A_CHAIN = "RLHF_PART_OF_A_CHAIN"   # environment variable of a script that another one runs
-NEXT = {   # stage: commands worth trying after it
-    "base": ["python -m data.chat {out}", "python sft.py"],
-    "sft": ["python -m data.chat {out}", "python reward.py", "python ppo.py"],
-    "reward": ["python -m data.vote --reward {out}", "python ppo.py --reward {out}"],
-    "ppo": ["python -m data.chat {out}", "python ppo.py --inspect", "python dpo.py"],
-    "dpo": ["python -m data.chat {out}", "python dpo.py --loss ipo --out out/ipo",
-            "python -m data.evaluate out/base out/sft {out}"],
-    "cai": ["python -m data.chat {out}", "python -m data.evaluate out/helpful {out}"],
-}
-
-
-def sibling(cfg, name):
-    """The folder of a link of the chain: out/<name> beside this run's own --out (out/mine/ppo starts from
-    out/sft)."""
-    parent = Path(cfg.out).parent
-    return str((parent.parent if parent.name == "mine" else parent) / name)
-
-
-def unfinished(folder):
-    """True where a link has to be made, or its run was cut off (a run.json, but no result.json)."""
-    folder = Path(folder)
-    cut_off = (folder / "run.json").exists() and not (folder / "result.json").exists()
-    return not (folder / "config.json").exists() or cut_off
-
-
-def need(cfg, *names):
-    """Folders of links of the chain, each a name in LINKS; what is missing or unfinished is made first, by
-    running its script with the same seed, device and precision, in one process."""
-    wanted = []
-    for name in names:
-        add_link(cfg, name, wanted)
-    missing = [name for name in wanted if unfinished(sibling(cfg, name))]
-    if RANK == 0 and missing:
-        plan = ", ".join(f"{name} ({LINKS[name][2]} s)" for name in missing)
-        print(f"to do: {plan}, then {Path(sys.argv[0]).stem}", flush=True)
-        for i, name in enumerate(missing):
-            script, _, _, does = LINKS[name]
-            print(f"\n{i + 1}/{len(missing) + 1} {name}: {does}", flush=True)
-            run_script(cfg, script, sibling(cfg, name))
-            print(report.what_came_out(name, sibling(cfg, name), result_of(sibling(cfg, name))["after"]))
-        print(f"\n{len(missing) + 1}/{len(missing) + 1} {Path(sys.argv[0]).stem}", flush=True)
-    barrier()
-    for name in names:
-        config = run_of(sibling(cfg, name)).get("config", {})
-        own = config.get("data") or config.get("init")
-        if own:
-            print(f"{sibling(cfg, name)} was made with flags of its own, from {own}", flush=True)
-    folders = [sibling(cfg, name) for name in names]
-    return folders[0] if len(names) == 1 else folders
-
-
-def add_link(cfg, name, wanted):
-    """Add a link, after the links it starts from, to the list of wanted ones. One that is there needs no
-    others."""
-    if name in wanted:
-        return
-    if unfinished(sibling(cfg, name)):
-        for before in LINKS[name][1]:
-            add_link(cfg, before, wanted)
-    wanted.append(name)
-
-
-def run_script(cfg, script, out, flags=(), processes=1):
-    """Run another script (a list, such as ["sft.py"]) to its end, its --out being `out`. InputError: it
-    failed."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = [str(ROOT / part) if part.endswith(".py") else part for part in script]
-    command += [*script, "--out", str(out), "--seed", str(cfg.seed), "--dtype", cfg.dtype, *map(str, flags)]
-    if cfg.device:
-        command += ["--device", cfg.device]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))   # for `-m data.pretrain`
-    environment = child_environment() | {"PYTHONPATH": path, PART_OF_A_CHAIN: "1"}
-    if subprocess.run(command, env=environment).returncode:
-        raise InputError(f"{' '.join(script)} failed, so there is no {out} to start from")
-
-
-def chain_columns(cfg, name, before, after):
-    """The closing table's columns: of the tiny chain base | SFT | `name`, else before | `name`. Losses of
-    different kinds are not comparable and stay out."""
-    columns = {"SFT": before, name: after}
-    if cfg.data or cfg.init:
-        columns = {"before": before, name: after}
-    elif "before" in result_of(sibling(cfg, "sft")):
-        columns = {"base": result_of(sibling(cfg, "sft"))["before"]} | columns    # on the same prompts
-    return {title: {k: v for k, v in column.items() if k != "loss"} for title, column in columns.items()}
-
-
-def result_of(folder):
-    """The result.json of a finished run, {} if there is none."""
-    path = Path(folder) / "result.json"
-    return read_json(path, kind=dict) if path.exists() else {}
-
-
-def run_of(folder):
-    """The run.json of a run, finished or not: its stage, flags and inputs; {} if there is none."""
-    path = Path(folder) / "run.json"
-    return read_json(path, kind=dict) if path.exists() else {}
-
-
-def fingerprint(path):
-    """A hash of a file, or of the weights in a folder: of its size and of its first and last megabyte."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        return "none"
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        head = f.read(2 ** 20)
-        f.seek(max(0, size - 2 ** 20))
-        return hashlib.sha256(head + f.read() + str(size).encode()).hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------------------------------
-
+# The run.
 
 LEFT_BY_A_RUN = ("state.pt", "log.jsonl", "samples.txt", "answers.jsonl", "result.json", "comparisons.jsonl",
                  "process.jsonl", "held_out.jsonl", "inspect.json")   # beside the checkpoint and run.json

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import formats, sample, world, write_atomic
+from data.chain import need
 from data.checkpoint import load
-from data.run import need, program, seeded, setup
+from data.flags import program
+from data.run import seeded, setup
 from model import frozen, sampling_copy
 
 KEYS = "1, 2, t(ie), s(kip), u(ndo), q(uit)"

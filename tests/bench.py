@@ -37,8 +37,9 @@ import ppo   # noqa: E402
 import reward   # noqa: E402
 import sft   # noqa: E402
 from data import InputError, pretrain   # noqa: E402
+from data.flags import program   # noqa: E402
 from data.parallel import in_chunks, micro_batches, prepare, sample   # noqa: E402
-from data.run import adamw, program, set_lr, setup   # noqa: E402
+from data.run import adamw, set_lr, setup   # noqa: E402
 from model import (GPT, GPTConfig, Linear, answer_rewards, compare_policies, last_token,   # noqa: E402
                    refresh, sampling_copy, token_logprobs, token_values)
 

@@ -37,7 +37,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import InputError, read_json, report, write_atomic   # noqa: E402
-from data.run import program   # noqa: E402
+from data.flags import program   # noqa: E402
 from data.world import read_jsonl   # noqa: E402
 
 BIASES = {"length": 0.7, "confidence": 1.0, "sycophancy": 2.0}    # --bias_NAME of reward.py

@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from data import InputError, read_json, world, write_atomic   # noqa: E402
 from data.checkpoint import load   # noqa: E402
-from data.run import program, seeded   # noqa: E402
+from data.flags import program   # noqa: E402
+from data.run import seeded   # noqa: E402
 from data.sample import respond   # noqa: E402
 from hacking import ROOT, make, spread   # noqa: E402
 from model import sampling_copy   # noqa: E402

@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from data import formats, process, world, write_atomic   # noqa: E402
 from data.rewards import Rewards   # noqa: E402
-from data.run import program   # noqa: E402
+from data.flags import program   # noqa: E402
 from hacking import ROOT, make, spread   # noqa: E402
 
 HELD_OUT = 0.1    # of the prompts, which none of the rewards learns from: the default of reward.py and dpo.py

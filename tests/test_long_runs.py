@@ -14,7 +14,7 @@ import hacking
 import ppo
 import preferences
 from data import InputError, world
-from data.run import parse_flags
+from data.flags import parse_flags
 
 
 @pytest.fixture

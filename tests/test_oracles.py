@@ -20,13 +20,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from data.run import adamw, batches, set_lr   # noqa: E402
 import model as model_py  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
 from data import world  # noqa: E402
 from data.parallel import in_chunks, micro_batches  # noqa: E402
-from data.run import adamw, batches, set_lr  # noqa: E402
 from data.tokenizer import Tokenizer, tokenizer_from_ranks  # noqa: E402
 from model import (GPT, GPTConfig, answer_rewards, attention, attention_bias, compare_policies,  # noqa: E402
                    frozen, generate, last_token, merged, pad_batch, refresh, sample, sampling_copy,

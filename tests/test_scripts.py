@@ -23,9 +23,10 @@ import tiktoken
 import torch
 
 from conftest import CHAIN, ROOT, copy_suite
-from data import InputError, run
+from data import InputError, chain as chain_py, flags as flags_py
+from data.chain import need
 from data.checkpoint import load, load_state
-from data.run import MAY_BE_0, SHARES, need, parse_flags
+from data.flags import MAY_BE_0, SHARES, parse_flags
 from data.safetensors import read_safetensors
 from data.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
 
@@ -169,7 +170,7 @@ def link(tmp_path, monkeypatch):
             out.mkdir(exist_ok=True)
             (out / "result.json").write_text('{"after": {"gold": 0.25}}')
             return SimpleNamespace(returncode=code)
-        monkeypatch.setattr(run.subprocess, "run", pretend)
+        monkeypatch.setattr(chain_py.subprocess, "run", pretend)
         out = str(tmp_path / "mine" / "x")      # what is in mine/ starts from the links beside mine/
         return SimpleNamespace(out=out, seed=7, dtype="bfloat16", device="cpu"), commands
     return get
@@ -224,7 +225,7 @@ def groups_of(script):
     own = script.removesuffix(".py").replace(".", "/") + ".py"
     parts = [(own, "class Config")]
     if "class Config(RunFlags):" in (ROOT / own).read_text():
-        parts.append(("data/run.py", "class RunFlags"))
+        parts.append(("data/flags.py", "class RunFlags"))
     for path, start in parts:
         lines = iter((ROOT / path).read_text().splitlines())
         while not next(lines).startswith(start):
@@ -877,7 +878,7 @@ def one_and_two(suite, chain, folder, script, flags):
                   "--bias_length 0.2"),
     ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 8 --micro_batch 3"),
     ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --loss kto --batch_size 8"),
-    ("dpo.py", "--init {chain}/sft --online --batch_size 16 --max_new 24 --seed 3"),    # two pairs in each step
+    ("dpo.py", "--init {chain}/sft --online --batch_size 16 --max_new 24 --seed 7"),    # an even number of pairs in each step
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --micro_batch 3 "
                "--value_warmup 1 --ptx_coef 0.1 --relabel 2 --recompute"),
     ("ppo.py", "--init {chain}/sft --reward implicit:{chain}/sft:{chain}/base --rollouts 16 --minibatches 2 "
@@ -1053,7 +1054,7 @@ def test_own_data_leaves_the_chain_alone(suite, chain, tmp_path):
                                ("ppo.py", {"init": "gpt2"}, "out/mine/ppo"), ("data.pretrain", {}, "out/base"),
                                ("data.pretrain", {"data": "x.txt"}, "out/mine/base"), ("cai.py", {}, "out/cai")):
         module = module_of(script)
-        assert run.default_out(module.Config(**flags), script.removesuffix(".py").removeprefix("data.")) == out
+        assert flags_py.default_out(module.Config(**flags), script.removesuffix(".py").removeprefix("data.")) == out
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "cai.py"])
@@ -1136,7 +1137,7 @@ def test_a_longer_run_is_not_finished_while_it_goes_on(suite, chain, tmp_path):
         assert time.time() < end and not (job / "rc").exists()
         time.sleep(0.01)
     suite.kill(job)
-    assert not (tmp_path / "x" / "result.json").exists() and run.unfinished(tmp_path / "x")
+    assert not (tmp_path / "x" / "result.json").exists() and chain_py.unfinished(tmp_path / "x")
 
 
 def load_step(folder):

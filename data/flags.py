@@ -1,0 +1,185 @@
+"""The command line: the flags that every script shares, a Config filled from `--name value`, and `program`,
+which runs a script's main with it."""
+import argparse
+import difflib
+import functools
+import importlib
+import inspect
+import math
+import re
+import signal
+import sys
+import traceback
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from data import InputError
+
+
+@dataclass
+class RunFlags:
+    """The flags that every script shares; a script's own Config adds its groups before them."""
+    # The run itself (the same in every script)
+    out: str = ""   # folder for checkpoint, log and samples (default: out/ and the script's name; with
+                                  # data or a model of your own out/mine/ and the name)
+    overwrite: bool = False       # begin anew where --out holds a run with other flags
+    resume: bool = False   # go on from the checkpoint in --out; an unfinished run with the same flags does so
+                                  # by itself
+    max_steps: int = 0            # stop after this many steps (0: run all)
+    save_every: int = 100         # steps between checkpoints
+    seed: int = 0                 # every random draw comes from (seed, step)
+    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
+    compile: bool = False         # torch.compile every layer and, on a GPU, decode in CUDA graphs
+    recompute: bool = False       # run layers again in the backward pass, for less memory
+
+
+MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora")   # others count from 1
+MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")
+SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate")   # between 0 and 1
+FREE = ("out", "overwrite", "resume", "max_steps", "save_every", "device", "compile", "recompute",
+        "micro_batch", "inspect", "nproc_per_node", "parallel", "timeout",
+        "retries")   # a run that goes on may change these
+
+
+@functools.cache
+def described_fields(Config):
+    """[(group, field name, comment)] of a Config, in the order of its source, what it inherits last. A group
+    is named by a comment line of its own."""
+    found = []
+    for cls in (c for c in Config.__mro__ if "__dataclass_fields__" in vars(c)):
+        group = "flags"
+        for line in inspect.getsource(cls).splitlines():
+            heading = re.fullmatch(r"    # (.*)", line)
+            field = re.match(r"    (\w+): .*?#\s*(.*)", line)
+            more = re.fullmatch(r"\s{30,}# (.*)", line)
+            if heading:
+                group = heading[1]
+            elif field and field[1] not in [name for _, name, _ in found]:   # else a script has its own
+                found.append([group, field[1], field[2]])
+            elif more and found and not field:
+                found[-1][2] += " " + more[1]
+    return found
+
+
+def parse_bool(text):
+    """A flag's bool; ArgumentTypeError for what is neither."""
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def parse_float(text):
+    """A flag's finite float; ArgumentTypeError for nan and inf."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return float(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def parse_flags(Config, doc, args=None):
+    """A Config filled from `--name value` or `--name=value`. Its help is the comment behind each field, in
+    groups."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    known, groups = {f.name: f for f in fields(Config)}, {}
+    for group, name, comment in described_fields(Config):
+        f = known[name]
+        kind, options = f.type, {}
+        if typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(f.type)
+            options["metavar"] = "|".join(options["choices"])
+            kind = type(f.default)
+        elif kind is bool:
+            kind, options["nargs"], options["const"], options["metavar"] = parse_bool, "?", True, "BOOL"
+        else:
+            options["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
+        if kind is float:
+            kind = parse_float
+        if f.default not in ("", None):
+            comment += f" (default {f.default})"
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        groups[group].add_argument(f"--{name}", type=kind, default=f.default, help=comment.replace("%", "%%"),
+                                   **options)
+
+    given, unknown = parser.parse_known_args(args)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], known, 1)
+        hint = f", did you mean --{near[0]}?" if near else ""
+        parser.error(f"unknown argument {unknown[0]}{hint}")
+    cfg = Config(**vars(given))
+    for f in fields(Config):
+        if f.type in (int, float) and not f.name.startswith("bias_"):
+            check_range(parser, f, getattr(cfg, f.name))
+    return cfg
+
+
+def check_range(parser, f, value):
+    """End the program if a number is outside of what its flag can mean."""
+    low = int(f.type is int and f.name not in MAY_BE_0)
+    high = 1 if f.name in SHARES else 2 ** 31 - 1 if f.type is int else math.inf
+    if not low <= value <= high:
+        bounds = f"at least {low}" if value < low and high > 1 else f"between {low} and {high}"
+        parser.error(f"argument --{f.name}: {value} is not {bounds}")
+
+
+def program(main, Config, doc):
+    """Run main(config) as a program: what a user can mend ends in one sentence and exit code 1, not in a
+    traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")   # a terminal that cannot show a character shows "?"
+    cfg = parse_flags(Config, doc)
+    if hasattr(cfg, "out"):
+        cfg.out = cfg.out or default_out(cfg, Path(inspect.getfile(main)).stem)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        main(cfg)
+    except (InputError, OSError) as e:   # OSError: no such file, no right to write it, disk full, ...
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt as e:
+        sys.exit(f"{Path(sys.argv[0]).stem}: interrupted{e}")
+    except RuntimeError as e:
+        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+            raise
+        at = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == inspect.getfile(main)][-1]
+        sizes = [f"--{f.name} {getattr(cfg, f.name)}" for f in fields(cfg) if f.name in MEMORY]
+        sys.exit(f"error: out of memory at {Path(at.filename).name}:{at.lineno}, `{at.line}`; what could be "
+                 f"smaller: {', '.join(sizes)}")
+
+
+def default_out(cfg, script):
+    """out/<name>, where the tiny chain looks for it; out/mine/<name> with data or a model of one's own."""
+    own = getattr(cfg, "data", "") or getattr(cfg, "init", "")
+    name = {"pretrain": "base"}.get(script, script)
+    if getattr(cfg, "process", False):
+        name += "_process"
+    return f"out/mine/{name}" if own else f"out/{name}"
+
+
+def interrupt(signum, frame):
+    """A signal handler that does what Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def function_of(name, flag):
+    """The Python function that a flag names as "module:function" or "FILE.py:function"; the current folder is
+    searched. InputError: there is none, or it cannot be imported."""
+    where, _, function = name.rpartition(":")
+    path = Path(where)
+    sys.path.insert(0, str(path.parent if path.suffix == ".py" else Path.cwd()))
+    try:
+        module = importlib.import_module(path.stem if path.suffix == ".py" else where)
+    except Exception as e:   # whatever stands in somebody's file
+        raise InputError(f"{flag} {name}: {where} cannot be imported: {type(e).__name__}: {e}") from None
+    finally:
+        del sys.path[0]
+    if not callable(getattr(module, function, None)):
+        raise InputError(f"{flag} {name}: {module.__file__} has no function {function!r}")
+    return getattr(module, function)
