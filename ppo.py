@@ -314,6 +314,13 @@ def ptx_windows(cfg, tok, max_len):
     return ids[: len(ids) // length * length].view(-1, length)
 
 
+def ptx_loss(policy, corpus, rng):
+    """- mean log pi(x_t | x_<t) over 8 windows of the text, rows of corpus (N, T): L_ptx of the objective."""
+    window = torch.randint(len(corpus), (8,), generator=rng)[RANK::WORLD]
+    x = corpus[window].to(policy.wte.weight.device)                                              # (8, T)
+    return -token_logprobs(policy, x, torch.ones_like(x)).sum() / (8 * (x.shape[1] - 1))
+
+
 def main(cfg):
     """Train a policy against a reward; or --inspect one iteration."""
     check_flags(cfg)
@@ -333,8 +340,7 @@ def main(cfg):
     tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, cfg.data)
     corpus = ptx_windows(cfg, tok, policy.cfg.max_len) if cfg.ptx_coef else None
 
-    # Copies that sample, because decoding reads every weight for every token; then all models to their
-    # device.
+    # Copies that sample, as decoding reads every weight for every token. Then all models to their device.
     sampler, ref_sampler = sampling_copy(policy).to(device), sampling_copy(reference).to(device)
     teaches = len(reward_models) == 1 and Relabelling.possible(cfg, reward_name)
     trained = prepare_models(policy, reference, value, reward_models, teaches, cfg, device)
@@ -380,7 +386,7 @@ def main(cfg):
             run.say(self_check(policy, ids, mask, sampled_logp, old_logp, ref_logp, cfg))
 
         # 3. Reward: each token pays for being likelier than under the reference; the score comes with the
-        #    last, or with the last one of each step.
+        #    last token, or with the last one of each step.
         kl, _, kl_k3 = kl_estimators(old_logp, ref_logp)                                         # (B, T)
         token_rewards = scores - beta * kl                                                       # (B, T)
 
@@ -415,10 +421,7 @@ def main(cfg):
                         loss.backward()
                         add_mean(sums, n_updates, value_loss=loss)
                 if corpus is not None and trains_policy:
-                    # L_ptx = - mean log pi(x_t | x_<t) over 8 windows of text
-                    window = torch.randint(len(corpus), (8,), generator=rng)[RANK::WORLD]
-                    x = corpus[window].to(device)                                                # (8, T)
-                    loss = -token_logprobs(policy, x, torch.ones_like(x)).sum() / (8 * (x.shape[1] - 1))
+                    loss = ptx_loss(policy, corpus, rng)
                     (cfg.ptx_coef * loss).backward()
                     add_mean(sums, n_updates, ptx_loss=loss)
                 for name, lr in (("policy", cfg.lr), ("value", cfg.value_lr)):

@@ -182,39 +182,10 @@ def show_pairs(model, tok, rows, cfg):
 # Labelled steps: the same for a process reward model.
 
 
-def group_steps(rows, tok, max_len, margin=0.0):
-    """Process rows -> one element per prompt: (its answers as ids, prompt included, its steps as [(number of
-    the answer, position of the step's last token, label)]). Also the number of rows left out because the
-    answer does not fit into max_len tokens."""
-    groups, n_too_long = {}, 0
-    for row in rows:
-        prompt, answer = tok.render_answer(row["prompt"], "".join(row["completions"]))
-        if len(prompt) + len(answer) > max_len:
-            n_too_long += 1
-            continue
-        answers, steps = groups.setdefault(str(row["prompt"]), ([], []))
-        ends = process.ends_of_given(tok, answer, row["completions"])
-        for t, label in zip(process.last_tokens(tok, answer, ends), row["labels"]):
-            steps.append((len(answers), len(prompt) + t, label))
-        answers.append((*prompt, *answer))
-    return list(groups.values()), n_too_long
-
-
-def batch_of_steps(groups, tok, device):
-    """All answers of some groups as the rows of one batch, ids and mask of real tokens (N, T), and of each
-    of their steps the row, the position, the label and 1 / (steps of that prompt), (M,) each."""
-    rows, columns = [], []
-    for answers, steps in groups:
-        columns += [(len(rows) + i, t, label, 1 / len(steps)) for i, t, label in steps]
-        rows += answers
-    ids, mask = pad_batch(rows, tok.pad_id, device)
-    return ids, mask, [torch.tensor(column).to(device, non_blocking=True) for column in zip(*columns)]
-
-
 def step_losses(model, groups, tok, cfg):
     """Sums over some prompts (groups): of the mean loss of a prompt's steps, and of the share of them whose
     score is on the label's side of 1/2 (half right: one of the two is 1/2)."""
-    ids, mask, (row, at, y, weight) = batch_of_steps(groups, tok, model.wte.weight.device)
+    ids, mask, (row, at, y, weight) = process.batch_of_steps(groups, tok, model.wte.weight.device)
     z = process.all_logits(model, ids, mask)[row, at]                               # (M,)
     right = ((z.detach() * (y - 0.5)).sign() + 1) / 2
     return (weight * step_loss(z, y)).sum(), (weight * right).sum()
@@ -224,7 +195,7 @@ def step_losses(model, groups, tok, cfg):
 def evaluate_steps(model, groups, tok):
     """Figures {name: number} of held-out groups, and the mean of sum_k log sigmoid(z_k) over their
     answers."""
-    ids, mask, (row, at, y, _) = batch_of_steps(groups, tok, model.wte.weight.device)
+    ids, mask, (row, at, y, _) = process.batch_of_steps(groups, tok, model.wte.weight.device)
     z = in_chunks(functools.partial(process.all_logits, model), ids, mask, 64)[row, at]        # (M,)
     figures = {"loss": step_loss(z, y).mean().item()}
     choice = y != 0.5
@@ -236,22 +207,6 @@ def evaluate_steps(model, groups, tok):
     for i in range(len(ids)):
         answers.append((z[row == i].sigmoid().tolist(), y[row == i].tolist()))
     return figures | process.errors_found(answers), F.logsigmoid(z).sum().item() / len(ids)
-
-
-@torch.no_grad()
-def show_steps(model, tok, rows, cfg):
-    """No rows for a file, and [(prompt, text)] for samples.txt of the first process rows: what the steps of
-    an answer score, and their labels."""
-    told = []
-    for row in rows[: report.PROBES]:
-        groups, _ = group_steps([row], tok, min(cfg.max_len, model.cfg.max_len))
-        lines = []
-        for answers, steps in groups:     # one, or none if it is too long
-            z = process.all_logits(model, *pad_batch(answers, tok.pad_id, model.wte.weight.device))[0]
-            for (_, t, label), text in zip(steps, row["completions"]):
-                lines.append(f"score {z[t].sigmoid():.2f}, label {label:.2f}  {text.strip()}")
-        told.append((row["prompt"], "\n       ".join(lines)))
-    return [], told
 
 
 @dataclass
@@ -268,7 +223,8 @@ class Lesson:
 
 COMPARISONS = Lesson("comparisons.jsonl", "preference", compare_answers, group, pair_losses, evaluate,
                      show_pairs)
-STEPS = Lesson("process.jsonl", "process", label_steps, group_steps, step_losses, evaluate_steps, show_steps)
+STEPS = Lesson("process.jsonl", "process", label_steps, process.group_steps, step_losses, evaluate_steps,
+               process.show_steps)
 
 
 def main(cfg):

@@ -110,7 +110,7 @@ def best_of_n(proxy, values, n):
     """Mean over prompts of `values` (P, S) at the best by `proxy` (P, S) of n answers, over all choices of n
     from S."""
     S = proxy.shape[1]
-    weights = np.array([math.comb(i, n - 1) / math.comb(S, n) for i in range(S)])     # of the i-th smallest, from 0
+    weights = np.array([math.comb(i, n - 1) / math.comb(S, n) for i in range(S)])   # of the i-th smallest
     return float((np.take_along_axis(values, proxy.argsort(1, kind="stable"), 1) @ weights).mean())
 
 
@@ -123,7 +123,8 @@ def score_by(judge, cfg, device):
     if judge.startswith("ai:"):
         return None
     if judge == "annotator":
-        return world.Annotator(cfg.noise, 0.0, cfg.bias_length, cfg.bias_confidence, cfg.bias_sycophancy).utilities
+        annotator = world.Annotator(cfg.noise, 0.0, cfg.bias_length, cfg.bias_confidence, cfg.bias_sycophancy)
+        return annotator.utilities
     return rewards_on("--judge", judge, device).score_texts
 
 
@@ -324,7 +325,8 @@ def main(cfg):
         rows = short_enough(tok, rows, model.cfg.max_len - cfg.max_new)
     print(f"{len(rows)} prompts, {n_all - len(rows)} too long for a model's context left out; KL to {reference}")
     if not rows:
-        raise InputError(f"{data}: no prompt leaves room for --max_new {cfg.max_new} tokens in every model's context")
+        raise InputError(f"{data}: no prompt leaves room for --max_new {cfg.max_new} tokens in every model's "
+                         "context")
 
     # Every model answers; the control says the same to everybody.
     texts, metrics = {}, {}

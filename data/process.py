@@ -16,7 +16,9 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from model import answer_rewards, last_token, token_logprobs, width_of
+from model import answer_rewards, last_token, pad_batch, token_logprobs, width_of
+
+SHOWN = 12    # answers whose steps stand in samples.txt
 
 # In bytes, because a token may hold a part of a character.
 LINE = re.compile(rb"[^\n]*\S")
@@ -140,3 +142,52 @@ def errors_found(answers):
         wrong = next((k for k in judged if labels[k] < 0.5), None)
         hits["no_error" if wrong is None else "first_error"].append(called == wrong)
     return {name: sum(some) / len(some) for name, some in hits.items() if some}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Labelled steps as ids, for reward.py --process.
+
+
+def group_steps(rows, tok, max_len, margin=0.0):
+    """Process rows -> one element per prompt: (its answers as ids, prompt included, its steps as [(number of
+    the answer, position of the step's last token, label)]). Also the number of rows left out because the
+    answer does not fit into max_len tokens."""
+    groups, n_too_long = {}, 0
+    for row in rows:
+        prompt, answer = tok.render_answer(row["prompt"], "".join(row["completions"]))
+        if len(prompt) + len(answer) > max_len:
+            n_too_long += 1
+            continue
+        answers, steps = groups.setdefault(str(row["prompt"]), ([], []))
+        ends = ends_of_given(tok, answer, row["completions"])
+        for t, label in zip(last_tokens(tok, answer, ends), row["labels"]):
+            steps.append((len(answers), len(prompt) + t, label))
+        answers.append((*prompt, *answer))
+    return list(groups.values()), n_too_long
+
+
+def batch_of_steps(groups, tok, device):
+    """All answers of some groups as the rows of one batch, ids and mask of real tokens (N, T), and of each
+    of their steps the row, the position, the label and 1 / (steps of that prompt), (M,) each."""
+    rows, columns = [], []
+    for answers, steps in groups:
+        columns += [(len(rows) + i, t, label, 1 / len(steps)) for i, t, label in steps]
+        rows += answers
+    ids, mask = pad_batch(rows, tok.pad_id, device)
+    return ids, mask, [torch.tensor(column).to(device, non_blocking=True) for column in zip(*columns)]
+
+
+@torch.no_grad()
+def show_steps(model, tok, rows, cfg):
+    """No rows for a file, and [(prompt, text)] for samples.txt of the first process rows: what the steps of
+    an answer score, and their labels."""
+    told = []
+    for row in rows[:SHOWN]:
+        groups, _ = group_steps([row], tok, min(cfg.max_len, model.cfg.max_len))
+        lines = []
+        for answers, steps in groups:     # one, or none if it is too long
+            z = all_logits(model, *pad_batch(answers, tok.pad_id, model.wte.weight.device))[0]
+            for (_, t, label), text in zip(steps, row["completions"]):
+                lines.append(f"score {z[t].sigmoid():.2f}, label {label:.2f}  {text.strip()}")
+        told.append((row["prompt"], "\n       ".join(lines)))
+    return [], told

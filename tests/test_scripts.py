@@ -23,7 +23,7 @@ import tiktoken
 import torch
 
 from conftest import CHAIN, ROOT, copy_suite
-from data import InputError, chain as chain_py, flags as flags_py
+from data import InputError, chain as chain_py, flags as flags_py, run as run_py
 from data.chain import need
 from data.checkpoint import load, load_state
 from data.flags import MAY_BE_0, SHARES, parse_flags
@@ -187,7 +187,7 @@ def test_need(tmp_path, link, there, runs):
         (tmp_path / "sft" / name).write_text("{}")
     cfg, commands = link(0)
     assert need(cfg, "sft") == str(tmp_path / "sft")
-    want = f"{run.ROOT / 'sft.py'} --out {tmp_path / 'sft'} --seed 7 --dtype bfloat16 --device cpu"
+    want = f"{chain_py.ROOT / 'sft.py'} --out {tmp_path / 'sft'} --seed 7 --dtype bfloat16 --device cpu"
     assert [c[1:] for c in commands] == [want.split()] * runs
     cfg, _ = link(1)
     if runs:
@@ -878,7 +878,7 @@ def one_and_two(suite, chain, folder, script, flags):
                   "--bias_length 0.2"),
     ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 8 --micro_batch 3"),
     ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --loss kto --batch_size 8"),
-    ("dpo.py", "--init {chain}/sft --online --batch_size 16 --max_new 24 --seed 7"),    # an even number of pairs in each step
+    ("dpo.py", "--init {chain}/sft --online --batch_size 16 --max_new 24 --seed 34 --max_steps 2"),   # pairs: 2, 2
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --micro_batch 3 "
                "--value_warmup 1 --ptx_coef 0.1 --relabel 2 --recompute"),
     ("ppo.py", "--init {chain}/sft --reward implicit:{chain}/sft:{chain}/base --rollouts 16 --minibatches 2 "
@@ -1152,7 +1152,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", flock)
     old = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
-        run.Run(module_of("sft.py").Config(out=str(tmp_path / "x")), "sft")
+        run_py.Run(module_of("sft.py").Config(out=str(tmp_path / "x")), "sft")
     finally:
         signal.signal(signal.SIGINT, old[0]), signal.signal(signal.SIGTERM, old[1])
     said = capsys.readouterr().out
