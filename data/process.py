@@ -98,7 +98,7 @@ def implicit_logits(policy, reference, beta, tok, ids, mask):
     ratio = beta * (token_logprobs(policy, ids, mask) - token_logprobs(reference, ids, mask))      # (B, T)
     ends = step_mask(tok, ids, mask)
     step = ends.cumsum(1) - ends.long()             # (B, T) the number of the step that each token is in
-    sums = torch.zeros_like(ratio).scatter_add(1, step, ratio)             # (B, steps)
+    sums = torch.zeros_like(ratio).scatter_add(1, step, ratio)                  # (B, steps)
     return sums.gather(1, step).masked_fill(~ends, math.inf)
 
 

@@ -108,7 +108,7 @@ class Rewards:
             else:
                 at_tokens = torch.zeros(ids.shape, device=ids.device)
                 called = self.call(name, source.function, rows, texts).to(ids.device)
-                at_tokens[torch.arange(len(ids)), last_token(mask)] = called
+                at_tokens[torch.arange(len(ids), device=ids.device), last_token(mask)] = called
                 each.append(at_tokens)
         return self.combined(torch.stack(each))
 

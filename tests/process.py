@@ -7,8 +7,8 @@ for hours.
 For each seed the SFT model answers the same prompts once. Rewards that learn from these answers:
     comparisons   reward.py on every two different answers to a prompt: one reward for an answer
     steps         reward.py --process on every step of the same answers: as many ANSWERS
-    fewer         the one of the two that has more labels, on so few of its rows that it has as many LABELS as
-                  the other (a comparison is one label, a step is one)
+    fewer steps   (or fewer comparisons) the one of the two that has more labels, on so few of its rows that
+                  it has as many LABELS as the other: a comparison is one, a step is one
     implicit      dpo.py on the same comparisons; its log-ratio to the SFT model, step by step
 ppo.py climbs each (--relabel 0), data/evaluate.py takes the best of N answers of the SFT model by each, and on
 the answers to held-out prompts each says which step is the first wrong one. A run that is there already is
@@ -32,8 +32,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from data import formats, process, world, write_atomic   # noqa: E402
+from data.flags import program   # noqa: E402
 from data.rewards import Rewards   # noqa: E402
-from data.run import program   # noqa: E402
 from hacking import ROOT, make, spread   # noqa: E402
 
 HELD_OUT = 0.1    # of the prompts, which none of the rewards learns from: the default of reward.py and dpo.py
