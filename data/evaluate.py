@@ -8,22 +8,23 @@
 Every model answers the same prompts once. What is measured:
     gold, families   the tiny world's exact judge (data/world.py); skill: the share of right answers of the
                      helpful family, however long
-    kl               sum_t KL(model(. | y_<t) || reference(. | y_<t)) over the model's own answers, in nats per
-                     answer
+    kl               sum_t KL(model(. | y_<t) || reference(. | y_<t)) over the model's own answers, in nats
+                     per answer
     distinct_n       different n-grams / all n-grams over all answers (arXiv:1510.03055); unique: of answers
     bits_per_byte    on the last 2 % of the corpus, which pretraining did not see: the alignment tax
                      (arXiv:2203.02155)
-    win rate         share of the prompts on which the judge prefers one model's answer to the other's, ties one
-                     half, with a 95 % interval from a bootstrap over prompts
+    win rate         share of the prompts on which the judge prefers one model's answer to the other's, ties
+                     one half, with a 95 % interval from a bootstrap over prompts
     length-controlled win rate (arXiv:2404.04475):  P(a over b) = sigmoid(theta + phi tanh(dlen / std(dlen)))
-                     fitted to the preferences, read at dlen = 0: what it would be if both answers were equally
-                     long (where one model is always the longer one this is an extrapolation)
+                     fitted to the preferences, read at dlen = 0: what it would be if both answers were
+                     equally long (where one model is always the longer one this is an extrapolation)
     best-of-N        mean over prompts of the best of N answers by reward, at KL = log N - (N - 1) / N
-                     (arXiv:2009.01325, appendix G.3), estimated without bias from one set of S >= N answers: the
-                     i-th smallest of S is the best of N of them with probability C(i - 1, N - 1) / C(S, N).
+                     (arXiv:2009.01325, appendix G.3), estimated without bias from one set of S >= N answers:
+                     the i-th smallest of S is the best of N of them with probability C(i - 1, N - 1) / C(S, N).
                      A reward of steps also chooses by the product and by the smallest of an answer's step
                      scores (arXiv:2305.20050)
-At the bottom stands a control that says the same polite nothing to every prompt. A judge it wins with is broken.
+At the bottom stands a control that says the same polite nothing to every prompt. A judge it wins with is
+broken.
 
 Leaves --out with result.json and generations.jsonl (every answer).
 """
@@ -142,8 +143,8 @@ def choices_of_ai(path, cfg, device):
 
 
 def choices(judge, score, cfg, device):
-    """prefers(rows, texts, a, b) -> 1.0 (a), 0.0 (b) or 0.5 (a tie) for the answers texts[a] and texts[b] of two
-    models to each prompt. score: what score_by gives for the judge."""
+    """prefers(rows, texts, a, b) -> 1.0 (a), 0.0 (b) or 0.5 (a tie) for the answers texts[a] and texts[b] of
+    two models to each prompt. score: what score_by gives for the judge."""
     ai = choices_of_ai(judge.removeprefix("ai:"), cfg, device) if score is None else None
     scored = {}     # of each model's answers, computed once
 
@@ -225,7 +226,8 @@ def win_rates(texts, rows, prefers, seed):
             longer = [len(x) - len(y) for x, y in zip(texts[a], texts[b])]
             rate, even = sum(prefs) / len(prefs), length_controlled(prefs, longer)
             wins[a][b] = {"win_rate": rate, "low": low, "high": high, "length_controlled": even}
-            wins[b][a] = {"win_rate": 1 - rate, "low": 1 - high, "high": 1 - low, "length_controlled": 1 - even}
+            wins[b][a] = {"win_rate": 1 - rate, "low": 1 - high, "high": 1 - low,
+                          "length_controlled": 1 - even}
     return wins
 
 
@@ -270,7 +272,8 @@ def numbers_of(text):
 def show(metrics, wins, best, n_prompts, judge):
     """Print the report."""
     print(report.table(metrics))
-    print(f"\nwin rate of the row against the column, judged by {judge}, {n_prompts} prompts, ties count one half")
+    print(f"\nwin rate of the row against the column, judged by {judge}, {n_prompts} prompts, ties count one "
+          "half")
     grid = {}
     for b in wins:
         grid[b] = {a: 0.5 if a == b else wins[a][b]["win_rate"] for a in wins}
@@ -323,7 +326,8 @@ def main(cfg):
         model, tok = load(path)
         loaded[path] = (sampling_copy(model).to(device), tok)
         rows = short_enough(tok, rows, model.cfg.max_len - cfg.max_new)
-    print(f"{len(rows)} prompts, {n_all - len(rows)} too long for a model's context left out; KL to {reference}")
+    n_long = n_all - len(rows)
+    print(f"{len(rows)} prompts, {n_long} too long for a model's context left out; KL to {reference}")
     if not rows:
         raise InputError(f"{data}: no prompt leaves room for --max_new {cfg.max_new} tokens in every model's "
                          "context")
@@ -345,8 +349,8 @@ def main(cfg):
     for name in texts:
         lines += [{"model": name, "prompt": r["prompt"], "response": t} for r, t in zip(rows, texts[name])]
     world.write_jsonl(folder / "generations.jsonl", lines)
-    result = {"stage": "evaluate", "seed": cfg.seed, "config": asdict(cfg), "seconds": round(time.time() - start, 1),
-              "device": str(device), "models": metrics, "wins": wins, "best_of": best}
+    result = {"stage": "evaluate", "seed": cfg.seed, "config": asdict(cfg), "device": str(device),
+              "seconds": round(time.time() - start, 1), "models": metrics, "wins": wins, "best_of": best}
     write_atomic(folder / "result.json", json.dumps(result, indent=1).encode())
     show(metrics, wins, best, len(rows), cfg.judge)
 
