@@ -16,7 +16,8 @@ Stage 1, SL-CAI (Bai et al. 2022, arXiv:2212.08073, section 3), x a red-team pro
                 harmless prompts
 
 Stage 2, RLAIF (section 4; arXiv:2309.00267):
-  1. answer     --k answers of the stage-1 model to each red-team prompt, every two of them a pair a, b
+  1. answer     --k answers of the stage-1 model to each red-team prompt, every two of them a pair a, b, and
+                so are y and its last revision of stage 1 (else nothing is compared where all answers refuse)
   2. label      the critic reads x, a principle, "Options: (A) a (B) b The answer is:"; s = sigmoid
                     p(a over b) = ( s(l_A - l_B) + s(l'_B - l'_A) ) / 2,    l_A = log p_critic(" (A)")
                 l' after a swap of a and b: the paper asks once, but small critics love one letter
@@ -231,6 +232,17 @@ def training_rows(chains, which):
     return rows
 
 
+def chain_pairs(rows, chains):
+    """[(row, a, b)] of the answer that each chain began with and the last revision without a fault, where
+    there is one. rows: the prompt row of each chain."""
+    pairs = []
+    for row, chain in zip(rows, chains):
+        good = [step["revision"].strip() for step in chain["chain"] if not step["fault"]]
+        if good:
+            pairs.append((row, chain["initial"].strip(), good[-1]))
+    return pairs
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The two stages. What is there already they keep, so that a run that was broken off goes on.
 
@@ -318,7 +330,8 @@ def stage2(cfg, run, setting, n, model, critic_path):
     folder, seed = Path(cfg.out) / f"round{n}", cfg.seed * 1000 + n
     pairs_file, figures_file = folder / "comparisons.jsonl", folder / "critic.json"
     if not figures_file.exists():
-        # 1. Answers to red-team prompts; every two different, finished ones to a prompt are a pair.
+        # 1. Answers to red-team prompts; every two different, finished ones to a prompt are a pair. So are
+        #    what stage 1 began and ended with: where all answers refuse, nothing else shows that to be better.
         sampler, tok = load_sampler(model, setting.device)
 
         def sampled_pairs(rows, step):
@@ -326,6 +339,8 @@ def stage2(cfg, run, setting, n, model, critic_path):
             answers = different_answers(sampler, tok, rows, counts, cfg.max_new, generator, cfg.temperature)
             return all_pairs(rows, answers)
         pairs = sampled_pairs(draw_rows(setting.red, cfg.prompts, f"{seed} red 2"), 1)
+        red = draw_rows(setting.red, cfg.prompts, f"{seed} red 1")
+        pairs += chain_pairs(red, world.read_jsonl(folder / "chains.jsonl"))
 
         # 2. The critic's labels, and how they compare with those of others.
         critic = make_critic(critic_path, cfg, setting.shots, setting.device)

@@ -223,6 +223,9 @@ def test_chains_keep_the_response_when_a_revision_is_of_no_use():
     assert (counts["revisions"], counts["good"], counts["empty"], counts["copied"], counts["cut"]) == (3, 1, 1, 1, 0)
     assert [r["messages"][-1]["content"] for r in cai.training_rows(chains, "all")] == ["better", "better"]
     assert len(cai.training_rows(chains, "last")) == 1
+    assert cai.chain_pairs(["row"], chains) == [("row", "bad", "better")]
+    chains[0]["chain"][1]["fault"] = "cut"                            # no revision is left that is better
+    assert cai.chain_pairs(["row"], chains) == []
 
 
 def test_gold_of_each_revision():
