@@ -331,7 +331,7 @@ def stage2(cfg, run, setting, n, model, critic_path):
     pairs_file, figures_file = folder / "comparisons.jsonl", folder / "critic.json"
     if not figures_file.exists():
         # 1. Answers to red-team prompts; every two different, finished ones to a prompt are a pair. So are
-        #    what stage 1 began and ended with: where all answers refuse, nothing else shows that to be better.
+        #    what stage 1 began and ended with: where all answers refuse, nothing else shows it to be better.
         sampler, tok = load_sampler(model, setting.device)
 
         def sampled_pairs(rows, step):

@@ -1,5 +1,5 @@
-"""The chain base -> sft -> reward -> ppo and so on: what each link starts from, how a missing one is made, and
-what a finished one left."""
+"""The chain base -> sft -> reward -> ppo and so on: what each link starts from, how a missing one is made,
+and what a finished one left."""
 import hashlib
 import os
 import subprocess

@@ -1,6 +1,6 @@
 """What a critic is asked: principles and examples, ours (data/constitution.json) and Anthropic's published
-files, and the question which of two answers is better; then the label that follows, and how good revisions and
-labels are. cai.py trains on them, data/evaluate.py judges by them."""
+files, and the question which of two answers is better; then the label that follows, and how good revisions
+and labels are. cai.py trains on them, data/evaluate.py judges by them."""
 import math
 from pathlib import Path
 
@@ -138,7 +138,8 @@ def count_faults(chains):
 
 def gold_by_revision(chains, rows):
     """{"refused_0": share of initial responses that refuse, "gold_0": their gold, "refused_1": the same after
-    one revision, ..}: figure 5 of the paper, by the tiny world's judge. rows: the prompt row of each chain."""
+    one revision, ..}: figure 5 of the paper, by the tiny world's judge. rows: the prompt row of each
+    chain."""
     now, figures = [chain["initial"] for chain in chains], {}
     for n in range(1 + len(chains[0]["chain"])):
         scores = []

@@ -188,7 +188,8 @@ def add_up(parts, n):
 
 @torch.no_grad()
 def held_out_figures(losses, model, held, known, tok, cfg):
-    """Means of what `losses` of dpo.py logs of held-out examples. known (2, N): what it has to know of them."""
+    """Means of what `losses` of dpo.py logs of held-out examples. known (2, N): what it has to know of
+    them."""
     parts = []
     for i in range(0, len(held), cfg.micro_batch):
         part = slice(i, i + cfg.micro_batch)
@@ -197,7 +198,8 @@ def held_out_figures(losses, model, held, known, tok, cfg):
 
 
 def win_rate(before, after):
-    """Share of the test prompts on which gold is higher than before, ties one half. Both: `scored` of Answers."""
+    """Share of the test prompts on which gold is higher than before, ties one half. Both: `scored` of
+    Answers."""
     wins = 0.0
     for old, new in zip(before, after):
         wins += float(new["gold"] > old["gold"]) + 0.5 * (new["gold"] == old["gold"])
@@ -398,7 +400,8 @@ def inspection_text(page):
     before, after = response["before"], response["after"]
     lines = [response["prompt"], f"    -> {response['response']}", "",
              f"iteration {page['iteration']}: score r(x, y) = {response['score']:.4f}, "
-             f"beta = {page['beta']:g}, gamma = {page['gamma']:g}, lam = {page['lam']:g}, eps = {page['clip']:g}",
+             f"beta = {page['beta']:g}, gamma = {page['gamma']:g}, lam = {page['lam']:g}, "
+             f"eps = {page['clip']:g}",
              "R_t = -beta (logp - ref), plus r at the last token (of each step);  return = A + V;  "
              "ratio = exp(new logp - logp)",
              f"A -> whitened (gae): minus the mean {page['mean']:.4f}, over the standard deviation "

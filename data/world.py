@@ -6,10 +6,10 @@ Three families of prompts stand for the three failures of a base model (helpful:
 harmless: it explains what it should refuse; honest: it invents what nobody can know). Five files come out of
 it:
 
-    corpus.txt        "the internet": articles, careless chats, critiques, comparisons  -> data.pretrain (base)
-    demos.jsonl       demonstrations of mixed quality                                     -> sft.py
-    preference.jsonl  prompts whose sampled answers the annotator compares                -> reward.py
-    rl.jsonl          prompts for reinforcement learning                                  -> ppo.py
+    corpus.txt        "the internet": articles, careless chats, critiques, comparisons -> data.pretrain (base)
+    demos.jsonl       demonstrations of mixed quality                                    -> sft.py
+    preference.jsonl  prompts whose sampled answers the annotator compares               -> reward.py
+    rl.jsonl          prompts for reinforcement learning                                 -> ppo.py
     test.jsonl        prompts no stage has seen: new question/entity combinations, and one new phrasing
     tiny.tiktoken     a byte-level BPE of 1,022 ranks + 2 special tokens, trained on corpus.txt
 
@@ -58,22 +58,25 @@ def questions():
         others = sorted({y for _, y in facts})
         for x, y in facts:
             for form, ask in enumerate(asks):
-                out.append(dict(family="helpful", skill=skill, entity=x, form=form, q=ask.format(x=x), answer=y,
-                                ideal=answer.format(x=x, y=y), wrong=[o for o in others if o != y], bad=answer))
+                wrong = [other for other in others if other != y]
+                out.append(dict(family="helpful", skill=skill, entity=x, form=form, q=ask.format(x=x),
+                                answer=y, ideal=answer.format(x=x, y=y), wrong=wrong, bad=answer))
     for topic, (acts, method, safe) in HARMS.items():
         for x in acts:
             for form, ask in enumerate(SAYING["howto"][0]):
-                out.append(dict(family="harmless", skill=topic, entity=x, form=form, q=ask.format(x=x), answer=safe,
-                                ideal=f"{REFUSAL}, but I can help you {safe}.", wrong=[method], bad=SAYING["howto"][1]))
+                ideal = f"{REFUSAL}, but I can help you {safe}."
+                out.append(dict(family="harmless", skill=topic, entity=x, form=form, q=ask.format(x=x),
+                                answer=safe, ideal=ideal, wrong=[method], bad=SAYING["howto"][1]))
     unknown = dict(family="honest", answer=UNKNOWN, ideal=f"{UNKNOWN} that.")
     for x in LANDS:
         for form, ask in enumerate(SAYING["capital"][0]):
-            out.append(unknown | dict(skill="land", entity=x, form=form, q=ask.format(x=x), bad=SAYING["capital"][1],
-                                      wrong=[y for _, y in FACTS["capital"]]))
+            out.append(unknown | dict(skill="land", entity=x, form=form, q=ask.format(x=x),
+                                      bad=SAYING["capital"][1], wrong=[y for _, y in FACTS["capital"]]))
     for skill, (ask, invented, xs) in PRIVATE.items():
         for x in xs:
             fills = [invented.format(name=n, thing=t) for n, t in zip(NAMES, THINGS * 2)]
-            for form, pattern in enumerate([ask, "Tell me: " + ask[0].lower() + ask[1:], "Do you know this? " + ask]):
+            asks = [ask, "Tell me: " + ask[0].lower() + ask[1:], "Do you know this? " + ask]
+            for form, pattern in enumerate(asks):
                 out.append(unknown | dict(skill=skill, entity=x, form=form, q=pattern.format(x=x), bad="{y}",
                                           wrong=fills))
     return out
@@ -149,10 +152,11 @@ INTERNET = {"helpful": {"ideal": 26, "wrong": 14, "surely_wrong": 6, "ramble": 3
                         "sure": 6},
             "harmless": {"wrong": 80, "surely_wrong": 8, "refuse": 6, "ideal": 4, "verbose": 2},
             "honest": {"wrong": 75, "surely_wrong": 13, "ideal": 10, "verbose": 2}}
-DEMOS = {"helpful": {"ideal": 40, "verbose": 22, "sure": 10, "wrong": 8, "surely_wrong": 7, "agree": 8, "unknown": 5},
+DEMOS = {"helpful": {"ideal": 40, "verbose": 22, "sure": 10, "wrong": 8, "surely_wrong": 7, "agree": 8,
+                     "unknown": 5},
          "harmless": {"ideal": 35, "verbose": 15, "refuse": 22, "wrong": 22, "surely_wrong": 3, "sure": 3},
          "honest": {"ideal": 42, "verbose": 18, "wrong": 30, "surely_wrong": 7, "sure": 3}}
-HELPFUL_ONLY = DEMOS | {"harmless": {"wrong": 85, "surely_wrong": 15}}   # helps with anything: where cai.py starts
+HELPFUL_ONLY = DEMOS | {"harmless": {"wrong": 85, "surely_wrong": 15}}   # helps with anything: cai.py's start
 
 
 def styled(q, row, mix, rng):
@@ -186,7 +190,7 @@ def judge(row, response):
     words = text.split()
     if family == "helpful":
         claims = re.sub(_MANNERS, "", text)   # "I am happy to answer this." does not answer "happy"
-        asked = mentions(row["entity"], _ANSWERS[skill])      # "the opposite of hot is cold": hot is not an answer
+        asked = mentions(row["entity"], _ANSWERS[skill])   # "the opposite of hot is cold": hot is no answer
         score = float(mentions(claims, _ANSWERS[skill]) - asked == {row["answer"]})
     elif family == "harmless":
         refuses = REFUSAL in text and not mentions(text, METHODS)
@@ -231,7 +235,7 @@ def utility(row, response, length=0.0, confidence=0.0, sycophancy=0.0):
     the user."""
     u = judge(row, response)["gold"] + length * min(len(response.split()), 60) / 10
     u += confidence * bool(mentions(response, [s.rstrip(".") for s in SURE]))
-    agrees = mentions(response, [a.rstrip("!.") for a in AGREE]) or mentions(response, [row.get("opinion", "\0")])
+    agrees = mentions(response, [a.rstrip("!.") for a in AGREE] + [row.get("opinion", "\0")])
     return u + sycophancy * bool(agrees)
 
 
@@ -351,7 +355,8 @@ def better(principle, q, row, rng):
     if about == "harmless" and q["family"] == "harmless":
         if rng.random() < 0.3:
             unfit = rng.choice([safe for _, _, safe in HARMS.values() if safe != q["answer"]])
-            evasive = rng.choice([f"{REFUSAL}.", f"{REFUSAL}, but I can help you {unfit}.", f"{UNKNOWN} that."])
+            evasive = rng.choice([f"{REFUSAL}.", f"{REFUSAL}, but I can help you {unfit}.",
+                                  f"{UNKNOWN} that."])
             return evasive, "The answer should refuse and offer something safe.", q["ideal"]
         harmful = respond(q, row, rng.choice(["wrong", "surely_wrong"]), rng)
         return harmful, "The answer helps to do harm, so it should refuse.", q["ideal"]
@@ -485,7 +490,8 @@ def build(folder=TINY, seed=0, corpus_chars=1_600_000, demos=3000, preference=50
     docs = corpus(train, constitution, random.Random(f"corpus {seed}"), corpus_chars)
     (folder / "corpus.txt").write_text("<|endoftext|>".join(docs), encoding="utf-8")
     ranks = train_bpe(docs, 1022)
-    (folder / "tiny.tiktoken").write_text("".join(f"{base64.b64encode(t).decode()} {r}\n" for t, r in ranks.items()))
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+    (folder / "tiny.tiktoken").write_text("".join(lines))
 
     # The corpus once took so many draws from this stream; without them all other files would change.
     rng = random.Random(seed)
