@@ -21,8 +21,8 @@ Every model answers the same prompts once. What is measured:
     best-of-N        mean over prompts of the best of N answers by reward, at KL = log N - (N - 1) / N
                      (arXiv:2009.01325, appendix G.3), estimated without bias from one set of S >= N answers:
                      the i-th smallest of S is the best of N of them with probability
-                     C(i - 1, N - 1) / C(S, N). A reward of steps also chooses by the product and by the smallest of an answer's step
-                     scores (arXiv:2305.20050)
+                     C(i - 1, N - 1) / C(S, N). A reward of steps also chooses by the product and by the
+                     smallest of an answer's step scores (arXiv:2305.20050)
 At the bottom stands a control that says the same polite nothing to every prompt. A judge it wins with is
 broken.
 

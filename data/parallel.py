@@ -153,8 +153,8 @@ def even_share(lengths):
 @torch.no_grad()
 def in_shares(f, lengths, size, say=None):
     """f(rows) over all rows, whose lengths are given: `size` of similar length at a time, each rank its
-    share. f takes a list of row numbers and returns (.., n), the rows last. The result is the same with all N rows,
-    (.., N), in fp32 and without gradients, on every rank. say: prints how far it is, every few seconds."""
+    share. f takes a list of row numbers and returns (.., n), the rows last. The result is the same with all N
+    rows, (.., N), in fp32 and without gradients, on every rank. say: prints how far it is, now and then."""
     mine = even_share(lengths)
     total, times, spoke = None, None, time.time()
     for start in range(0, len(mine), size):
