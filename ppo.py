@@ -81,7 +81,7 @@ class Config(RunFlags):
     # Update
     epochs: int = 1               # passes over each batch of rollouts
     minibatches: int = 4          # optimizer steps per pass
-    micro_batch: int = 32   # sequences per forward pass; smaller needs less memory and changes nothing else
+    micro_batch: int = 64   # sequences per forward pass; smaller needs less memory and changes nothing else
     lr: float = 2e-4              # of the policy, falling linearly to a third (1e-6 to 1e-5 for real models)
     value_lr: float = 5e-4        # of the value model, likewise
     value_warmup: int = 4         # first iterations that train only the value model, at most a quarter of all
