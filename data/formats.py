@@ -195,7 +195,7 @@ def _text(row, key, default=None):
     except UnicodeEncodeError:  # JSON can spell "\ud83d", half of an emoji, that no tokenizer can encode
         raise Unusable("half a character") from None
     if len(text) > MUCH and BLANK.search(text):  # damage, which no tokenizer can split
-        raise Unusable(f"{MUCH:,} blanks in a row")
+        raise Unusable(f"run of {MUCH:,} blanks")
     return text
 
 

@@ -488,10 +488,10 @@ UNUSABLE = [
     ({**STEPS, "images": ["x"]}, "process", "image, video or audio"),
     ({"prompt": " " * 500_000}, "prompt", "empty prompt"),
     ({**ANSWER, "completion": "\t" * 600_000}, "sft", "empty response"),
-    ({"prompt": "a" + " " * 500_000 + "b"}, "prompt", "500,000 blanks in a row"),
-    ({"messages": [U("a"), A("b" + "\n" * 600_000 + "c")]}, "sft", "500,000 blanks in a row"),
-    ({**HH, "chosen": HH["chosen"] + "\t" * 500_000 + "x"}, "preference", "500,000 blanks in a row"),
-    ({**STEPS, "completions": ["b", "c" + " " * 500_000 + "d"]}, "process", "500,000 blanks in a row"),
+    ({"prompt": "a" + " " * 500_000 + "b"}, "prompt", "run of 500,000 blanks"),
+    ({"messages": [U("a"), A("b" + "\n" * 600_000 + "c")]}, "sft", "run of 500,000 blanks"),
+    ({**HH, "chosen": HH["chosen"] + "\t" * 500_000 + "x"}, "preference", "run of 500,000 blanks"),
+    ({**STEPS, "completions": ["b", "c" + " " * 500_000 + "d"]}, "process", "run of 500,000 blanks"),
 ]
 for role in ("tool", "function", "ipython", "Observation"):
     called = {**A(None), "tool_calls": [{"id": "c"}]}
