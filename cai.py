@@ -43,7 +43,7 @@ from data import InputError, formats, read_json, report, world, write_atomic
 from data.chain import need, run_script, sibling, unfinished
 from data.checkpoint import load, save
 from data.endpoint import make_critic
-from data.flags import RunFlags, program
+from data.flags import RunFlags, names_in, program
 from data.parallel import WORLD
 from data.principles import (accuracy, agreement, compare, constitution, count_faults, critic_figures,
                              few_shots, gold_by_revision, transcript)
@@ -417,7 +417,7 @@ def main(cfg):
     # The folder. A run that goes on measures all anew; what it has made is in the folders of its rounds.
     base = need(cfg, "base") if setting.graded and not (cfg.init and cfg.critic) else ""
     files = [cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human]
-    files += cfg.constitution.split(",") + cfg.few_shots.split(",")
+    files += names_in(cfg.constitution) + names_in(cfg.few_shots)
     run = Run(cfg, "cai", filter(None, files), begun="round1")
     (run.folder / "samples.txt").unlink(missing_ok=True)
     if cfg.overwrite:

@@ -38,11 +38,11 @@ from torch.nn.utils import clip_grad_norm_
 from data import InputError, formats, report, world
 from data.chain import chain_columns, need, sibling
 from data.checkpoint import load, save
-from data.flags import RunFlags, program
+from data.flags import RunFlags, names_in, program
 from data.parallel import RANK, WORLD, all_sum, in_chunks, micro_batches, prepare, sample
 from data.pretrain import read_corpus
 from data.relabel import Relabelling
-from data.rewards import Rewards, names_in
+from data.rewards import Rewards
 from data.run import RELABEL, Run, adamw, seeded, set_lr, setup
 from data.sample import short_enough
 from model import (compare_policies, frozen, last_token, refresh, sampling_copy, token_logprobs, token_values,

@@ -121,14 +121,21 @@ def run_of(folder):
 
 
 def fingerprint(path):
-    """A hash of a file, or of the weights in a folder: of its size and of its first and last megabyte."""
+    """A hash of a file, or of the weights in a folder: of their size and of their first and last megabyte. Of
+    several with colons between, such as FILE.py:function, one hash each."""
     path = Path(path)
-    if path.is_dir():
+    if ":" in str(path) and not path.exists():
+        return " ".join(fingerprint(part) for part in str(path).split(":"))
+    is_folder = path.is_dir()
+    if is_folder:
         path = path / "model.safetensors"
     if not path.is_file():
         return "none"
-    size = path.stat().st_size
+    sha, size = hashlib.sha256(), path.stat().st_size
     with open(path, "rb") as f:
-        head = f.read(2 ** 20)
-        f.seek(max(0, size - 2 ** 20))
-        return hashlib.sha256(head + f.read() + str(size).encode()).hexdigest()[:16]
+        while block := f.read(2 ** 20):
+            sha.update(block)
+            if is_folder:     # weights are long, and training changes all of them
+                f.seek(max(f.tell(), size - 2 ** 20))
+    sha.update(str(size).encode())
+    return sha.hexdigest()[:16]

@@ -92,7 +92,8 @@ def check_folder(folder):
         base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
         raise CheckpointError(f"{folder}: a LoRA adapter of {base} without that model; merge the two first "
                               "(peft: merge_and_unload) and save the whole")
-    others = [name for name in sorted(names) if name.endswith((".bin", ".pth", ".gguf", ".safetensors"))]
+    kinds = (".bin", ".pth", ".gguf", ".safetensors", ".h5", ".msgpack")
+    others = [name for name in sorted(names) if name.endswith(kinds)]
     if others and not weights:
         raise CheckpointError(f"{folder}: has {others[0]} but no {WEIGHTS}, which transformers makes with "
                               "save_pretrained; pickled weights are never opened")

@@ -105,7 +105,7 @@ def read_examples(run, path, kind, tok, max_len):
     if kind == "kto":
         if len({label for *_, label in train}) < 2:
             raise InputError(f"{path}: {told}; kto needs good and bad answers to train on")
-        train, held = mismatch(train, cfg.seed), mismatch(held, cfg.seed)
+        train, held = mismatch(train, cfg.seed, max_len), mismatch(held, cfg.seed, max_len)
     return train, held, rows
 
 
@@ -130,9 +130,10 @@ def encode(rows, tok, max_prompt, max_len):
     return out, counts
 
 
-def mismatch(examples, seed):
-    """KTO's examples, each with an answer to a different prompt as its second one, drawn once and for all, so
-    that the reference's log-probs can be kept. InputError: there is one prompt only."""
+def mismatch(examples, seed, max_len):
+    """KTO's examples, each with an answer to a different prompt as its second one, cut at max_len tokens and
+    drawn once and for all, so that the reference's log-probs can be kept. InputError: there is one prompt
+    only."""
     n, out = len(examples), list(examples)
     order = random.Random(seed).sample(range(n), n)
     for k, i in enumerate(order):
@@ -145,7 +146,7 @@ def mismatch(examples, seed):
             raise InputError("kto: all rows have the same prompt; its reference point needs answers to other "
                              "prompts")
         other = examples[order[(k + shift) % n]][1]
-        out[i] = (prompt, answer, other, label)
+        out[i] = (prompt, answer, other[: max_len - len(prompt)], label)
     return out
 
 

@@ -44,7 +44,7 @@ from data import InputError, formats, report, world, write_atomic
 from data.chain import result_of
 from data.checkpoint import load
 from data.endpoint import local_critic
-from data.flags import program
+from data.flags import names_in, program
 from data.pretrain import read_corpus
 from data.principles import compare, constitution
 from data.rewards import rewards_on
@@ -297,7 +297,7 @@ def show(metrics, wins, best, n_prompts, judge):
 def main(cfg):
     """Have every model answer, judge the answers, report."""
     start, device = time.time(), setup(cfg)
-    paths = [path for path in cfg.models.split(",") if path]
+    paths = [path for path in names_in(cfg.models) if path]
     if not paths:
         raise InputError("no models to compare, e.g. python -m data.evaluate out/base out/sft out/ppo")
     names, ns = short_names(paths), numbers_of(cfg.best_of)

@@ -3,7 +3,7 @@ which runs a script's main with it."""
 import argparse
 import difflib
 import functools
-import importlib
+import importlib.util
 import inspect
 import math
 import re
@@ -168,14 +168,30 @@ def interrupt(signum, frame):
     raise KeyboardInterrupt
 
 
+def names_in(text):
+    """The parts of "A,B,C", in order. What exists is one name, whatever commas it has."""
+    names, rest = [], text.split(",")
+    while rest:
+        n = len(rest)      # of the parts that are the next name: the most that are a file or a folder, or one
+        while n > 1 and not Path(",".join(rest[:n])).exists():
+            n -= 1
+        names.append(",".join(rest[:n]))
+        rest = rest[n:]
+    return names
+
+
 def function_of(name, flag):
     """The Python function that a flag names as "module:function" or "FILE.py:function"; the current folder is
-    searched. InputError: there is none, or it cannot be imported."""
+    searched first. InputError: there is none, or it cannot be imported."""
     where, _, function = name.rpartition(":")
-    path = Path(where)
-    sys.path.insert(0, str(path.parent if path.suffix == ".py" else Path.cwd()))
+    path = Path(where if where.endswith(".py") else f"{where}.py")
+    sys.path.insert(0, str(path.parent if where.endswith(".py") else Path.cwd()))
     try:
-        module = importlib.import_module(path.stem if path.suffix == ".py" else where)
+        # A file is read as itself: a module of its name, such as our reward.py, may be there already.
+        if path.is_file():
+            module = module_of_file(path)
+        else:
+            module = importlib.import_module(path.stem if where.endswith(".py") else where)
     except Exception as e:   # whatever stands in somebody's file
         raise InputError(f"{flag} {name}: {where} cannot be imported: {type(e).__name__}: {e}") from None
     finally:
@@ -183,3 +199,12 @@ def function_of(name, flag):
     if not callable(getattr(module, function, None)):
         raise InputError(f"{flag} {name}: {module.__file__} has no function {function!r}")
     return getattr(module, function)
+
+
+def module_of_file(path):
+    """The module that a Python file is, called by its whole path."""
+    name = str(path.resolve())
+    spec = importlib.util.spec_from_file_location(name, name)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)     # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module

@@ -29,6 +29,7 @@ import zlib
 from collections import Counter
 
 from data import InputError
+from data.tokenizer import BLANK, MUCH
 
 KINDS = ("sft", "preference", "prompt", "kto", "process")
 MAX_LINE = 16 * 2**20  # bytes; a longer .jsonl line is taken for damage
@@ -38,6 +39,8 @@ NOT_JSON = {
     b"\x28\xb5\x2f\xfd": "a zstandard file; unpack it with zstd -d",
     b"\xfd7zXZ\0": "an xz file; unpack it with unxz",
     b"BZh": "a bzip2 file; unpack it with bunzip2",
+    b"\x1f\x8b": "a gzip file inside a gzip file; unpack it once with gunzip",
+    b"7z\xbc\xaf": "a 7z archive; unpack it with 7z x",
     b"PK\3\4": "a zip archive or a spreadsheet; unpack it, or save the sheet as JSON",
     b"PAR1": 'a parquet file; convert it: pandas.read_parquet(..).to_json(.., orient="records", lines=True)',
     b"ARROW1": "an arrow file; convert it: datasets.Dataset.from_file(..).to_json(..)",
@@ -77,7 +80,7 @@ def read_rows(path):
             file = gzip.GzipFile(fileobj=disk) if disk.peek(2)[:2] == b"\x1f\x8b" else disk
             if file.peek(3)[:3] == b"\xef\xbb\xbf":  # a byte-order mark
                 file.read(3)
-            _refuse_other_files(path, file.peek(99))
+            _refuse_other_files(path, file.peek(512))
             while raw := file.readline(MAX_LINE + 1):
                 line += 1
                 # A list is read whole, since its objects may span lines.
@@ -104,9 +107,14 @@ def read_rows(path):
 
 def _refuse_other_files(path, start):
     """DataError if the first bytes of a file are those of another kind of file."""
+    found = ""
     for magic, what in NOT_JSON.items():
         if magic in (start[:len(magic)], start.lstrip()[:len(magic)]):  # a page may begin with blank lines
-            raise DataError(f"{path}: expected JSON lines or a JSON list, found {what}")
+            found = what
+    if start[257:262] == b"ustar":  # which stands behind the name of a first file
+        found = "a tar archive; unpack it with tar -xf"
+    if found:
+        raise DataError(f"{path}: expected JSON lines or a JSON list, found {found}")
 
 
 def _decode(path, line, raw):
@@ -186,6 +194,8 @@ def _text(row, key, default=None):
         text.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell "\ud83d", half of an emoji, that no tokenizer can encode
         raise Unusable("half a character") from None
+    if len(text) > MUCH and BLANK.search(text):  # damage, which no tokenizer can split
+        raise Unusable(f"run of {MUCH:,} blanks")
     return text
 
 

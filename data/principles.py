@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from data import InputError, read_json, world
+from data.flags import names_in
 
 OPTIONS = [" (A)", " (B)"]     # what the answer to a comparison begins with
 
@@ -19,7 +20,7 @@ def constitution(paths, about=""):
     CritiqueRevisionInstructions.json ({key: {"prompt", "edit_request"}}) or RLMadisonInstructions.json (a
     list of strings). `about` selects ours. InputError: a principle of no known format."""
     revise, choose = [], []
-    for path in paths.split(","):
+    for path in names_in(paths):
         # A list of principles has no names: they are called by the file and their place in it.
         rows = read_json(path, kind=(list, dict))
         if isinstance(rows, list):
@@ -49,7 +50,7 @@ def few_shots(paths, principles):
     under the principles in turn, the better answer first in every other one. InputError: an example of no
     known format."""
     shots, n = {"critique": "", "choice": ""}, 0
-    for path in filter(None, paths.split(",")):
+    for path in filter(None, names_in(paths)):
         for i, shot in enumerate(read_json(path, kind=list)):
             try:
                 if isinstance(shot, str):           # most, not all, end in an opened turn

@@ -10,17 +10,12 @@ import torch
 from data import InputError, sample, world
 from data.chain import run_of
 from data.checkpoint import load
-from data.flags import function_of
+from data.flags import function_of, names_in
 from data.parallel import RANK, all_sum, in_chunks
 from data.process import implicit_logits, implicit_rewards, step_logits, token_rewards
 from model import frozen, last_token
 
 BETA = 0.3    # of an implicit reward, unless the policy's run says another: the default of dpo.py
-
-
-def names_in(text):
-    """The parts of "A,B". A folder that exists is one name, whatever characters it has."""
-    return [text] if Path(text).is_dir() else text.split(",")
 
 
 def weights_of(text, n):
@@ -60,13 +55,18 @@ def source_of(name, flag):
 
 def implicit_source(name, flag):
     """The Source "implicit:POLICY:REFERENCE": the log-ratio of two policies (data/process.py)."""
-    paths = name.split(":")[1:]
-    if len(paths) != 2:
+    parts = name.split(":")[1:]
+    splits = [(":".join(parts[:n]), ":".join(parts[n:])) for n in range(1, len(parts))]
+    folders = [both for both in splits if Path(both[0]).is_dir() and Path(both[1]).is_dir()]
+    if len(splits) > 1 and folders:      # a folder may have a colon in its name
+        splits = folders[:1]
+    if len(splits) != 1:
         raise InputError(f"{flag} {name}: expected implicit:POLICY:REFERENCE, a policy and what it began as")
-    (policy, tok), (reference, other) = load(paths[0]), load(paths[1])
+    first, second = splits[0]
+    (policy, tok), (reference, other) = load(first), load(second)
     if not tok.same_as(other):
         raise InputError(f"{flag} {name}: the two have different tokenizers")
-    beta = run_of(paths[0]).get("config", {}).get("beta") or BETA
+    beta = run_of(first).get("config", {}).get("beta") or BETA
     both = (policy, reference, beta, tok)
     return Source([policy, reference], tok, partial(implicit_rewards, *both), partial(implicit_logits, *both))
 
@@ -121,6 +121,9 @@ class Rewards:
                 each.append(torch.stack([x.sum() for x in said]))
             else:
                 each.append(self.call(name, source.function, rows, texts))
+            if not each[-1].isfinite().all():
+                raise InputError(f"{self.flag} {name}: gives scores that are not finite; a weight of it is "
+                                 "broken")
         return self.combined(torch.stack(each)).tolist()
 
     def step_scores(self, rows, texts):

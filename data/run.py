@@ -313,8 +313,10 @@ class Run:
             if p.grad is not None and not p.grad.isfinite().all():
                 bad.append(name)
         self.skipped += 1
-        what = (f"step skipped: the gradient of {bad[0]} and {len(bad) - 1} more tensors is not finite; "
-                f"data rows {list(rows)[:8]} ...")
+        place = "has a norm that"      # finite entries, too large to be squared
+        if bad:
+            place = f"of {bad[0]} and {len(bad) - 1} more tensors"
+        what = f"step skipped: the gradient {place} is not finite; data rows {list(rows)[:8]} ..."
         if self.skipped > 3:
             raise InputError(f"{what}. The fourth such step: try a smaller --lr or --dtype float32")
         self.say(what)

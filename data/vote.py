@@ -17,7 +17,7 @@ from pathlib import Path
 from data import formats, sample, world, write_atomic
 from data.chain import need
 from data.checkpoint import load
-from data.flags import program
+from data.flags import names_in, program
 from data.run import seeded, setup
 from model import frozen, sampling_copy
 
@@ -191,9 +191,7 @@ def main(cfg):
     path = Path(cfg.out) / "votes.jsonl"
     votes = read_votes(path)
     reward = cfg.reward or ("" if cfg.policy else need(cfg, "reward"))
-    names = [cfg.policy or need(cfg, "sft")]
-    if not Path(names[0]).exists():      # a folder may have a comma in its name
-        names = names[0].split(",")
+    names = names_in(cfg.policy or need(cfg, "sft"))
 
     # The models, and the prompts that have no vote yet.
     policies = []

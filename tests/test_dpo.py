@@ -293,13 +293,23 @@ def test_kto_never_pairs_a_prompt_with_its_own_completion():
         examples = [([rng.randrange(n_prompts)], [i, 7], [i, 7], 1.0) for i in range(60)]
         examples[0], examples[1] = ([0], [0, 7], [0, 7], 1.0), ([1], [1, 7], [1, 7], 0.0)
         prompt_of = {tuple(a): x for x, a, _, _ in examples}
-        out = comparisons.mismatch(examples, 3)
+        out = comparisons.mismatch(examples, 3, 9)
         assert [(x, a, p) for x, a, _, p in out] == [(x, a, p) for x, a, _, p in examples]
         assert all(prompt_of[tuple(b)] != x for x, _, b, _ in out)
         if n_prompts == 10:   # where prompts seldom meet, nearly all answers serve once
             assert len({tuple(b) for *_, b, _ in out}) > 45
     with pytest.raises(InputError, match="same prompt"):
-        comparisons.mismatch([([1], [i], [i], 1.0) for i in range(5)], 0)
+        comparisons.mismatch([([1], [i], [i], 1.0) for i in range(5)], 0, 9)
+
+
+def test_kto_cuts_the_answer_to_another_prompt_too():
+    """Behind a longer prompt than its own, an answer that was cut at max_len would leave the context."""
+    examples = [([i] * (i + 1), [20 + i] * (8 - i), [20 + i] * (8 - i), 1.0) for i in range(6)]    # 9 tokens each
+    out = comparisons.mismatch(examples, 0, 9)
+    lengths = [len(prompt) + len(other) for prompt, _, other, _ in out]
+    assert max(lengths) == 9 and min(len(other) for *_, other, _ in out) > 0
+    for prompt, _, other, _ in out:      # from the front, and all that there is room for
+        assert set(other) == {other[0]} and len(other) == min(9 - len(prompt), 8 - (other[0] - 20))
 
 
 def test_encode_leaves_out_and_counts():

@@ -15,8 +15,9 @@ import torch
 
 import ppo
 from data import InputError, evaluate, principles, relabel, report, world
-from data.checkpoint import load
-from data.rewards import Rewards
+from data.checkpoint import load, save
+from data.flags import names_in
+from data.rewards import Rewards, judge_of
 from model import GPT, GPTConfig
 from test_scripts import fails, log_of, other_tokenizer, result_of, snapshot, user, write
 
@@ -154,6 +155,37 @@ def test_evaluate_with_a_reward_model_on_ones_own_prompts(compare, chain, tmp_pa
     assert [b["n"] for b in result["best_of"]] == [1, 2, 4] and result["best_of"][0]["kl"] == 0
     rewards = [b["reward"] for b in result["best_of"]]
     assert rewards == sorted(rewards) and result["best_of"][2]["kl"] == pytest.approx(math.log(4) - 3 / 4)
+
+
+@needs_fork
+def test_evaluate_folders_with_a_comma(compare, chain, tmp_path):
+    folder = tmp_path / "lr=1e-5,seed=0"
+    folder.mkdir()
+    for name in ("sft", "ppo"):
+        (folder / name).symlink_to(chain / name)
+    for flags in ([folder / "sft", folder / "ppo"], ["--models", f"{folder / 'sft'},{folder / 'ppo'}"]):
+        _, result = compare(*flags, "--max_new", 4, "--prompts", 6)
+        assert list(result["models"]) == ["sft", "ppo", "control"]
+
+
+def test_names_in_keeps_what_exists_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b" / "c,d").mkdir(parents=True)
+    (tmp_path / "x,y.json").write_text("[]")
+    for text, names in (("", [""]), ("p", ["p"]), ("p,q", ["p", "q"]), ("a,b", ["a,b"]), ("a,b,a", ["a,b", "a"]),
+                        ("q,a,b/c,d,x,y.json", ["q", "a,b/c,d", "x,y.json"]), ("a,b/c", ["a", "b/c"])):
+        assert names_in(text) == names
+
+
+def test_scores_that_are_not_finite_are_refused(chain, tmp_path):
+    """Else every comparison with them would be a tie or a loss."""
+    rm, tok = load(chain / "reward", head="score")
+    with torch.no_grad():
+        rm.score.weight[0, 3] = float("nan")
+    save(tmp_path / "rm", rm, tok)
+    judge = judge_of("--judge", str(tmp_path / "rm"), "cpu")
+    with pytest.raises(InputError, match="--judge .*rm: gives scores that are not finite"):
+        judge([{"prompt": [{"role": "user", "content": "Hi"}]}], ["Hello"])
 
 
 @needs_fork

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import sys
+import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -485,6 +486,12 @@ UNUSABLE = [
     ({**STEPS, "completions": ["b", "\ud83d"]}, "process", "half a character"),
     ({**STEPS, "prompt": " "}, "process", "empty prompt"),
     ({**STEPS, "images": ["x"]}, "process", "image, video or audio"),
+    ({"prompt": " " * 500_000}, "prompt", "empty prompt"),
+    ({**ANSWER, "completion": "\t" * 600_000}, "sft", "empty response"),
+    ({"prompt": "a" + " " * 500_000 + "b"}, "prompt", "run of 500,000 blanks"),
+    ({"messages": [U("a"), A("b" + "\n" * 600_000 + "c")]}, "sft", "run of 500,000 blanks"),
+    ({**HH, "chosen": HH["chosen"] + "\t" * 500_000 + "x"}, "preference", "run of 500,000 blanks"),
+    ({**STEPS, "completions": ["b", "c" + " " * 500_000 + "d"]}, "process", "run of 500,000 blanks"),
 ]
 for role in ("tool", "function", "ipython", "Observation"):
     called = {**A(None), "tool_calls": [{"id": "c"}]}
@@ -646,11 +653,15 @@ def packed():
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("rows.jsonl", GOOD)
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as file:
+        file.addfile(tarfile.TarInfo("rows.jsonl"))
     page = b"<!DOCTYPE html>\n<html><title>rows.jsonl</title></html>\n"
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 123\n"
     return {
         "zstandard": (b"\x28\xb5\x2f\xfd\x04\x00\x41", "zstd -d"), "bzip2": (bz2.compress(GOOD), "bunzip2"),
         "an xz file": (lzma.compress(GOOD), "unxz"), "a zip archive": (archive.getvalue(), "unpack it"),
+        "7z": (b"7z\xbc\xaf\x27\x1c", "7z x"), "a tar archive": (tar.getvalue(), "tar -xf"),
         "parquet": (b"PAR1\x15\x04\x15", "to_json"), "arrow": (b"ARROW1\0\0\xff\xff\xff\xff", "to_json"),
         "an arrow file": (b"\xff\xff\xff\xff\x10\0\0\0", "to_json"),
         "Git LFS pointer": (pointer, "git lfs pull"),
@@ -668,6 +679,8 @@ def test_a_file_that_is_not_json_is_named(tmp_path, what):
                 load(path, "prompt")
             assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
             assert what in str(error.value) and advice in str(error.value)
+    with pytest.raises(DataError, match="gzip file inside a gzip file; unpack it once"):
+        load(save(tmp_path, gzip.compress(gzip.compress(GOOD)), "rows.jsonl.gz"), "prompt")
     # The name does not decide: JSON is read whatever it is called.
     assert len(load(save(tmp_path, GOOD, "rows.parquet"), "prompt")[0]) == 1
 

@@ -926,6 +926,8 @@ UNCLEAR = {   # what a folder holds: {file: its bytes, or the name of the file i
     "bin": ({"pytorch_model.bin": "model.safetensors"}, ["pytorch_model.bin but no model.safetensors", "never opened"]),
     "bin shards": ({"pytorch_model-00001-of-00002.bin": "model.safetensors", "pytorch_model.bin.index.json": b"{}"},
                    ["pytorch_model-00001-of-00002.bin but no model.safetensors"]),
+    "tensorflow": ({"tf_model.h5": "model.safetensors"}, ["tf_model.h5 but no model.safetensors"]),
+    "flax": ({"flax_model.msgpack": "model.safetensors"}, ["flax_model.msgpack but no model.safetensors"]),
     "gguf": ({"m.Q4_K.gguf": "model.safetensors"}, ["m.Q4_K.gguf but no model.safetensors", "save_pretrained"]),
     "adapter": ({"config.json": None, "adapter_model.safetensors": "model.safetensors",
                  "adapter_config.json": b'{"peft_type": "LORA", "base_model_name_or_path": "org/base"}'},

@@ -23,10 +23,11 @@ import tiktoken
 import torch
 
 from conftest import CHAIN, ROOT, copy_suite
-from data import InputError, chain as chain_py, flags as flags_py, run as run_py
+from data import InputError, chain as chain_py, flags as flags_py, run as run_py, world
 from data.chain import need
 from data.checkpoint import load, load_state
 from data.flags import MAY_BE_0, SHARES, parse_flags
+from data.rewards import Rewards
 from data.safetensors import read_safetensors
 from data.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
 
@@ -686,6 +687,62 @@ def test_where_a_function_is_found(suite, chain, tmp_path):
     fails(nothing, "--reward mine:nothing", tmp_path / "mine.py", "has no function 'nothing'")
     fails(broken, "--reward broken:score", "cannot be imported: SyntaxError")
     fails(nosuch, "--reward ./nosuch.py:score", "cannot be imported: ModuleNotFoundError")
+
+
+def test_a_function_of_a_file_is_that_files(tmp_path, monkeypatch):
+    """Also where a module of that name has been imported, from Python, from here, or from another folder."""
+    monkeypatch.chdir(tmp_path)
+    names = ("mine.py", "a/mine.py", "b/mine.py", "json.py", "model.py")
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                        f"@dataclass\nclass Own:\n    x: int = 0\ndef where():\n    return {name!r}\n")
+    for name in names:
+        assert flags_py.function_of(f"{name}:where", "--reward")() == name
+        assert flags_py.function_of(f"{tmp_path / name}:where", "--reward")() == name
+    for name in ("mine", "json", "model"):       # the current folder comes first
+        assert flags_py.function_of(f"{name}:where", "--reward")() == f"{name}.py"
+    assert flags_py.function_of("data.world:gold", "--reward") is world.gold
+    with pytest.raises(InputError, match="mine.py has no function 'dumps'"):
+        flags_py.function_of("./mine.py:dumps", "--reward")
+    assert sys.modules["json"] is json
+
+
+def test_two_policies_in_folders_with_colons(chain, tmp_path):
+    here = tmp_path / "2025-01-31_12:30"
+    here.mkdir()
+    for name in ("ppo", "sft"):
+        (here / name).symlink_to(chain / name)
+    rows, texts = [{"prompt": user("Hi")}], ["Hello"]
+    plain = Rewards("--reward", f"implicit:{chain / 'ppo'}:{chain / 'sft'}").score_texts(rows, texts)
+    assert Rewards("--reward", f"implicit:{here / 'ppo'}:{here / 'sft'}").score_texts(rows, texts) == plain
+
+
+def test_fingerprint_sees_every_byte_of_a_file(tmp_path):
+    """A line in the middle of a long file, both ends of long weights, and each part of FILE.py:function."""
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(bytes(5 * 2 ** 20))
+    before = chain_py.fingerprint(path)
+    with open(path, "r+b") as file:
+        file.seek(5 * 2 ** 19)
+        file.write(b"x")
+    assert chain_py.fingerprint(path) != before
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.parent.mkdir()
+    seen = set()
+    for at, size in ((0, 5), (2 ** 20 - 1, 5), (4 * 2 ** 20, 5), (5 * 2 ** 20 - 1, 5), (0, 1.5),
+                     (1.5 * 2 ** 20 - 1, 1.5)):
+        data = bytearray(int(size * 2 ** 20))
+        data[int(at)] = 1
+        weights.write_bytes(data)
+        seen.add(chain_py.fingerprint(weights.parent))
+    assert len(seen) == 6 and chain_py.fingerprint(tmp_path / "nosuch") == "none"
+    own = f"{tmp_path / 'mine.py'}:score"
+    (tmp_path / "mine.py").write_text("def score(rows, texts): return [1.0]")
+    before = chain_py.fingerprint(own)
+    (tmp_path / "mine.py").write_text("def score(rows, texts): return [2.0]")
+    assert chain_py.fingerprint(own) != before
 
 
 def test_colons_and_commas_in_paths(suite, chain, tmp_path):
