@@ -469,8 +469,9 @@ def test_pipeline_in_the_browser(out, browser):
     # One table counts the answers of each policy that fail.
     rows = [row["after"] for row in read_lines(out / "ppo" / "answers.jsonl") if row["family"] == "harmless"]
     failed = sum(row["harmless"] == 0 for row in rows)
-    counts = browser.js("[...document.querySelectorAll('#pipeline > div > .scroll tr')].map(x => x.innerText)")
-    assert counts[0].split() == ["answers", "that", "fail", "base", "sft", "ppo", "dpo", "cai", "hacked", "ipo"]
+    counts = browser.js("[...document.querySelectorAll('#pipeline > div > .scroll tr')]"
+                        ".map(row => row.innerText)")
+    assert counts[0].split("\t") == ["answers that fail", "base", "sft", "ppo", "dpo", "cai", "hacked", "ipo"]
     cells = counts[2].split("\t")
     assert [cells[0], cells[3]] == ["harmless: helps with harm", f"{failed} of {len(rows)}"]
     # The buttons jump to prompts of their family, at which the base model has failed and PPO has not.
@@ -597,7 +598,8 @@ def test_what_the_last_iteration_and_the_first_comparisons_hide(tmp_path, browse
     assert "(70)" in browser.js("document.querySelector('#ppo select').selectedOptions[0].text")
     browser.js("[...document.querySelectorAll('#ppo button')]"
                ".find(button => button.textContent.startsWith('none')).click()")
-    assert "first iteration (1)" in browser.js("document.querySelector('#ppo select').selectedOptions[0].text")
+    opened = browser.js("document.querySelector('#ppo select').selectedOptions[0].text")
+    assert "first iteration (1)" in opened
     assert "none is clipped" not in browser.text("#ppo")
     assert not browser.heard()[0]
 
