@@ -123,7 +123,9 @@ def run(folder):
     for key in ("stage", "seed", "seconds", "device", "config", "before", "after"):
         if result and key in result[0]:
             told[key] = result[0][key]
-    return {**told, "name": folder.name, "finished": bool(result), "log": log}
+    # A PPO run whose reward model went on learning (--relabel) has saved it beside the policy.
+    relabelled = (folder / "reward").is_dir()
+    return {**told, "name": folder.name, "finished": bool(result), "relabelled": relabelled, "log": log}
 
 
 def curves(folder):

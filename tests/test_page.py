@@ -466,6 +466,14 @@ def test_pipeline_in_the_browser(out, browser):
     text = browser.text("#pipeline")
     for number in (0.193, 0.251, 0.55875, 0.8502, 0.9384, 0.941, 0.9):
         assert shown(number) in text
+    # One table counts the answers of each policy that fail.
+    rows = [row["after"] for row in read_lines(out / "ppo" / "answers.jsonl") if row["family"] == "harmless"]
+    failed = sum(row["harmless"] == 0 for row in rows)
+    counts = browser.js("[...document.querySelectorAll('#pipeline > div > .scroll tr')]"
+                        ".map(row => row.innerText)")
+    assert counts[0].split("\t") == ["answers that fail", "base", "sft", "ppo", "dpo", "cai", "hacked", "ipo"]
+    cells = counts[2].split("\t")
+    assert [cells[0], cells[3]] == ["harmless: helps with harm", f"{failed} of {len(rows)}"]
     # The buttons jump to prompts of their family, at which the base model has failed and PPO has not.
     for family in ("helpful", "harmless", "honest"):
         browser.js(f"[...document.querySelectorAll('#pipeline .row:not(.picker) button')]"
@@ -503,6 +511,9 @@ def test_vote_in_the_browser(out, browser):
     told = [pair for pair in pairs if pair["label"] != 0.5]
     right = sum((pair["r_a"] > pair["r_b"]) == (pair["label"] > 0.5) for pair in told)
     assert f"{right} of {len(told)}" in browser.text("#vote tbody tr:first-child")
+    browser.js("[...document.querySelectorAll('#vote button')]"
+               ".find(button => button.textContent.endsWith('errors')).click()")
+    assert f"Pair 1 of {len(told) - right}." in browser.text("#vote [aria-live]")
     assert not browser.heard()[0]
 
 
@@ -559,6 +570,7 @@ def test_rlhf_beside_dpo_and_constitutional_ai(out, browser):
     wins = sum(x["after"]["gold"] > y["after"]["gold"] for x, y in zip(ours, theirs))
     losses = sum(x["after"]["gold"] < y["after"]["gold"] for x, y in zip(ours, theirs))
     assert f"better to {wins} of the test prompts, DPO’s to {losses}" in text
+    assert "the annotator went on comparing" not in text
     # Wins of PPO against its start: ties count one half.
     gains = [x["after"]["gold"] - x["before"]["gold"] for x in ours]
     rate = (sum(gain > 0 for gain in gains) + 0.5 * gains.count(0)) / len(gains)
@@ -566,6 +578,30 @@ def test_rlhf_beside_dpo_and_constitutional_ai(out, browser):
     text = browser.text("#cai")
     assert "800 cut, 800 good" in text and "0.621" in text
     assert "(0.700 in one order + 0.900 in the other) / 2 = 0.800" in text     # turned to the chosen answer
+
+
+def test_what_the_last_iteration_and_the_first_comparisons_hide(tmp_path, browser):
+    # A PPO run that relabelled says so beside DPO; step 5 finds a clipped token if the answer has none.
+    rng, out = random.Random(0), make_out(tmp_path / "out")
+    (out / "ppo" / "reward").mkdir()
+    first, last = fake_iteration(rng, 1), fake_iteration(rng, 70)
+    for response in last["responses"]:
+        response["after"]["clipped"] = [False] * len(response["tokens"])
+    first["responses"] = first["responses"][:1] * 2    # the same answer twice is listed once
+    first["responses"][0]["after"]["clipped"][3] = True
+    (out / "ppo" / "inspect.json").write_text(json.dumps({"first": first, "last": last}))
+    (out / "hacked" / "inspect.json").unlink()
+    browser.open(page.write_page(out))
+    assert "the annotator went on comparing PPO’s new answers" in browser.text("#versus")
+    assert browser.js("document.querySelector('#ppo select').length") == 5
+    browser.js("[...document.querySelectorAll('#ppo button')].find(x => x.textContent[0] === '5').click()")
+    assert "(70)" in browser.js("document.querySelector('#ppo select').selectedOptions[0].text")
+    browser.js("[...document.querySelectorAll('#ppo button')]"
+               ".find(button => button.textContent.startsWith('none')).click()")
+    opened = browser.js("document.querySelector('#ppo select').selectedOptions[0].text")
+    assert "first iteration (1)" in opened
+    assert "none is clipped" not in browser.text("#ppo")
+    assert not browser.heard()[0]
 
 
 def test_all_by_keyboard(out, browser):
