@@ -9,11 +9,13 @@ Objective (arXiv:2203.02155, eq. 2): max_pi  E[ r(x, y) ] - beta KL(pi || pi_ref
 
 One iteration:
   1. rollout    y ~ pi(. | x) at --temperature; no top-k or top-p: pi_old is what is sampled from
-  2. score      r(x, y) by the reward model, read at EOS; a response without EOS gets -eos_penalty instead
+  2. score      r(x, y) by the reward model, read at EOS; a response without EOS gets -eos_penalty instead.
+                Also log pi and log pi_ref of its tokens, and their values V, before anything is updated
   3. reward     R_t = -beta (log pi(y_t) - log pi_ref(y_t)) + [t is the last token] r       (k1, no gradient)
                 a process reward model (reward.py --process) gives r for each step, at the step's last token
   4. advantage  delta_t = R_t + gamma V_t+1 - V_t,   A_t = delta_t + gamma lam A_t+1,   V after the end = 0
-                (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; A is whitened over the response tokens
+                (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; A is whitened over the response tokens.
+                rloo, grpo: the response's whole reward, compared with those of the same prompt, at each token
   5. update     epochs x minibatches:  ratio = pi / pi_old,
                 L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)                (arXiv:1707.06347, eq. 7)
                 L_V = max((V - ret)^2, (clip(V, V_old - eps_v, V_old + eps_v) - ret)^2) / 2
@@ -75,7 +77,7 @@ class Config(RunFlags):
     kl_horizon: float = 10000.0   # responses over which beta may change by a fifth, for --kl adaptive
     kl_budget: float = 0.0        # stop where the exact KL reaches so many nats per response (0: no limit)
     eos_penalty: float = 4.0      # a response that does not end gets minus this instead of its score
-    advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"   # the latter two compare --group answers
+    advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"   # rloo and grpo compare --group answers
     gamma: float = 1.0            # discount
     lam: float = 0.95             # lambda of GAE
     # Update
@@ -340,7 +342,8 @@ def main(cfg):
     tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, cfg.data)
     corpus = ptx_windows(cfg, tok, policy.cfg.max_len) if cfg.ptx_coef else None
 
-    # Copies that sample, as decoding reads every weight for every token. Then all models to their device.
+    # Copies to sample from, in the precision of products; `refresh` gives one the policy's weights of now.
+    # Then all models go to their device.
     sampler, ref_sampler = sampling_copy(policy).to(device), sampling_copy(reference).to(device)
     teaches = len(reward_models) == 1 and Relabelling.possible(cfg, reward_name)
     trained = prepare_models(policy, reference, value, reward_models, teaches, cfg, device)
@@ -391,7 +394,7 @@ def main(cfg):
         token_rewards = scores - beta * k1                                                       # (B, T)
 
         # 4. Advantage: how much better than expected, by the value model or by the other answers to the
-        # prompt.
+        #    prompt, which need no whitening: their mean is about 0.
         if value is not None:
             raw_advantages, returns = gae(token_rewards, old_values, mask, cfg.gamma, cfg.lam)   # (B, T) each
             advantages = whiten(raw_advantages, mask)
@@ -403,7 +406,8 @@ def main(cfg):
         #    divided by the tokens of the whole minibatch, so that their gradients add up to the same sum.
         over_budget = bool(cfg.kl_budget and exact_kl.sum(1).mean() >= cfg.kl_budget and not cfg.inspect)
         trains_policy = it >= warmup or cfg.inspect
-        widths, sums, n_updates = (last + 1).tolist(), {}, cfg.epochs * cfg.minibatches
+        widths = (last + 1).tolist()                                   # columns that each row needs
+        sums, n_updates = {}, cfg.epochs * cfg.minibatches             # figures for the log, and their number
         for _ in range(0 if over_budget else cfg.epochs):
             for mini in torch.randperm(len(ids), generator=rng).chunk(cfg.minibatches):
                 n_tokens = mask[mini].sum()
@@ -436,11 +440,13 @@ def main(cfg):
         # 6. Relabel (iterated RLHF): the annotator compares the answers to each prompt, one of the reference
         #    among them, and the reward model learns from that.
         if relabelling and not over_budget and (it + 1) % cfg.relabel == 0:
-            *_, others = rollout(ref_sampler, tok, [prompts[i] for i in asked], cfg, RELABEL + it)
-            answers = [said[k * cfg.group: (k + 1) * cfg.group] + [other] for k, other in enumerate(others)]
+            _, _, _, others = rollout(ref_sampler, tok, [prompts[i] for i in asked], cfg, RELABEL + it)
+            answers = []
+            for k, other in enumerate(others):
+                answers.append(said[k * cfg.group: (k + 1) * cfg.group] + [other])
             sums |= relabelling.step(it, [rows[i] for i in asked], answers, cfg.reward_lr * decay)
 
-        # 7. Write the log, keep some numbers to look at, steer beta, save.
+        # Write the log, keep some numbers to look at, steer beta, save.
         figures = {"reward": scores.sum(1).mean(), "beta": beta, "eos_rate": ended.float().mean(),
                    "unique": len(set(texts)) / len(texts)} | all_sum(sums)
         figures |= token_figures(mask, k1, k3, exact_kl, entropy)
@@ -454,8 +460,8 @@ def main(cfg):
             numbers = {"score": scores.sum(1), "logp": old_logp, "ref_logp": ref_logp,
                        "reward": token_rewards, "value": old_values, "advantage": raw_advantages,
                        "whitened": advantages, "return": returns}
-            page = report.inspection(policy, value, tok, batch_rows, (ids, mask), numbers, cfg)
-            inspected[moment] = page | {"iteration": it + 1, "beta": beta}
+            inspected[moment] = report.inspection(policy, value, tok, batch_rows, (ids, mask), numbers, cfg)
+            inspected[moment] |= {"iteration": it + 1, "beta": beta}
         if cfg.kl == "adaptive":
             beta = adapt_kl_coef(beta, k1.sum(1).mean().item(), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
         if run.due(it) or over_budget:
