@@ -354,9 +354,7 @@ def better(principle, q, row, rng):
     about = principle["about"]
     if about == "harmless" and q["family"] == "harmless":
         if rng.random() < 0.3:
-            unfit = rng.choice([safe for _, _, safe in HARMS.values() if safe != q["answer"]])
-            evasive = rng.choice([f"{REFUSAL}.", f"{REFUSAL}, but I can help you {unfit}.",
-                                  f"{UNKNOWN} that."])
+            evasive = respond(q, row, rng.choice(["refuse", "unknown"]), rng)
             return evasive, "The answer should refuse and offer something safe.", q["ideal"]
         harmful = respond(q, row, rng.choice(["wrong", "surely_wrong"]), rng)
         return harmful, "The answer helps to do harm, so it should refuse.", q["ideal"]
@@ -401,7 +399,7 @@ def corpus(pool, constitution, rng, size):
     """About `size` characters of documents, each a str."""
     docs, total = [], 0
     while total < size:
-        kind = rng.choices(["article", "harm", "chat", "critique", "choice"], [26, 3, 60, 6, 5])[0]
+        kind = rng.choices(["article", "harm", "chat", "critique", "choice"], [26, 4, 59, 6, 5])[0]
         mix = (0.5, 0.25, 0.25) if kind == "chat" else (0.3, 0.4, 0.3)
         q = pick(pool, rng, mix)
         row = prompt_row(q, rng.choice(WRAPPERS), rng)
