@@ -358,21 +358,25 @@ def reward_hacking(history, now, cfg):
 # ------------------------------------------------------------------------------------------------------------
 # One PPO iteration, token by token.
 
-INSPECTED = 3     # responses
+INSPECTED = 3     # responses, to as many prompts
 
 
 def inspection(policy, value, tok, rows, said, numbers, cfg):
-    """The numbers of the first responses of an iteration, for inspect.json, to prompt rows. said: (ids,
-    mask), (B, T) each. numbers: {"score": (B,), and (B, T) tensors of before the update: "logp", "ref_logp",
-    "reward", "value", "advantage", "whitened", "return"}; the models are those of after the update."""
-    ids, mask = said[0][:INSPECTED], said[1][:INSPECTED]
+    """The numbers of a response to each of the first prompts of an iteration, for inspect.json. rows: the
+    prompt rows of all B responses; said: (ids, mask), (B, T) each. numbers: {"score": (B,), and (B, T)
+    tensors of before the update: "logp", "ref_logp", "reward", "value", "advantage", "whitened", "return"};
+    the models are those of after the update."""
+    raw = numbers["advantage"][numbers["whitened"] != 0]
+    some = slice(0, INSPECTED * cfg.group, cfg.group)     # the answers to a prompt follow one another
+    ids, mask, rows = said[0][some], said[1][some], rows[some]
+    numbers = {name: x[some] for name, x in numbers.items()}
     with torch.no_grad():
         logp = token_logprobs(policy, ids, mask, cfg.temperature)                     # (n, T)
         values = torch.zeros_like(logp) if value is None else token_values(value, ids, mask)
-    ratio = (logp - numbers["logp"][:INSPECTED]).exp()
+    ratio = (logp - numbers["logp"]).exp()
     # clipped: clip(ratio) A is the smaller one in min(ratio A, clip(ratio) A), so that the token has no
     # gradient
-    up = numbers["whitened"][:INSPECTED] > 0
+    up = numbers["whitened"] > 0
     clipped = torch.where(up, ratio > 1 + cfg.clip, ratio < 1 - cfg.clip)
 
     # To the CPU once, not number by number.
@@ -389,7 +393,6 @@ def inspection(policy, value, tok, rows, said, numbers, cfg):
         responses.append({"prompt": rows[i]["prompt"][-1]["content"], "response": text, "tokens": tokens,
                           "score": numbers["score"][i].item(), "ended": tokens[-1] == "<eos>",
                           "before": before, "after": after})
-    raw = numbers["advantage"][numbers["whitened"] != 0]
     return {"gamma": cfg.gamma, "lam": cfg.lam, "clip": cfg.clip, "advantage": cfg.advantage,
             "mean": raw.mean().item(), "std": raw.std(correction=0).item(), "responses": responses}
 
