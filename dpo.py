@@ -163,6 +163,11 @@ def pair_loss(cfg, beta, logp, ref, n, p):
     return loss + (spec.nll + cfg.sft_coef) * nll, beta * rewards
 
 
+def share_above_0(x):
+    """1 where x (B,) is above 0, 1/2 where it is 0 but for rounding, else 0."""
+    return (x > 1e-5).float() + 0.5 * (x.abs() <= 1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Pairs. An example is (prompt ids, chosen answer ids, rejected answer ids, share that prefers the first one).
 
@@ -222,8 +227,7 @@ def pair_losses(model, examples, known, tok, cfg):
 
     # For the log: is the better answer, the one that most prefer, rewarded more, and by how much?
     better, worse = torch.where(p > 0.5, rewards, rewards.flip(0)).detach()         # (B,) each
-    right = (better > worse).float() + 0.5 * (better == worse)
-    return loss, {"loss": loss.detach(), "accuracy": right, "margin": better - worse,
+    return loss, {"loss": loss.detach(), "accuracy": share_above_0(better - worse), "margin": better - worse,
                   "chosen_reward": better, "rejected_reward": worse}
 
 
@@ -269,8 +273,7 @@ def kto_losses(model, examples, known, tok, cfg):
 
     # For the log: does a good answer gain more than z, a bad one less?
     gain = torch.where(good > 0.5, r - z, z - r).detach()
-    right = (gain > 0).float() + 0.5 * (gain == 0)
-    return loss, {"loss": loss.detach(), "accuracy": right, "margin": 2 * beta * gain, "z": z}
+    return loss, {"loss": loss.detach(), "accuracy": share_above_0(gain), "margin": 2 * beta * gain, "z": z}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import torch
 
 import cai
 from conftest import CAI_FLAGS
-from data import InputError, endpoint, formats, principles, read_json, run, world
+from data import InputError, endpoint, formats, principles, read_json, world
+from data import flags as flags_py
 from data.checkpoint import load, save
 from data.endpoint import Kept, connect, cut
 from data.principles import constitution
@@ -519,6 +520,6 @@ def test_bad_flags(suite, tmp_path, flags, word):
 
 
 def test_help_lists_every_field():
-    source = Path(cai.__file__).read_text() + Path(run.__file__).read_text()   # what every script shares is in there
+    source = Path(cai.__file__).read_text() + Path(flags_py.__file__).read_text()   # the shared ones
     for f in cai.Config.__dataclass_fields__:
         assert re.search(rf"^    {f}: .*#", source, re.M) or re.search(rf"^    {f}: .*\n +# ", source, re.M), f

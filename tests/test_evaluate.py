@@ -436,7 +436,7 @@ def test_kl_budget(train, tmp_path):
 @needs_fork
 def test_ptx(train):
     """Pretraining text in the mix: its loss is in the log and falls, and falls only because of it."""
-    flags = ["--reward", "gold", "--iterations", 3, "--lr", 0.003]
+    flags = ["--reward", "gold", "--iterations", 6, "--lr", 0.003]
     losses = {x: [row["ptx_loss"] for row in train(f"ptx{x}", *flags, "--ptx_coef", x)[1]] for x in (1e-9, 10)}
     assert losses[10][-1] < losses[10][0] - 0.1 and losses[10][-1] < losses[1e-9][-1] - 0.1
 

@@ -920,7 +920,9 @@ def together(suite, n, script, *args):
 def one_and_two(suite, chain, folder, script, flags):
     """The same run by one process and by two."""
     short = [] if script == "data.pretrain" else ["--max_new", 12]
-    flags = [*short, "--max_steps", 3, "--dtype", "float32", *flags.format(chain=chain).split()]
+    pairs = folder / "pairs.jsonl"      # 36 to train on: the last batch divides over two processes
+    write(pairs, [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"No, {i} is it."} for i in range(40)])
+    flags = [*short, "--max_steps", 3, "--dtype", "float32", *flags.format(chain=chain, pairs=pairs).split()]
     jobs = [suite.start(script, *flags, "--out", folder / "one")]
     jobs += together(suite, 2, script, *flags, "--out", folder / "two")
     return [suite.finish(job) for job in jobs]
@@ -933,8 +935,8 @@ def one_and_two(suite, chain, folder, script, flags):
                   "--micro_batch 3"),
     ("reward.py", "--process --init {chain}/sft --prompts 40 --k 2 --max_new 24 --batch_size 8 --held_out 0.3 "
                   "--bias_length 0.2"),
-    ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --batch_size 8 --micro_batch 3"),
-    ("dpo.py", "--init {chain}/sft --data {chain}/reward/comparisons.jsonl --loss kto --batch_size 8"),
+    ("dpo.py", "--init {chain}/sft --data {pairs} --batch_size 8 --micro_batch 3"),
+    ("dpo.py", "--init {chain}/sft --data {pairs} --loss kto --batch_size 8"),
     ("dpo.py", "--init {chain}/sft --online --batch_size 16 --max_new 24 --seed 34 --max_steps 2"),   # pairs: 2, 2
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --micro_batch 3 "
                "--value_warmup 1 --ptx_coef 0.1 --relabel 2 --recompute"),
@@ -948,7 +950,7 @@ def test_two_processes_are_one(early, script, flags):
     for r in results:
         assert r.rc == 0 and r.err == "", r
     for a, b in zip(log_of(folder / "one"), log_of(folder / "two"), strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-6), (a, b)
+        assert a == pytest.approx(b, rel=1e-4, abs=5e-6), (a, b)
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=2e-6, abs=1e-6)   # the log keeps six digits
     one, two = (read_safetensors(folder / n / "model.safetensors") for n in ("one", "two"))
     assert one.keys() == two.keys() and all(close(one[k], two[k]) for k in one)
