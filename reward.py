@@ -87,7 +87,7 @@ def preference_loss(r_a, r_b, p, margin=0.0, center=0.0):
 
 def step_loss(z, y):
     """Loss per step (M,) of logits z (M,) when a share y (M,) calls the step right: binary cross-entropy."""
-    return -y * F.logsigmoid(z) - (1 - y) * F.logsigmoid(-z)
+    return F.binary_cross_entropy_with_logits(z, y, reduction="none")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -171,11 +171,12 @@ def evaluate(model, groups, tok):
     return figures, r.mean().item()
 
 
-def show_pairs(model, tok, rows, cfg):
-    """Some of the comparisons in preference rows with their rewards, and [(prompt, text)] for samples.txt."""
+def show_pairs(model, tok, rows, n, cfg):
+    """Some of the comparisons in preference rows with their rewards, and [(prompt, text)] of n of them for
+    samples.txt."""
     max_len = min(cfg.max_len, model.cfg.max_len)
     pairs = vote.scored(vote.some_pairs(rows, tok, max_len, cfg.seed), model, tok)
-    return pairs, [(pair["prompt"], vote.as_text(pair)) for pair in pairs]
+    return pairs, [(pair["prompt"], vote.as_text(pair)) for pair in pairs[:n]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ class Lesson:
     group: typing.Callable        # (rows, tok, max_len, margin) -> one element per prompt, rows left out
     losses: typing.Callable       # (model, elements, tok, cfg) -> sums over prompts: loss, share right
     evaluate: typing.Callable     # (model, elements, tok) -> figures, mean reward of an answer
-    show: typing.Callable         # (model, tok, rows, cfg) -> rows for held_out.jsonl, [(prompt, text)]
+    show: typing.Callable         # (model, tok, rows, n, cfg) -> rows for held_out.jsonl, n (prompt, text)
 
 
 COMPARISONS = Lesson("comparisons.jsonl", "preference", compare_answers, group, pair_losses, evaluate,
@@ -273,8 +274,8 @@ def main(cfg):
 
     def tell(title):
         """Write what it says of some held-out rows as text; returns rows for held_out.jsonl."""
-        rows_told, told = lesson.show(model, tok, held_rows, cfg)
-        run.samples(title, *zip(*told[: report.PROBES]))
+        rows_told, told = lesson.show(model, tok, held_rows, report.PROBES, cfg)
+        run.samples(title, *zip(*told))
         return rows_told
 
     # How good it is before its first step.

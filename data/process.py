@@ -18,8 +18,6 @@ import torch.nn.functional as F
 
 from model import answer_rewards, last_token, pad_batch, token_logprobs, width_of
 
-SHOWN = 12    # answers whose steps stand in samples.txt
-
 # In bytes, because a token may hold a part of a character.
 LINE = re.compile(rb"[^\n]*\S")
 SENTENCE = re.compile(rb"(?=\S).*?(?:[.!?]+(?=\s|\Z)|\Z)", re.DOTALL)
@@ -178,11 +176,11 @@ def batch_of_steps(groups, tok, device):
 
 
 @torch.no_grad()
-def show_steps(model, tok, rows, cfg):
-    """No rows for a file, and [(prompt, text)] for samples.txt of the first process rows: what the steps of
+def show_steps(model, tok, rows, n, cfg):
+    """No rows for a file, and [(prompt, text)] for samples.txt of the first n process rows: what the steps of
     an answer score, and their labels."""
     told = []
-    for row in rows[:SHOWN]:
+    for row in rows[:n]:
         groups, _ = group_steps([row], tok, min(cfg.max_len, model.cfg.max_len))
         lines = []
         for answers, steps in groups:     # one, or none if it is too long
