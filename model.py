@@ -460,14 +460,14 @@ def draw(logits, u, how):
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
-def decode(model, token, cache, S, pos, u, how):
-    """One step of `generate`: reads tokens (n,) at positions pos (n,) and S positions of the cache, and draws
-    the next tokens (n,), with their log-probs (n,). Its shapes depend on n and S alone and nothing in it
-    waits for the host, so that on a GPU each such pair can become a CUDA graph (compile_decoding)."""
+def decode(model, token, cache, S, pos):
+    """One step of `generate`: reads tokens (n,) at positions pos (n,) and S positions of the cache. Returns
+    the logits (n, V) of the next ones. Its shapes depend on n and S alone and nothing in it waits for the
+    host, so that on a GPU each such pair can become a CUDA graph (compile_decoding)."""
     # The cache itself is handed on: of slices of it, compiled code would write copies and copy them back.
     mask = (torch.arange(S, device=token.device) <= pos[:, None])[:, None, None]   # (n, 1, 1, S)
     hidden = model(token[:, None], cache, pos[:, None], mask)   # (n, 1, C)
-    return draw(model.logits(hidden[:, 0]), u, how)
+    return model.logits(hidden[:, 0])
 
 
 GRAPHS = False   # whether `decode` has been compiled to CUDA graphs
@@ -542,9 +542,8 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
             if GRAPHS:
                 torch.compiler.cudagraph_mark_step_begin()
             S = -(-(P + i + 1) // block) * block
-            token, lp = decode(model, token, cache, S, lens[row] + i, draws[row, i + 1], how)
-            if GRAPHS:
-                token, lp = token.clone(), lp.clone()      # the next replay writes over the graph's own
+            logits = decode(model, token, cache, S, lens[row] + i)                                 # (n, V)
+            token, lp = draw(logits, draws[row, i + 1], how)                                       # (n,)
 
     # Put prompt and answer together.
     at = lens[:, None] + torch.arange(N, device=device)                                            # (B, N)

@@ -73,6 +73,8 @@ def setup(cfg):
     gpt.Linear.compute = torch.bfloat16 if bf16 else None
     if device == "cpu":
         choose_threads()
+    # cuDNN plans anew for every new shape, and answers differ in length: up to a second a step (LOG.md).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if getattr(cfg, "compile", False) and device.startswith("cuda"):
         gpt.compile_decoding()
     return torch.device(device)
@@ -397,7 +399,9 @@ class Run:
             print(line, flush=True)
 
     def watch_speed(self, seconds):
-        """Say once what to do when steps have become several times slower than they were."""
+        """Say once what to do when steps on the CPU have become several times slower than they were."""
+        if any(model.wte.weight.device.type != "cpu" for model, _ in self.trained.values()):
+            return
         self.step_seconds.append(seconds)
         if len(self.step_seconds) < 40 or self.slow:
             return

@@ -126,9 +126,11 @@ class NoTokenizer:
 TOK = NoTokenizer()
 
 
-def new_model(size, scalar_head=False):
-    """A model of random weights, on the CPU."""
-    return GPT(GPTConfig(**SHAPES[size], scalar_head=scalar_head))
+def new_model(size, device, scalar_head=False):
+    """A model of random weights, on the CPU. A GPU draws 8e9 of them sooner."""
+    with torch.device(device):
+        model = GPT(GPTConfig(**SHAPES[size], scalar_head=scalar_head))
+    return model.cpu()
 
 
 def random_rows(size, n, length):
@@ -148,7 +150,7 @@ def training(model, optimizer, loss):
 
 def trained(size, cfg, device, scalar_head=False):
     """A new model and its optimizer, with a learning rate that changes next to nothing."""
-    model = prepare(new_model(size, scalar_head), cfg, device)
+    model = prepare(new_model(size, device, scalar_head), cfg, device)
     optimizer = adamw(model)
     set_lr(optimizer, 1e-6)
     return model, optimizer
@@ -198,7 +200,7 @@ def dpo_work(size, cfg, device):
 def sample_work(size, cfg, device):
     """Answers of --new tokens to --batch prompts, by a copy that is brought up to date before, as in every
     stage."""
-    model = prepare(new_model(size), cfg, device)
+    model = prepare(new_model(size, device), cfg, device)
     sampler = sampling_copy(model).to(device)
     prompts = random_rows(size, cfg.batch, cfg.prompt)
 
@@ -213,8 +215,8 @@ def ppo_work(size, cfg, device):
     B = cfg.batch
     options = ppo.Config(rollouts=B, group=1, epochs=4, minibatches=1, micro_batch=B, max_new=cfg.new,
                          lora=cfg.lora, compile=cfg.compile, recompute=cfg.recompute)
-    reward_model = new_model(size, scalar_head=True)
-    policy, reference, value = ppo.load_models(new_model(size), "", [reward_model], options)
+    reward_model = new_model(size, device, scalar_head=True)
+    policy, reference, value = ppo.load_models(new_model(size, device), "", [reward_model], options)
     sampler = sampling_copy(policy).to(device)
     trained_models = ppo.prepare_models(policy, reference, value, [reward_model], False, options, device)
     for _, optimizer in trained_models.values():
@@ -428,7 +430,7 @@ def trl_dpo(config, cfg, device):
     n_pairs, half = cfg.batch // 2, cfg.length // 2
     sizes = {"prompt": half, "chosen": half - 1, "rejected": half - 1}     # TRL adds the end
     data = trl_pairs(config, (cfg.rounds + 2) * n_pairs, sizes)
-    args = trl.DPOConfig(**trl_flags(cfg, device, n_pairs), max_length=cfg.length, max_prompt_length=half)
+    args = trl.DPOConfig(**trl_flags(cfg, device, n_pairs), max_length=cfg.length)
     return trl_timed(trl.DPOTrainer(transformers.GPT2LMHeadModel(config), args=args, train_dataset=data,
                                     ref_model=transformers.GPT2LMHeadModel(config),
                                     processing_class=trl_tokenizer(config.vocab_size)))
@@ -506,7 +508,7 @@ def shares(row, size, stage, cfg, best):
     {}."""
     s = SHAPES[size]
     with torch.device("meta"):
-        weights = sum(p.numel() for p in new_model(size).parameters())
+        weights = sum(p.numel() for p in GPT(GPTConfig(**SHAPES[size])).parameters())
     flops, copy = best
     if stage in ("sft", "reward"):
         n = weights

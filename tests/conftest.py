@@ -24,10 +24,10 @@ import pytest   # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# warnings are errors (but for a log left open by an error); one thread, so that equal runs give equal bits; no hub, and
-# nothing written at home
+# warnings are errors (but for a log left open by an error); one thread on the CPU, so that equal runs give equal bits; no
+# hub, and nothing written at home
 ENV = {**os.environ, "PYTHONWARNINGS": "error,ignore::ResourceWarning", "OMP_NUM_THREADS": "1", "COLUMNS": "400",
-       "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
+       "CUDA_VISIBLE_DEVICES": "", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
 SERVER = r"""
 import json, os, runpy, signal, sys, traceback
 import numpy, tiktoken, torch

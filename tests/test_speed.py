@@ -151,9 +151,9 @@ def shapes(monkeypatch, counter):
     its calls."""
     calls, compiled = [], torch.compile(model_py.decode, backend=counter, fullgraph=True, dynamic=False)
 
-    def noted(model, token, cache, S, pos, u, how):
+    def noted(model, token, cache, S, pos):
         calls.append((len(token), S))
-        return compiled(model, token, cache, S, pos, u, how)
+        return compiled(model, token, cache, S, pos)
     monkeypatch.setattr(model_py, "decode", noted)
     monkeypatch.setattr(model_py, "GRAPHS", True)
     with torch._dynamo.config.patch(recompile_limit=64):
@@ -220,11 +220,11 @@ def test_compiled_decoding_writes_into_the_cache_in_place(dialect):
     torch._dynamo.reset()
     gpt = sampling_copy(small(dialect))
     cache = gpt.new_cache(n + 2, S + 64)
-    token, pos, u = torch.zeros(n, dtype=torch.long), torch.arange(n) + 3, draws(n, 1)[:, 0]
+    token, pos = torch.zeros(n, dtype=torch.long), torch.arange(n) + 3
     with pytest.MonkeyPatch.context() as m, torch.no_grad(), pytest.raises(Exception, match="enough: no C"):
         m.setattr(graph, "save_output_code", stop)
         compiled = torch.compile(model_py.decode, fullgraph=True, dynamic=False)
-        compiled(gpt, token, cache, S, pos, u, (1.0, 0, 1.0))
+        compiled(gpt, token, cache, S, pos)
     torch._dynamo.reset()
     buffers = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "".join(codes))
     sizes = [math.prod(int(size) for size in shape.split(",") if size.strip()) for shape in buffers]
