@@ -13,7 +13,7 @@ Stage 1, SL-CAI (Bai et al. 2022, arXiv:2212.08073, section 3), x a red-team pro
   2. critique   c ~ critic(. | x, y, "CritiqueRequest: .. Critique:"), under a principle drawn at random
   3. revise     y' ~ critic(. | x, y, c, "RevisionRequest: .. Revision:") takes the place of y; 2 and 3 again
   4. train      sft.py: L = - sum_t log p(y'_t | x, y'_<t) / N, on revisions and on the model's own answers to
-                harmless prompts
+                ordinary prompts
 
 Stage 2, RLAIF (section 4; arXiv:2309.00267):
   1. answer     --k answers of the stage-1 model to each red-team prompt, every two of them a pair a, b, and
@@ -22,7 +22,7 @@ Stage 2, RLAIF (section 4; arXiv:2309.00267):
                     p(a over b) = ( s(l_A - l_B) + s(l'_B - l'_A) ) / 2,    l_A = log p_critic(" (A)")
                 l' after a swap of a and b: the paper asks once, but small critics love one letter
   3. reward     reward.py: L = - p log s(r_a - r_b) - (1 - p) log s(r_b - r_a) on these pairs, and on pairs of
-                answers to harmless prompts that people compared
+                answers to ordinary prompts that people compared
   4. RL         ppo.py or dpo.py
 
 Both make a round; with --rounds 2 the aligned model is the next generator and, without --critic, the critic.
@@ -65,10 +65,10 @@ class Config(RunFlags):
     critic_test: str = ""         # only measure the critic on these comparisons, then stop
     # Prompts
     data: str = ""                # red-team prompts (default: the tiny world's)
-    helpful: str = ""             # harmless prompts, whose answers should stay as they are (default likewise)
+    helpful: str = ""             # ordinary prompts, whose answers should stay as they are (default likewise)
     human: str = ""               # human comparisons of helpfulness (default likewise, simulated)
     prompts: int = 800            # red-team prompts a stage
-    helpful_prompts: int = 1600   # harmless prompts a stage
+    helpful_prompts: int = 1600   # ordinary prompts a stage
     # Rounds and stages
     rounds: int = 1               # of stage 1 + stage 2
     critiques: int = 2            # critiques and revisions of a response
@@ -101,7 +101,7 @@ class Setting:
     choose: list        # principles of stage 2
     shots: dict         # examples that the critic is shown first, one text for each kind of question
     red: list           # rows of red-team prompts
-    helpful: list       # rows of harmless prompts
+    helpful: list       # rows of ordinary prompts
     graded: bool        # whether they are the tiny world's: gold is then reported, and never trained on
 
 
@@ -118,7 +118,8 @@ def read_setting(cfg, device):
         raise InputError(f"--constitution: {len(revise)} principles for revisions, {len(choose)} for choices "
                          f"(--about {cfg.about}); both need at least one")
 
-    # The tiny world's harmful requests are the red team; its other prompts stand for all that is harmless.
+    # The tiny world's family "harmless" holds the HARMFUL requests, whose good answers are harmless: the red
+    # team. The other two families are ordinary questions, which the model must go on answering.
     rows = world.rows("preference")
     red = [row for row in rows if row["family"] == "harmless"]
     helpful = [row for row in rows if row["family"] != "harmless"]
@@ -146,7 +147,8 @@ def load_sampler(path, device):
 # ------------------------------------------------------------------------------------------------------------
 # Critiques and revisions. The prompts are those of Anthropic's published files, character for character.
 
-MARKERS = re.compile(r"(Human|Assistant|Critique|Revision|CritiqueRequest|RevisionRequest):")   # no revision
+# A text in which one of these stands is no revision.
+MARKERS = re.compile(r"(Human|Assistant|Critique|Revision|CritiqueRequest|RevisionRequest):")
 
 
 def critique_prompt(conversation, response, principle):
@@ -292,10 +294,10 @@ def stage1(cfg, run, setting, n, model, critic_path):
     chains_file, rows_file = folder / "chains.jsonl", folder / "stage1.jsonl"
     red = draw_rows(setting.red, cfg.prompts, f"{seed} red 1")
     if not rows_file.exists():
-        # 1. The model answers red-team prompts, and harmless ones twice, as in the paper.
-        harmless = draw_rows(setting.helpful, cfg.helpful_prompts, f"{seed} helpful 1") * 2
+        # 1. The model answers red-team prompts, and ordinary ones twice, as in the paper.
+        helpful = draw_rows(setting.helpful, cfg.helpful_prompts, f"{seed} helpful 1") * 2
         sampler, tok = load_sampler(model, setting.device)
-        prompts = [row["prompt"] for row in red + harmless]
+        prompts = [row["prompt"] for row in red + helpful]
         texts, _, ids = respond(sampler, tok, prompts, cfg.max_new, seeded(seed, 0), cfg.temperature)
 
         # 2. and 3. The critic criticises and revises what the red team was told.
@@ -303,7 +305,7 @@ def stage1(cfg, run, setting, n, model, critic_path):
         responses = [" " + text.strip() for text in texts[: len(red)]]
         chains = make_chains(prompts[: len(red)], responses, setting.revise, critic, cfg, seed)
 
-        # To train on: revisions, and the model's own finished answers to the harmless prompts.
+        # To train on: revisions, and the model's own finished answers to the ordinary prompts.
         rows = training_rows(chains, cfg.revisions)
         for i in range(len(red), len(prompts)):
             if ended(tok, ids[i]) and texts[i].strip():
@@ -363,8 +365,8 @@ def stage2(cfg, run, setting, n, model, critic_path):
         if cfg.human:
             rows += formats.load(cfg.human, "preference")[0]
         elif setting.graded and not cfg.helpful:
-            harmless = draw_rows(setting.helpful, cfg.helpful_prompts, f"{seed} helpful 2")
-            for_people += sampled_pairs(harmless, 2)
+            helpful = draw_rows(setting.helpful, cfg.helpful_prompts, f"{seed} helpful 2")
+            for_people += sampled_pairs(helpful, 2)
         rows += [row | {"by": "human"} for row in annotated(for_people, annotator, rng)]
         world.write_jsonl(pairs_file, rows)
         write_atomic(figures_file, json.dumps(figures).encode())
@@ -395,7 +397,12 @@ def measure_critic(cfg, setting):
     rows, dropped = formats.load(cfg.critic_test, "preference")
     print(formats.describe(rows, dropped, cfg.critic_test))
     critic = make_critic(cfg.critic or need(cfg, "base"), cfg, setting.shots, setting.device)
-    pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows if row["label"] != 0.5]
+    pairs = []      # the better answer first; a tie has none
+    for row in rows:
+        if row["label"] > 0.5:
+            pairs.append((row["prompt"], row["chosen"], row["rejected"]))
+        elif row["label"] < 0.5:
+            pairs.append((row["prompt"], row["rejected"], row["chosen"]))
     labels = compare(pairs, setting.choose, critic, random.Random(f"{cfg.seed} choices"))
     figures = accuracy(labels, pairs) | critic_figures(labels, pairs)
     for name, value in figures.items():
@@ -430,6 +437,9 @@ def main(cfg):
     longest = policy.cfg.max_len - cfg.max_new
     setting.red = short_enough(tok, setting.red, longest)
     setting.helpful = short_enough(tok, setting.helpful, longest)
+    if not setting.red:
+        raise InputError(f"no red-team prompt leaves room for --max_new {cfg.max_new} tokens in the model's "
+                         f"context of {policy.cfg.max_len}")
     own = None if setting.graded else setting.red
     tests = report.test_prompts(policy, tok, cfg.max_new, own, cfg.data)
     run.begin(1 + 2 * cfg.rounds, tok)

@@ -21,7 +21,8 @@ comparisons as one (arXiv:2305.18290, eq. 4-7). With w the chosen and l the reje
 
 If a share p prefers w, the loss of a pair is p L(h) + (1 - p) L(-h). cDPO (--label_smoothing e) says that a
 label is wrong with probability e: p (1 - e) + (1 - p) e. rDPO (--flip_rate e, arXiv:2403.00409) undoes that,
-for an unbiased loss: (p - e) / (1 - 2e). --sft_coef adds - log pi(w|x) / |w| (arXiv:2404.19733, eq. 1).
+for an unbiased loss: (p - e) / (1 - 2e). --sft_coef c, 0.2 unless you say 0, adds - c log pi(w|x) / |w|
+(arXiv:2404.19733, eq. 1) to all but KTO: with --sft_coef 0 the losses are those of the papers.
 
 One step:
   1. comparisons   the next ones of the data, or (--online) of two new answers to each of some prompts
@@ -42,13 +43,14 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from data import InputError, report, world
-from data.chain import chain_columns, need, sibling
+from data.chain import chain_columns, need
 from data.checkpoint import load
-from data.comparisons import length_of, online_pairs, read_examples, read_prompts
+from data.comparisons import length_of, online_pairs, read_examples
 from data.flags import RunFlags, program
 from data.parallel import WORLD, all_sum, in_shares, micro_batches, prepare
 from data.rewards import judge_of
 from data.run import Run, adamw, batches, cosine, set_lr, setup
+from data.sample import read_prompts
 from model import frozen, logprobs_from, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
 
 # ------------------------------------------------------------------------------------------------------------
@@ -89,10 +91,10 @@ def orpo(h, beta, cfg):
 @dataclass
 class Loss:
     """A row of LOSSES."""
-    rewards: typing.Callable      # (logp, ref, n) -> (2, B): rewards of the chosen (row 0) and the rejected
-                                  # answers, from their log-probs (2, B) under policy and reference, summed
-                                  # over tokens, and their numbers of tokens (2, B)
-    of: typing.Callable           # (h, beta, cfg) -> (B,)
+    reward: typing.Callable       # (logp, ref, n) -> (2, B): rewards, without beta, of the chosen (row 0) and
+                                  # the rejected answers, from their log-probs (2, B) under policy and
+                                  # reference, summed over tokens, and their numbers of tokens (2, B)
+    loss: typing.Callable         # (h, beta, cfg) -> (B,)
     beta: float                   # default of --beta
     needs_reference: bool
     start: str                    # the link of the chain that it starts from
@@ -100,7 +102,7 @@ class Loss:
 
 
 LOSSES = {
-    #             rewards                                  loss      beta  reference  starts from
+    #             reward                                   loss      beta  reference  starts from
     "dpo":   Loss(lambda logp, ref, n: logp - ref,         dpo,      0.3,  True,      "sft"),
     "ipo":   Loss(lambda logp, ref, n: (logp - ref) / n,   ipo,      0.5,  True,      "sft"),
     "simpo": Loss(lambda logp, ref, n: logp / n,           simpo,    2.0,  False,     "sft"),
@@ -156,9 +158,9 @@ def pair_loss(cfg, beta, logp, ref, n, p):
 
     # The loss, and what holds the chosen answer up by itself.
     spec = LOSSES[cfg.loss]
-    rewards = spec.rewards(logp, ref, n)                                            # (2, B)
+    rewards = spec.reward(logp, ref, n)                                             # (2, B)
     h = rewards[0] - rewards[1]
-    loss = p * spec.of(h, beta, cfg) + (1 - p) * spec.of(-h, beta, cfg)
+    loss = p * spec.loss(h, beta, cfg) + (1 - p) * spec.loss(-h, beta, cfg)
     nll = -logp[0] / n[0]
     return loss + (spec.nll + cfg.sft_coef) * nll, beta * rewards
 
@@ -198,7 +200,7 @@ def pair_logps(model, examples, tok):
     for_model = (ids, pos, is_second, is_shared)
     ids, pos, is_second, is_shared = [x.to(device, non_blocking=True) for x in for_model]
     sees = is_shared[:, None] | (is_second[:, None] == is_second[:, :, None])       # (B, U, U)
-    hidden = model(ids, pos=pos, mask=sees.tril()[:, None])                         # (B, U, C)
+    hidden = model(ids, pos=pos, sees=sees.tril()[:, None])                         # (B, U, C)
     logp = logprobs_from(model, hidden, ids, is_answer)                             # (B, U), 0 elsewhere
     return torch.stack(((logp * ~is_second).sum(1), (logp * is_second).sum(1)))
 
@@ -211,19 +213,14 @@ def all_logps(model, examples, tok, size, say=None):
     return in_shares(of, [length_of(example) for example in examples], size, say)
 
 
-def pair_known(model, examples, ref, tok, cfg):
-    """What pair_losses has to know of a step, (2, B): log-probs of both answers under the reference."""
-    return ref
-
-
 def pair_losses(model, examples, known, tok, cfg):
     """Losses (B,) of pairs, and what is logged of them, {name: (B,)}, without gradient. known: see
-    pair_known."""
+    known_of."""
     n = [[len(first) for _, first, _, _ in examples], [len(second) for _, _, second, _ in examples]]
     n = torch.tensor(n, device=known.device)                                        # (2, B)
     p = torch.tensor([label for *_, label in examples], device=known.device)        # (B,)
     logp = pair_logps(model, examples, tok)                                         # (2, B)
-    loss, rewards = pair_loss(cfg, cfg.beta or LOSSES[cfg.loss].beta, logp, known, n, p)
+    loss, rewards = pair_loss(cfg, cfg.beta, logp, known, n, p)
 
     # For the log: is the better answer, the one that most prefer, rewarded more, and by how much?
     better, worse = torch.where(p > 0.5, rewards, rewards.flip(0)).detach()         # (B,) each
@@ -251,9 +248,12 @@ def answer_logps(model, examples, which, tok):
     return token_logprobs(model, ids.to(model.wte.weight.device), mask).sum(1)
 
 
-def kto_known(model, examples, ref, tok, cfg):
-    """What kto_losses has to know of a step, (2, B): log-probs of the labelled answers under the reference,
-    and z, the same in each column. ref (2, B): log-probs of both answers under the reference."""
+def known_of(model, examples, ref, tok, cfg):
+    """What the losses of a step have to know, (2, B), of ref (2, B), the log-probs of both answers under the
+    reference: pairs just these, KTO those of the labelled answers and z, the same in each column."""
+    if cfg.loss != "kto":
+        return ref
+
     # z is of the whole step, so it is known before its first micro-batch, and has no gradient.
     def of(rows):
         return answer_logps(model, [examples[i] for i in rows], 2, tok)
@@ -264,16 +264,16 @@ def kto_known(model, examples, ref, tok, cfg):
 
 
 def kto_losses(model, examples, known, tok, cfg):
-    """The same as pair_losses, of labelled answers. known: see kto_known."""
+    """The same as pair_losses, of labelled answers. known: see known_of."""
     ref, z = known                                                                  # (B,) each
-    beta = cfg.beta or LOSSES["kto"].beta
     good = torch.tensor([label for *_, label in examples], device=known.device)     # (B,)
     r = answer_logps(model, examples, 1, tok) - ref                                 # (B,)
-    loss = kto_loss(r, good, z, beta, cfg.good_weight, cfg.bad_weight)
+    loss = kto_loss(r, good, z, cfg.beta, cfg.good_weight, cfg.bad_weight)
 
     # For the log: does a good answer gain more than z, a bad one less?
     gain = torch.where(good > 0.5, r - z, z - r).detach()
-    return loss, {"loss": loss.detach(), "accuracy": share_above_0(gain), "margin": 2 * beta * gain, "z": z}
+    return loss, {"loss": loss.detach(), "accuracy": share_above_0(gain), "margin": 2 * cfg.beta * gain,
+                  "z": z}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,16 +288,12 @@ def find_start(cfg):
     if cfg.online and (cfg.loss in ("kto", "orpo") or (cfg.data and cfg.judge in ("annotator", "gold"))):
         raise InputError("--online compares pairs of a policy's answers: it needs --loss dpo, ipo or simpo, "
                          "and for prompts of your own (--data) a --judge that knows them")
-    start, data, links = LOSSES[cfg.loss].start, cfg.data, []
-    if not cfg.init:
-        links.append(start)
-    if cfg.online:
-        data = data or world.TINY / "rl.jsonl"
+    data = cfg.data
+    if not data and cfg.online:
+        data = world.TINY / "rl.jsonl"
     elif not data:
-        links.append("reward")           # for the comparisons it makes
-        data = Path(sibling(cfg, "reward")) / "comparisons.jsonl"
-    need(cfg, *links)
-    return cfg.init or sibling(cfg, start), data
+        data = Path(need(cfg, "reward")) / "comparisons.jsonl"       # makes the SFT model too
+    return cfg.init or need(cfg, LOSSES[cfg.loss].start), data
 
 
 def reference_logps(reference, examples, tok, cfg, say=None):
@@ -314,18 +310,20 @@ def reference_logps(reference, examples, tok, cfg, say=None):
 def main(cfg):
     """Train a policy on comparisons, given or (--online) of its own answers."""
     device = setup(cfg)
+    cfg.beta = cfg.beta or LOSSES[cfg.loss].beta
     init, data = find_start(cfg)
     run = Run(cfg, "dpo", [init, data, cfg.judge] if cfg.online else [init, data])
     policy, tok = load(init)
-    kind, losses, known_of = "preference", pair_losses, pair_known
-    if cfg.loss == "kto":
-        kind, losses, known_of = "kto", kto_losses, kto_known
+    kind, losses = ("kto", kto_losses) if cfg.loss == "kto" else ("preference", pair_losses)
 
     # What there is to learn from, and which of it each step reads.
     context, plan, train, held = policy.cfg.max_len, [], [], []
     if cfg.online:
         rows = read_prompts(run, data, tok, min(cfg.max_prompt, context - cfg.max_new))
         judge = judge_of("--judge", cfg.judge, device)
+        if WORLD > 1:
+            run.say(f"a step's last pairs that do not divide evenly over {WORLD} processes are left out; "
+                    "log.jsonl counts them, pairs_left_over")
         for step in range(cfg.online_steps):
             plan.append(random.Random(f"{cfg.seed} {step}").choices(range(len(rows)), k=cfg.batch_size))
     else:

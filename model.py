@@ -3,7 +3,7 @@ is made of: log-probs of tokens, values of tokens, rewards of answers.
 
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary, P prompt, S positions of the cache.
 Index t of a tensor (B, T) always means token t. A `mask` (B, T) is True on the tokens of an answer, its EOS
-included. """
+included. For rewards any mask will do that ends with the answer. """
 import copy
 import math
 from contextlib import contextmanager
@@ -124,8 +124,8 @@ def attention(q, k, v, bias=None):
     where a query may look and -inf elsewhere. Without one, attention is causal and S = T."""
     B, H, T, D = q.shape
     group = H // k.shape[1]
-    # On the CPU the fused bf16 kernels are 2 to 5 times slower than the three lines below, but for a single
-    # query.
+    # On the CPU the fused bf16 kernels are 2 to 5 times slower than the three lines below, except for a
+    # single query.
     written_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T > 1
     if written_out and bias is None:
         bias = attention_bias(torch.ones(T, T, dtype=torch.bool).tril()[None, None], q.dtype)
@@ -144,9 +144,9 @@ def attention(q, k, v, bias=None):
     return y.reshape(B, H, T, D)
 
 
-def attention_bias(mask, dtype):
-    """A mask, True where a query may look, as numbers to add to the scores: 0 there and -inf elsewhere."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
+def attention_bias(sees, dtype):
+    """Where a query may look (True), as numbers to add to the scores: 0 there and -inf elsewhere."""
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -math.inf)
 
 
 class Attention(nn.Module):
@@ -260,14 +260,14 @@ class GPT(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, ids, cache=None, pos=None, mask=None):
+    def forward(self, ids, cache=None, pos=None, sees=None):
         """Hidden states (B, T, C) of ids (B, T). Rows are right-padded with anything: causal attention hides
         it.
 
         cache, one (keys, values) a layer: what is computed for these tokens is stored there too. With pos (B,
-        1) and mask (B, 1, 1, S) as well, T is 1 and row b's token is written at position pos[b] of row b of
-        the cache, and looks at those of its first S positions that the mask says. Without a cache, pos (B, T)
-        and mask (B, 1, T, T) say where each token stands and which others it looks at."""
+        1) and sees (B, 1, 1, S) as well, T is 1 and row b's token is written at position pos[b] of row b of
+        the cache, and sees those of its first S positions where `sees` is True. Without a cache, pos (B, T)
+        and sees (B, 1, T, T) say where each token stands and which others it sees."""
         T = ids.shape[1]
         if pos is None and T > self.cfg.max_len:
             raise ValueError(f"{T} tokens are longer than the model's context of {self.cfg.max_len}")
@@ -281,10 +281,10 @@ class GPT(nn.Module):
         else:
             rope = self.cos[pos], self.sin[pos]   # (B, T, 1, D)
 
-        # The layers, all with the same mask.
+        # The layers, all with the same bias.
         bias = None
-        if mask is not None:
-            bias = attention_bias(mask, Linear.compute or x.dtype)
+        if sees is not None:
+            bias = attention_bias(sees, Linear.compute or x.dtype)
         for i, block in enumerate(self.h):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, bias, use_reentrant=False)   # arXiv:1604.06174
@@ -423,17 +423,17 @@ def with_lora(trunk, rank, scalar_head=False):
 
 
 def pad_batch(rows, pad_id, device="cpu", length=None):
-    """Lists of ids -> right-padded (B, T) int64 and the mask of real tokens (B, T)."""
+    """Lists of ids -> right-padded (B, T) int64, and which of them are real (B, T), no padding."""
     T = length or max(len(row) for row in rows)
     ids = torch.full((len(rows), T), pad_id)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
     lens = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(T) < lens[:, None]
-    return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+    real = torch.arange(T) < lens[:, None]
+    return ids.to(device, non_blocking=True), real.to(device, non_blocking=True)
 
 
-def sample(logits, u, top_k=0, top_p=1.0):
+def pick_token(logits, u, top_k=0, top_p=1.0):
     """One token per row of logits (B, V), already divided by the temperature, where u (B,), uniform in [0,
     1), falls in the cumulative distribution: nothing waits for the host. Truncation: the top_k largest (0:
     all), then the smallest set whose probability reaches top_p (nucleus, arXiv:1904.09751)."""
@@ -444,7 +444,8 @@ def sample(logits, u, top_k=0, top_p=1.0):
         in_order, order = logits.sort(descending=True)
         p = in_order.softmax(-1)
         before = p.cumsum(-1) - p                             # probability of all that are likelier
-        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -math.inf)
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)       # (B, V)
+        logits = logits.masked_fill(drop, -math.inf)
     # The first token whose cumulative probability exceeds u.
     total = logits.softmax(-1).cumsum(-1, dtype=u.dtype)                                           # (B, V)
     token = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
@@ -456,7 +457,7 @@ def draw(logits, u, how):
     under softmax(logits / temperature). how: (temperature, top_k, top_p)."""
     temperature, top_k, top_p = how
     logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                                 # (n, V)
-    token = sample(logp, u, top_k, top_p) if temperature else logp.argmax(-1)
+    token = pick_token(logp, u, top_k, top_p) if temperature else logp.argmax(-1)
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
@@ -465,8 +466,8 @@ def decode(model, token, cache, S, pos):
     the logits (n, V) of the next ones. Its shapes depend on n and S alone and nothing in it waits for the
     host, so that on a GPU each such pair can become a CUDA graph (compile_decoding)."""
     # The cache itself is handed on: of slices of it, compiled code would write copies and copy them back.
-    mask = (torch.arange(S, device=token.device) <= pos[:, None])[:, None, None]   # (n, 1, 1, S)
-    hidden = model(token[:, None], cache, pos[:, None], mask)   # (n, 1, C)
+    sees = (torch.arange(S, device=token.device) <= pos[:, None])[:, None, None]   # (n, 1, 1, S)
+    hidden = model(token[:, None], cache, pos[:, None], sees)                      # (n, 1, C)
     return model.logits(hidden[:, 0])
 
 
@@ -571,9 +572,9 @@ def width_of(mask):
 
 
 def head_logprobs(hidden, w, ids, V, temperature, entropy):
-    """(log softmax(hidden w^T / temperature)[ids],), or with entropy=True also the entropy of that
-    distribution in nats; (N,) each in fp32, for hidden (N, C), the first V rows of a head w (V', C), and ids
-    (N,)."""
+    """log softmax(hidden w^T / temperature)[ids] as (1, N), or (2, N) with entropy=True: then the second row
+    is the entropy of that distribution in nats. fp32; for hidden (N, C), the first V rows of a head w (V',
+    C), and ids (N,)."""
     logits, out = F.linear(hidden.to(w.dtype), w)[:, :V], []                                       # (N, V)
     # In fp32 a few rows at a time, which stay in a CPU's cache: 1.5 times faster steps with 50,304 tokens.
     rows = max(1, 2 ** 20 // V) if logits.device.type == "cpu" else len(ids)
@@ -586,7 +587,7 @@ def head_logprobs(hidden, w, ids, V, temperature, entropy):
         if entropy:
             part.append(-(logp.exp() * logp).sum(-1))
         out.append(torch.stack(part))
-    return tuple(torch.cat(out, dim=1))
+    return torch.cat(out, dim=1)
 
 
 def logprobs_from(model, hidden, ids, mask, temperature=1.0, entropy=False):
@@ -609,11 +610,10 @@ def logprobs_from(model, hidden, ids, mask, temperature=1.0, entropy=False):
             parts.append(head_logprobs(*inputs))
 
     # Back to where the tokens stand.
-    out = []
-    for x in zip(*parts):
-        flat = torch.zeros(B * (T - 1), device=ids.device).scatter(0, at, torch.cat(x))
-        out.append(F.pad(flat.view(B, T - 1), (1, 0)))                                             # (B, T)
-    return tuple(out) if entropy else out[0]
+    found = torch.cat(parts, dim=1)                                            # (1, N), with entropy (2, N)
+    flat = torch.zeros(len(found), B * (T - 1), device=ids.device).index_copy(1, at, found)
+    out = F.pad(flat.view(-1, B, T - 1), (1, 0))                               # (1, B, T) or (2, B, T)
+    return out if entropy else out[0]
 
 
 def token_logprobs(model, ids, mask, temperature=1.0, entropy=False):
@@ -622,12 +622,10 @@ def token_logprobs(model, ids, mask, temperature=1.0, entropy=False):
 
     logp[b, t] = log softmax(logits[b, t - 1] / temperature)[ids[b, t]]: SFT, DPO, PPO and CAI all train on
     this number. The head runs on the masked positions only, so that no (B, T, V) tensor ever exists.
-    entropy=True also returns the entropy (B, T) in nats of each distribution. A mask on the CPU spares a wait
-    for the GPU."""
+    entropy=True gives (2, B, T): these, and the entropy in nats of each distribution. A mask on the CPU
+    spares a wait for the GPU."""
     T = width_of(mask)
     out = logprobs_from(model, model(ids[:, :T]), ids[:, :T], mask[:, :T], temperature, entropy)
-    if entropy:
-        return tuple(F.pad(x, (0, ids.shape[1] - T)) for x in out)
     return F.pad(out, (0, ids.shape[1] - T))
 
 

@@ -13,8 +13,8 @@ One iteration:
                 Also log pi and log pi_ref of its tokens, and their values V, before anything is updated
   3. reward     R_t = -beta (log pi(y_t) - log pi_ref(y_t)) + [t is the last token] r       (k1, no gradient)
                 a process reward model (reward.py --process) gives r for each step, at the step's last token
-  4. advantage  delta_t = R_t + gamma V_t+1 - V_t,   A_t = delta_t + gamma lam A_t+1,   V after the end = 0
-                (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; A is whitened over the response tokens.
+  4. advantage  delta_t = R_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lam A_{t+1},  V after the end = 0
+                (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; then A is whitened over response tokens.
                 rloo, grpo: the response's whole reward, compared with those of the same prompt, at each token
   5. update     epochs x minibatches:  ratio = pi / pi_old,
                 L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)                (arXiv:1707.06347, eq. 7)
@@ -37,16 +37,16 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, formats, report, world
-from data.chain import chain_columns, need, sibling
+from data import InputError, report, world
+from data.chain import chain_columns, need
 from data.checkpoint import load, save
 from data.flags import RunFlags, names_in, program
-from data.parallel import RANK, WORLD, all_sum, in_chunks, micro_batches, prepare, sample
+from data.parallel import RANK, WORLD, all_sum, generate_in_shares, in_chunks, micro_batches, prepare
 from data.pretrain import read_corpus
 from data.relabel import Relabelling
 from data.rewards import Rewards
 from data.run import RELABEL, Run, adamw, seeded, set_lr, setup
-from data.sample import short_enough
+from data.sample import read_prompts
 from model import (compare_policies, frozen, last_token, refresh, sampling_copy, token_logprobs, token_values,
                    with_lora)
 
@@ -204,17 +204,10 @@ def check_flags(cfg):
 
 def load_prompts(run, path, tok, longest):
     """Prompt rows of a file, and their ids; those longer than `longest` tokens are left out."""
-    rows, dropped = formats.load(path, "prompt")
-    run.say(formats.describe(rows, dropped, path))
-    fitting = short_enough(tok, rows, longest)
-    n_long = len(rows) - len(fitting)
-    run.say(f"{n_long} prompts longer than {longest} tokens left out (--max_prompt, --max_new)")
-    if not fitting:
-        raise InputError(f"{path}: no prompt of at most {longest} tokens (--max_prompt, --max_new, and the "
-                         "models' context)")
+    rows = read_prompts(run, path, tok, longest)
     if "gold" in names_in(run.cfg.reward) and not all("family" in row for row in rows):
         raise InputError(f"{path}: --reward gold judges the tiny world's prompts only")
-    return fitting, [tok.render(row["prompt"], generation_prompt=True)[0] for row in fitting]
+    return rows, [tok.render(row["prompt"], generation_prompt=True)[0] for row in rows]
 
 
 def pick(n_rows, n, rng):
@@ -291,7 +284,7 @@ def rollout(sampler, tok, prompts, cfg, step):
     """Answers to prompts (lists of ids): ids (B, T), mask, logp as `model.generate` returns them, and lists
     of ids."""
     draws = torch.rand(len(prompts), cfg.max_new, dtype=torch.float64, generator=seeded(cfg.seed, step))
-    ids, mask, logp = sample(sampler, tok, prompts, draws, cfg.temperature)
+    ids, mask, logp = generate_in_shares(sampler, tok, prompts, draws, cfg.temperature)
     return ids, mask, logp, [x[m].tolist() for x, m in zip(ids.cpu(), mask.cpu())]
 
 
@@ -319,16 +312,17 @@ def ptx_windows(cfg, tok, max_len):
 def ptx_loss(policy, corpus, rng):
     """- mean log pi(x_t | x_<t) over 8 windows of the text, rows of corpus (N, T): L_ptx of the objective."""
     window = torch.randint(len(corpus), (8,), generator=rng)[RANK::WORLD]
-    x = corpus[window].to(policy.wte.weight.device)                                              # (8, T)
-    return -token_logprobs(policy, x, torch.ones_like(x)).sum() / (8 * (x.shape[1] - 1))
+    x = corpus[window].to(policy.wte.weight.device)                                  # (8 / processes, T)
+    every = torch.ones(x.shape, dtype=torch.bool)
+    return -token_logprobs(policy, x, every).sum() / (8 * (x.shape[1] - 1))
 
 
 def main(cfg):
     """Train a policy against a reward; or --inspect one iteration."""
     check_flags(cfg)
     device = setup(cfg)
-    need(cfg, *[name for name, own in (("sft", cfg.init), ("reward", cfg.reward)) if not own])
-    init, reward_name = cfg.init or sibling(cfg, "sft"), cfg.reward or sibling(cfg, "reward")
+    reward_name = cfg.reward or need(cfg, "reward")      # makes the SFT model too, if that is missing
+    init = cfg.init or need(cfg, "sft")
     data = cfg.data or world.TINY / "rl.jsonl"
     run = Run(cfg, "ppo", [init, *names_in(reward_name), data], dry=cfg.inspect)
 
@@ -344,8 +338,9 @@ def main(cfg):
 
     # Copies to sample from, in the precision of products; `refresh` gives one the policy's weights of now.
     # Then all models go to their device.
-    sampler, ref_sampler = sampling_copy(policy).to(device), sampling_copy(reference).to(device)
     teaches = len(reward_models) == 1 and Relabelling.possible(cfg, reward_name)
+    sampler = sampling_copy(policy).to(device)
+    ref_sampler = sampling_copy(reference).to(device) if teaches else None
     trained = prepare_models(policy, reference, value, reward_models, teaches, cfg, device)
     run.begin(cfg.iterations, tok, **trained)
     relabelling = Relabelling(run, reward_name, *trained["reward_model"]) if teaches else None

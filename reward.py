@@ -12,8 +12,8 @@ sigmoid(r(x, a) - r(x, b)) (Bradley & Terry 1952). With p the share who prefer a
     l = - p log sigmoid(r_a - r_b - m) - (1 - p) log sigmoid(r_b - r_a + m)  +  c (r_a + r_b)^2 / 2
 
 Its last term (centering, arXiv:2312.09244) holds down the constant that the others leave free. K answers to a
-prompt make up to K (K - 1) / 2 pairs. They are not independent, so they always share a step and count as one
-(arXiv:2203.02155, eq. 1):
+prompt make up to K (K - 1) / 2 pairs. They are not independent, so they always share an optimizer step and
+count as one (arXiv:2203.02155, eq. 1):
 
     L(theta) = mean over the step's prompts ( mean over a prompt's pairs ( l ) )
 
@@ -148,7 +148,7 @@ def pair_losses(model, groups, tok, cfg):
     r = answer_rewards(model, ids, mask)                                            # (N,)
     r_a, r_b = r[pairs.a], r[pairs.b]                                               # (M,) each
     loss = (pairs.weight * preference_loss(r_a, r_b, pairs.p, pairs.margin, cfg.center)).sum()
-    return loss, (pairs.weight * ((r_a > r_b).float() + 0.5 * (r_a == r_b))).sum()
+    return loss, (pairs.weight * report.right((r_a - r_b).detach(), pairs.p)).sum()
 
 
 @torch.no_grad()
@@ -185,11 +185,10 @@ def show_pairs(model, tok, rows, n, cfg):
 
 def step_losses(model, groups, tok, cfg):
     """Sums over some prompts (groups): of the mean loss of a prompt's steps, and of the share of them whose
-    score is on the label's side of 1/2 (half right: one of the two is 1/2)."""
+    score is on the label's side of 1/2 (one half where score or label is exactly 1/2)."""
     ids, mask, (row, at, y, weight) = process.batch_of_steps(groups, tok, model.wte.weight.device)
     z = process.all_logits(model, ids, mask)[row, at]                               # (M,)
-    right = ((z.detach() * (y - 0.5)).sign() + 1) / 2
-    return (weight * step_loss(z, y)).sum(), (weight * right).sum()
+    return (weight * step_loss(z, y)).sum(), (weight * report.right(z.detach(), y)).sum()
 
 
 @torch.no_grad()
@@ -214,7 +213,7 @@ def evaluate_steps(model, groups, tok):
 class Lesson:
     """What a reward model learns from."""
     file: str                     # in --out, where the tiny world's annotator is asked
-    rows: str                     # the kind of its rows (data/formats.py)
+    kind: str                     # of its rows (data/formats.py)
     ask: typing.Callable          # (run, path of the policy, device) -> these rows
     group: typing.Callable        # (rows, tok, max_len, margin) -> one element per prompt, rows left out
     losses: typing.Callable       # (model, elements, tok, cfg) -> sums over prompts: loss, share right
@@ -231,7 +230,7 @@ STEPS = Lesson("process.jsonl", "process", label_steps, process.group_steps, ste
 def main(cfg):
     """Have answers compared, or their steps labelled, unless that is done, and train a reward model on it."""
     device, lesson = setup(cfg), STEPS if cfg.process else COMPARISONS
-    if cfg.k < 2 and not cfg.process:
+    if cfg.k < 2 and not cfg.process and not cfg.data:
         raise InputError(f"--k {cfg.k}: a comparison needs at least 2 answers")
     init = cfg.init or need(cfg, "sft")
     policy = cfg.policy or init
@@ -242,7 +241,7 @@ def main(cfg):
     if not cfg.data and not (run.first and path.exists()):
         world.write_jsonl(path, lesson.ask(run, policy, device))
         barrier()
-    rows, dropped = formats.load(path, lesson.rows)
+    rows, dropped = formats.load(path, lesson.kind)
     run.say(formats.describe(rows, dropped, path))
 
     # The model. A new head is drawn alike wherever the labels come from.

@@ -128,12 +128,12 @@ def main(cfg):
 
     for step in run.steps():
         # 1. This step's conversations, and how many supervised tokens they have: N of the equation.
-        rows = plan[step]
-        n_tokens = sum(sum(train[i][1][1:]) for i in rows)
+        batch = plan[step]
+        n_tokens = sum(sum(train[i][1][1:]) for i in batch)
 
         # 2. L = - sum log p / N over the whole step, micro-batch by micro-batch.
         total = torch.zeros((), device=device)
-        for part in micro_batches(rows, lengths, cfg.micro_batch):
+        for part in micro_batches(batch, lengths, cfg.micro_batch):
             loss = nll(model, [train[i] for i in part], tok)[0] / n_tokens
             loss.backward()
             total += loss.detach()
@@ -141,12 +141,13 @@ def main(cfg):
         # 3. One step of AdamW; a gradient that is not finite never reaches the weights.
         set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
         norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        if run.finite(norm, model, rows):
+        if run.finite(norm, model, batch):
             optimizer.step()
         optimizer.zero_grad()
 
         # 4. Write the log, save.
-        run.log(step, tokens=sum(lengths[i] for i in rows), loss=all_sum(total.item()), grad_norm=norm.item())
+        n_read = sum(lengths[i] for i in batch)
+        run.log(step, tokens=n_read, loss=all_sum(total.item()), grad_norm=norm.item())
         if run.due(step):
             run.save(step, before=before, answers=first_answers)
 

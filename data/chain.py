@@ -44,12 +44,11 @@ def unfinished(folder):
     return not (folder / "config.json").exists() or cut_off
 
 
-def need(cfg, *names):
-    """Folders of links of the chain, each a name in LINKS; what is missing or unfinished is made first, by
-    running its script with the same seed, device and precision, in one process."""
+def need(cfg, link):
+    """Folder of a link of the chain, a name in LINKS. If it is missing or unfinished it is made first, after
+    those it starts from, by running its script with the same seed, device and precision, in one process."""
     wanted = []
-    for name in names:
-        add_link(cfg, name, wanted)
+    add_link(cfg, link, wanted)
     missing = [name for name in wanted if unfinished(sibling(cfg, name))]
     if RANK == 0 and missing:
         plan = ", ".join(f"{name} ({LINKS[name][2]} s)" for name in missing)
@@ -61,13 +60,11 @@ def need(cfg, *names):
             print(report.what_came_out(name, sibling(cfg, name), result_of(sibling(cfg, name))["after"]))
         print(f"\n{len(missing) + 1}/{len(missing) + 1} {Path(sys.argv[0]).stem}", flush=True)
     barrier()
-    for name in names:
-        config = run_of(sibling(cfg, name)).get("config", {})
-        own = config.get("data") or config.get("init")
-        if own:
-            print(f"{sibling(cfg, name)} was made with flags of its own, from {own}", flush=True)
-    folders = [sibling(cfg, name) for name in names]
-    return folders[0] if len(names) == 1 else folders
+    config = run_of(sibling(cfg, link)).get("config", {})
+    own = config.get("data") or config.get("init")
+    if own:
+        print(f"{sibling(cfg, link)} was made with flags of its own, from {own}", flush=True)
+    return sibling(cfg, link)
 
 
 def add_link(cfg, name, wanted):

@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 from data import InputError, formats, sample, world
 from data.checkpoint import load
-from data.parallel import WORLD
 from data.run import seeded
 from model import frozen, sampling_copy
 
@@ -85,7 +84,7 @@ def read_examples(run, path, kind, tok, max_len):
     cfg = run.cfg
     rows, dropped = formats.load(path, kind)
     run.say(formats.describe(rows, dropped, path))
-    decided = [row for row in rows if row["label"] != 0.5]    # from a tie only DPO would learn
+    decided = [row for row in rows if row["label"] != 0.5]    # a tie only says that h should be 0
 
     # As ids, some of the prompts held out.
     max_prompt = min(cfg.max_prompt, max_len - 1)
@@ -158,22 +157,6 @@ def length_of(example):
 
 # ------------------------------------------------------------------------------------------------------------
 # Of a policy's own new answers (dpo.py --online).
-
-
-def read_prompts(run, path, tok, longest):
-    """Prompt rows of a file, of at most `longest` tokens. InputError: there are none."""
-    rows, dropped = formats.load(path, "prompt")
-    run.say(formats.describe(rows, dropped, path))
-    fitting = sample.short_enough(tok, rows, longest)
-    told = (f"{len(fitting):,} prompts to answer; {len(rows) - len(fitting):,} left out, of more than "
-            f"{longest} tokens (--max_prompt, --max_new)")
-    if not fitting:
-        raise InputError(f"{path}: {told}")
-    run.say(told)
-    if WORLD > 1:
-        run.say(f"a step's last pairs that do not divide evenly over {WORLD} processes will be left out; "
-                "log.jsonl counts them, pairs_left_over")
-    return fitting
 
 
 def online_pairs(policy, tok, rows, judge, cfg, step):

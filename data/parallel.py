@@ -182,7 +182,7 @@ def in_chunks(f, ids, mask, size):
     return out if out.dim() == 1 else out.transpose(-2, -1).contiguous()
 
 
-def sample(model, tok, prompts, draws, temperature=1.0):
+def generate_in_shares(model, tok, prompts, draws, temperature=1.0):
     """`model.generate`, each rank a share of the prompts: the same tensors on every rank. The numbers that
     decide a row are in draws, so who samples it plays no part."""
     if WORLD == 1:

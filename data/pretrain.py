@@ -78,7 +78,7 @@ def read_corpus(path, tok, length, least):
 def continued(sampler, tok, starts, seed):
     """How a model goes on after starts (n, 16), beginnings of text: [{"answer": str}]."""
     draws = torch.rand(len(starts), report.MEASURED, dtype=torch.float64, generator=seeded(seed, MEASURE))
-    ids, mask, _ = parallel.sample(sampler, tok, starts.tolist(), draws)   # (n, T)
+    ids, mask, _ = parallel.generate_in_shares(sampler, tok, starts.tolist(), draws)   # (n, T)
     return [{"answer": tok.decode(row[on])} for row, on in zip(ids.cpu(), mask.cpu())]
 
 

@@ -5,8 +5,8 @@ holds its last character, even if that token begins the next step; the answer's 
 the last one of the last step.
 
 What is said are logits (B, T) at the last tokens of the steps: sigmoid(logit) is the score of a step, the
-chance that it is right. Everywhere else they are +inf, "right for sure", so that a product, a sum of logs or
-a minimum over all tokens of a row is that over its steps.
+chance that it is right. At all other tokens `step_logits` and `implicit_logits` give +inf, "right for sure",
+so that a product, a sum of logs or a minimum over all tokens of a row is that over its steps.
 """
 import math
 import re
@@ -44,8 +44,8 @@ def spelled(tok, ids):
 
 
 def ends_of_given(tok, answer, steps):
-    """The same of steps that are given (strs, together the answer) in the bytes of the answer's ids, which
-    the chat template may begin with a space."""
+    """Where given steps (strs, together the answer) end in the bytes of the answer's ids, which the chat
+    template may begin with a space."""
     ends, at = [], 0
     for step in steps:
         ends.append(at + sum(spelled(tok, tok.encode(step.rstrip()))))
@@ -90,8 +90,8 @@ def step_logits(model, tok, ids, mask):
 
 
 def implicit_logits(policy, reference, beta, tok, ids, mask):
-    """The same without labelled steps (arXiv:2412.01981): a policy that DPO or the like has trained
-    from the reference on whole answers says of a step
+    """Logits (B, T) of the steps without labelled ones (arXiv:2412.01981), +inf at other tokens: a policy
+    that DPO or the like has trained from the reference on whole answers says of a step
         sum over its tokens of beta (log pi(y_t) - log pi_ref(y_t))"""
     ratio = beta * (token_logprobs(policy, ids, mask) - token_logprobs(reference, ids, mask))      # (B, T)
     ends = step_mask(tok, ids, mask)
@@ -104,7 +104,7 @@ def implicit_logits(policy, reference, beta, tok, ids, mask):
 # Rewards at tokens, whose sum over an answer is its reward.
 
 
-def token_rewards(model, tok, ids, mask):
+def rewards_at_tokens(model, tok, ids, mask):
     """Rewards (B, T) of a reward model at the tokens where they arrive. One of whole answers: its reward at
     the last token. One of steps: log P(right) at the last token of each, so that their sum is the log of the
     product of the scores; minus reward_mean at the last token of all."""
@@ -119,8 +119,8 @@ def token_rewards(model, tok, ids, mask):
 
 
 def implicit_rewards(policy, reference, beta, tok, ids, mask):
-    """The same of two policies: the logits of the steps, whose sum is the reward that DPO gives the whole
-    answer."""
+    """Rewards (B, T) from two policies: the logits of the steps, whose sum is the reward that DPO gives the
+    whole answer."""
     logits = implicit_logits(policy, reference, beta, tok, ids, mask)
     return logits.masked_fill(logits.isinf(), 0.0)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from data import formats, world
+from data import formats, report, world
 from data.chain import result_of
 from data.parallel import WORLD, micro_batches
 from data.run import set_lr
@@ -59,13 +59,14 @@ class Relabelling:
             texts.append([text for text in dict.fromkeys(finished) if text])
         new = encode_pairs(annotated(all_pairs(rows, texts), self.annotator, draw), self.tok)
         old = self.first_pairs + self.later_pairs
-        n_old = 64 + -len(new) % (8 * self.run.cfg.minibatches)    # divides evenly over up to 8 processes
+        n_old = 64 + -(len(new) + 64) % (8 * self.run.cfg.minibatches)   # divides evenly over 8 processes
         figures = self.learn(new, draw.sample(old, min(n_old, len(old))))
         self.later_pairs = (self.later_pairs + new)[-10000:]
         return figures
 
     def learn(self, new, old):
-        """--minibatches steps of the reward model on the loss of reward.py:
+        """--minibatches steps of the reward model, the older pairs in the last of them. The loss of a pair is
+        that of reward.py; unlike there every pair counts one, however many its prompt has:
         L = - p log sigmoid(r_a - r_b) - (1 - p) log sigmoid(r_b - r_a) + c (r_a + r_b)^2 / 2"""
         cfg, device = self.run.cfg, self.model.wte.weight.device
         pairs = [(*pair, 1.0) for pair in new] + [(*pair, 0.0) for pair in old]
@@ -91,8 +92,7 @@ class Relabelling:
                 loss += self.center * (r[i] + r[j]) ** 2 / 2
                 (loss.sum() / len(batch)).backward()
                 loss_sum += loss.detach().sum()
-                hit = torch.where(p == 0.5, 0.5, ((d > 0) == (p > 0.5)).float())
-                right += (is_new * hit).sum()
+                right += (is_new * report.right(d.detach(), p)).sum()
             norm = clip_grad_norm_(self.model.parameters(), cfg.grad_clip)
             if self.run.finite(norm, self.model, range(start, start + size)):
                 self.optimizer.step()

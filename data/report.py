@@ -247,9 +247,14 @@ def bits_per_byte(model, ids, n_bytes, length=128, batch=32):
 # Figures of a reward model on comparisons that it has not seen.
 
 
+def right(guess, p):
+    """1 where guess (M,) and p - 1/2 (M,) have the same sign, 1/2 where one of them is 0, else 0."""
+    return ((guess * (p - 0.5)).sign() + 1) / 2
+
+
 def share_right(guess, p):
-    """How often guess (M,) and p - 1/2 (M,) have the same sign. No guess, 0, is half right."""
-    return ((guess * (p - 0.5) > 0).float() + 0.5 * (guess == 0)).mean().item()
+    """The mean of `right`, a number."""
+    return right(guess, p).mean().item()
 
 
 def calibration_error(d, p):

@@ -12,15 +12,15 @@ from data.chain import run_of
 from data.checkpoint import load
 from data.flags import function_of, names_in
 from data.parallel import RANK, all_sum, in_chunks
-from data.process import implicit_logits, implicit_rewards, step_logits, token_rewards
+from data.process import implicit_logits, implicit_rewards, rewards_at_tokens, step_logits
 from model import frozen, last_token
 
 BETA = 0.3    # of an implicit reward, unless the policy's run says another: the default of dpo.py
 
 
 def weights_of(text, n):
-    """"1,0.5" as (n,) numbers with mean 1; equal ones where text is "". InputError: not n numbers, one of
-    them above 0."""
+    """"1,0.5" as (n,) numbers with mean 1; equal ones where text is "". InputError: not n numbers, or a
+    sum that is not above 0."""
     try:
         weights = torch.tensor([float(w) for w in text.split(",")] if text else [1.0] * n)
     except ValueError:
@@ -50,7 +50,7 @@ def source_of(name, flag):
         return Source([], function=function_of(name, flag))
     model, tok = load(name, head="score")
     steps = partial(step_logits, model, tok) if model.cfg.process else None
-    return Source([model], tok, partial(token_rewards, model, tok), steps)
+    return Source([model], tok, partial(rewards_at_tokens, model, tok), steps)
 
 
 def implicit_source(name, flag):

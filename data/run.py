@@ -180,8 +180,8 @@ class Run:
         """inputs: files and folders that the plan and what is kept between steps depend on. Locks the folder
         before anything is written. A finished run with the same flags shows its table and ends the program;
         one with other flags is an InputError. dry: only look (ppo.py --inspect): take a step or two on from
-        what is in the folder, whatever its flags, and write nothing. begun: the file that tells that a run
-        has begun."""
+        what is in the folder, if its flags train the same models, and write nothing. begun: the file that
+        tells that a run has begun."""
         self.cfg, self.stage, self.folder, self.dry, self.begun = cfg, stage, Path(cfg.out), dry, begun
         self.first, self.skipped, self.stopping, self.shown, self.history = 0, 0, False, 0.0, []
         self.start, self.step_seconds, self.slow = time.time(), [], False
@@ -215,6 +215,11 @@ class Run:
         self.lock()
         finish_save(self.folder)      # one that was cut off in the midst counts
         goes_on = self.what_is_there(told)
+        read = {Path(path).resolve() for path in told["inputs"]}
+        for name in LEFT_BY_A_RUN:
+            if not goes_on and (self.folder / name).resolve() in read:
+                raise InputError(f"{self.folder / name} is read by this run and would be replaced by it; "
+                                 "choose another --out")
         for name in ("result.json",) if goes_on else LEFT_BY_A_RUN:
             (self.folder / name).unlink(missing_ok=True)
         write_atomic(self.folder / "run.json", json.dumps(told, indent=1).encode())
@@ -278,6 +283,9 @@ class Run:
         folder. They are given their state if the run goes on."""
         self.n_steps, self.tok, self.trained = min(n_steps, self.cfg.max_steps or n_steps), tok, trained
         self.step_start = self.loop_start = time.time()
+        if self.first and not trained.keys() <= self.state["models"].keys():
+            raise InputError(f"{self.folder}: its run trained {', '.join(self.state['models'])}, these flags "
+                             f"train {', '.join(trained)}; give --inspect the flags of that run")
         for name, (model, optimizer) in trained.items():
             if self.first:
                 load_full_state(model, self.state["models"][name])
@@ -305,7 +313,8 @@ class Run:
 
     def finite(self, norm, model, rows):
         """Whether a step may be taken with this gradient norm. One that is not finite is skipped, said and
-        counted, with the data rows it came from; the fourth ends the run."""
+        counted, with the examples it came from; the fourth ends the run. rows: their numbers, among
+        those trained on."""
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
         if norm.isfinite():
@@ -318,7 +327,7 @@ class Run:
         place = "has a norm that"      # finite entries, too large to be squared
         if bad:
             place = f"of {bad[0]} and {len(bad) - 1} more tensors"
-        what = f"step skipped: the gradient {place} is not finite; data rows {list(rows)[:8]} ..."
+        what = f"step skipped: the gradient {place} is not finite; examples number {list(rows)[:8]} ..."
         if self.skipped > 3:
             raise InputError(f"{what}. The fourth such step: try a smaller --lr or --dtype float32")
         self.say(what)
@@ -331,13 +340,14 @@ class Run:
         return {first: "first", self.n_steps // 2: "middle"}.get(step, "")
 
     def check_finite(self, row_of, **tensors):
-        """InputError if an entry of a tensor (B, ..) is not finite. row_of: the data row of each of the B."""
+        """InputError if an entry of a tensor (B, ..) is not finite. row_of: the number of each one's
+        prompt."""
         for name, x in tensors.items():
             good = x.reshape(len(x), -1).isfinite().all(1)
             if not good.all():
                 bad = [i for i, fine in zip(row_of, good.tolist()) if not fine]
-                raise InputError(f"the {name} is not finite for the prompts in rows {bad[:8]}; nothing was "
-                                 "updated. Look at that model's weights, and try --dtype float32")
+                raise InputError(f"the {name} is not finite for prompts number {bad[:8]} of those kept; "
+                                 "nothing was updated. Look at that model's weights, and try --dtype float32")
 
     def log(self, step, tokens=0, show=(), **figures):
         """Record step (from 0), with `tokens` read in it; show the figures named in `show` (default: all) at

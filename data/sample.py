@@ -4,8 +4,8 @@ from itertools import combinations
 
 import torch
 
-from data import parallel, world
-from data.process import steps_of, token_rewards
+from data import InputError, formats, parallel, world
+from data.process import rewards_at_tokens, steps_of
 from model import pad_batch
 
 
@@ -19,7 +19,7 @@ def respond(model, tok, prompts, max_new, generator, temperature=1.0, batch=256)
     for start in range(0, len(order), batch):
         part = order[start: start + batch]
         draws = torch.rand(len(part), max_new, dtype=torch.float64, generator=generator)
-        ids, mask, _ = parallel.sample(model, tok, [rows[i] for i in part], draws, temperature)
+        ids, mask, _ = parallel.generate_in_shares(model, tok, [rows[i] for i in part], draws, temperature)
         for i, x, m in zip(part, ids.cpu(), mask.cpu()):
             answers[i] = x[m].tolist()
     return [tok.decode(ids) for ids in answers], rows, answers
@@ -33,6 +33,19 @@ def ended(tok, ids):
 def short_enough(tok, rows, longest):
     """The rows whose prompt takes at most `longest` tokens."""
     return [row for row in rows if len(tok.render(row["prompt"], generation_prompt=True)[0]) <= longest]
+
+
+def read_prompts(run, path, tok, longest):
+    """Prompt rows of a file, of at most `longest` tokens. InputError: there are none."""
+    rows, dropped = formats.load(path, "prompt")
+    run.say(formats.describe(rows, dropped, path))
+    fitting = short_enough(tok, rows, longest)
+    told = (f"{len(fitting):,} prompts to answer; {len(rows) - len(fitting):,} left out, of more than "
+            f"{longest} tokens (--max_prompt, --max_new)")
+    if not fitting:
+        raise InputError(f"{path}: {told}")
+    run.say(told)
+    return fitting
 
 
 def different_answers(model, tok, rows, counts, max_new, generator, temperature=1.0):
@@ -118,6 +131,6 @@ def read_texts(read, tok, prompts, texts, device, batch=64):
 
 def rewards(model, tok, prompts, texts, batch=64):
     """Rewards (list of floats) of one answer (str) to each prompt (messages) by a reward model."""
-    read = partial(token_rewards, model, tok)
+    read = partial(rewards_at_tokens, model, tok)
     return [x.sum().item() for x in read_texts(read, tok, prompts, texts, model.wte.weight.device, batch)]
 

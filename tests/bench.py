@@ -38,7 +38,7 @@ import reward   # noqa: E402
 import sft   # noqa: E402
 from data import InputError, pretrain   # noqa: E402
 from data.flags import program   # noqa: E402
-from data.parallel import in_chunks, micro_batches, prepare, sample   # noqa: E402
+from data.parallel import generate_in_shares, in_chunks, micro_batches, prepare   # noqa: E402
 from data.run import adamw, set_lr, setup   # noqa: E402
 from model import (GPT, GPTConfig, Linear, answer_rewards, compare_policies, last_token,   # noqa: E402
                    refresh, sampling_copy, token_logprobs, token_values)
@@ -206,7 +206,7 @@ def sample_work(size, cfg, device):
 
     def go():
         refresh(sampler, model)
-        sample(sampler, TOK, prompts, torch.rand(cfg.batch, cfg.new, dtype=torch.float64))
+        generate_in_shares(sampler, TOK, prompts, torch.rand(cfg.batch, cfg.new, dtype=torch.float64))
     return Work(go)
 
 

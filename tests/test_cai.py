@@ -440,6 +440,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.
 def test_critic_test_at_an_address(suite, server, tmp_path):
     """--critic URL --critic_test: a server that knows the right answer but leans to (A)."""
     rows = [{"prompt": f"q{i}", "chosen": "good" + " and" * (i % 2), "rejected": "bad one"} for i in range(8)]
+    rows[0] |= {"chosen": "bad one", "rejected": "good", "label": 0.2}   # most people prefer the other one
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     server.answer = lambda body, n: top(A=-0.1, B=-2.0 if "(A) good" in body["prompt"] else -0.2)
     flags = ["cai.py", "--critic", server.url, "--critic_test", tmp_path / "pairs.jsonl", "--out", tmp_path / "x"]

@@ -24,7 +24,9 @@ LOSSES = ["dpo", "ipo", "simpo", "orpo"]
 
 
 def config(**changes):
-    return dpo.Config(**{"sft_coef": 0.0, **changes})
+    cfg = dpo.Config(**{"sft_coef": 0.0, **changes})
+    cfg.beta = cfg.beta or dpo.LOSSES[cfg.loss].beta     # as main does
+    return cfg
 
 
 def numbers(seed=0, N=50):
@@ -236,7 +238,7 @@ def test_the_first_loss_of_kto_is_a_half(dialect):
     texts = zip(ragged(rng, 9, 1, 9), ragged(rng, 9, 1, 12), ragged(rng, 9, 1, 12))
     examples = [(x, a, b, float(i % 2)) for i, (x, a, b) in enumerate(texts)]
     ref = dpo.all_logps(model, examples, tok, 4)
-    known = dpo.kto_known(model, examples, ref, tok, config(micro_batch=2))
+    known = dpo.known_of(model, examples, ref, tok, config(loss="kto", micro_batch=2))
     assert (known[0] - ref[0]).abs().max() == 0 and 0 <= known[1].min() <= known[1].max() < 1e-5
     loss, figures = dpo.kto_losses(model, examples, known, tok, config())
     assert (loss - 0.5).abs().max() < 1e-6 and figures["margin"].abs().max() < 1e-5
@@ -253,7 +255,7 @@ def test_the_reference_point_is_the_mean_of_the_step(dialect):
     for one, other, z in ((model, ref_model, max(0.0, want)), (ref_model, model, max(0.0, -want))):
         ref = dpo.all_logps(other, examples, tok, 4)
         for size in (1, 3, 7):
-            known = dpo.kto_known(one, examples, ref, tok, config(micro_batch=size))
+            known = dpo.known_of(one, examples, ref, tok, config(loss="kto", micro_batch=size))
             assert known[1].tolist() == pytest.approx([z] * 7, abs=1e-4)
     assert abs(want) > 1e-2
 

@@ -154,7 +154,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, capsys):
                 net.b.grad[1] = bad
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             if step == 5:
-                what = r"gradient of \w and \d more tensors is not finite; data rows \[5, 7\].* fourth"
+                what = r"gradient of \w and \d more tensors is not finite; examples number \[5, 7\].* fourth"
                 with pytest.raises(InputError, match=what):
                     run.finite(norm, net, [step, 7])
                 continue
@@ -182,7 +182,7 @@ def test_a_reward_model_with_a_broken_weight_stops_ppo(suite, chain, tmp_path):
     save(tmp_path / "rm", rm, tok)
     r = suite.run("ppo.py", "--init", chain / "sft", "--reward", tmp_path / "rm", "--rollouts", 8, "--max_new", 8,
                   "--eos_penalty", 0, "--out", tmp_path / "ppo")
-    assert r.rc == 1 and "Traceback" not in r.err and "is not finite for the prompts in rows" in r.err
+    assert r.rc == 1 and "Traceback" not in r.err and "is not finite for prompts number" in r.err
     assert not (tmp_path / "ppo" / "config.json").exists()
 
 

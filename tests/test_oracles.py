@@ -30,7 +30,7 @@ from data.checkpoint import merged  # noqa: E402
 from data.parallel import in_chunks, micro_batches  # noqa: E402
 from data.tokenizer import Tokenizer, tokenizer_from_ranks  # noqa: E402
 from model import (GPT, GPTConfig, answer_rewards, attention, attention_bias, compare_policies,  # noqa: E402
-                   frozen, generate, last_token, pad_batch, refresh, sample, sampling_copy,
+                   frozen, generate, last_token, pad_batch, pick_token, refresh, sampling_copy,
                    token_logprobs, token_values, with_lora)
 
 torch.set_num_threads(1)
@@ -615,7 +615,7 @@ def test_sample_support_and_frequencies(top_k, top_p):
         total += p[i] / p[order].sum()
     want = np.array([p[i] * (i in kept) for i in range(7)])
     u = torch.rand(40000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens = sample(logits.expand(40000, 7), u, top_k, top_p)
+    tokens = pick_token(logits.expand(40000, 7), u, top_k, top_p)
     freq = np.bincount(tokens.numpy(), minlength=7) / 40000
     assert set(freq.nonzero()[0]) == set(kept)
     assert abs(freq - want / want.sum()).sum() / 2 < 0.01

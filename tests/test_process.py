@@ -142,7 +142,7 @@ def test_logits_and_rewards_arrive_at_the_last_token_of_each_step():
     model.cfg.reward_mean = -1.25
     ids, mask, ends = batch(SAID)
     assert [len(at) for at in ends] == [3, 1, 3, 1, 2]
-    logits, rewards = process.step_logits(model, TOK, ids, mask), process.token_rewards(model, TOK, ids, mask)
+    logits, rewards = process.step_logits(model, TOK, ids, mask), process.rewards_at_tokens(model, TOK, ids, mask)
     for b, at in enumerate(ends):
         row = ids[b, : at[-1] + 1]
         z = (model(row[None])[0] @ model.score.weight[0]).double().numpy()      # no mean in it
@@ -156,7 +156,7 @@ def test_logits_and_rewards_arrive_at_the_last_token_of_each_step():
 
     # A model of whole answers: all of it at the last token.
     model.cfg.process = False
-    rewards = process.token_rewards(model, TOK, ids, mask)
+    rewards = process.rewards_at_tokens(model, TOK, ids, mask)
     for b, at in enumerate(ends):
         z = (model(ids[b, : at[-1] + 1][None])[0, -1] @ model.score.weight[0]).item()
         assert rewards[b, at[-1]].item() == pytest.approx(z + 1.25, abs=1e-4)
@@ -185,7 +185,7 @@ def test_padding_and_company_change_nothing():
     model = random_model(0, scalar_head=True, process=True, reward_mean=0.5)
     policy, reference = random_model(1), random_model(2)
     ids, mask, _ = batch(SAID)
-    for read in (partial(process.step_logits, model, TOK), partial(process.token_rewards, model, TOK),
+    for read in (partial(process.step_logits, model, TOK), partial(process.rewards_at_tokens, model, TOK),
                  partial(process.implicit_rewards, policy, reference, 0.3, TOK)):
         want = read(ids, mask)
         other = torch.cat([torch.where(mask | (ids != 3), ids, 11), torch.full((5, 4), 8)], 1)

@@ -29,6 +29,7 @@ def test_accuracy_counts_no_opinion_as_half():
     assert report.share_right(torch.tensor([2.0, -1.0, 0.5, -3.0]), p) == 1
     assert report.share_right(torch.tensor([2.0, 1.0, -0.5, 3.0]), p) == 0.25
     assert report.share_right(torch.zeros(4), p) == 0.5
+    assert report.right(torch.tensor([2.0, 2.0, 2.0, 0.0]), torch.tensor([0.8, 0.2, 0.5, 0.2])).tolist() == [1, 0, 0.5, 0.5]
 
 
 def test_accuracy_by_length():

@@ -200,7 +200,7 @@ def test_need(tmp_path, link, there, runs):
 def test_need_of_a_whole_chain(tmp_path, link, capsys):
     """Each link once, after those it starts from; one that was made with flags of its own is named."""
     cfg, commands = link(0)
-    assert need(cfg, "reward", "sft") == [str(tmp_path / "reward"), str(tmp_path / "sft")]
+    assert need(cfg, "reward") == str(tmp_path / "reward")
     made = [command[command.index("--out") + 1] for command in commands]
     assert made == [str(tmp_path / name) for name in ("base", "sft", "reward")]
     assert commands[0][1:3] == ["-m", "data.pretrain"]
@@ -817,6 +817,23 @@ def test_reward_on_ties_alone(suite, chain, tmp_path):
     assert "loss" in result_of(tmp_path / "rm")["after"]             # and no NaN: result_of looks
 
 
+def test_a_run_does_not_replace_what_it_reads(suite, chain, tmp_path):
+    """comparisons.jsonl in --out is what a run of reward.py leaves there, and other data to dpo.py."""
+    data = tmp_path / "comparisons.jsonl"
+    text = (chain / "reward" / "comparisons.jsonl").read_text()
+    data.write_text(text)
+    r = suite.run("dpo.py", "--init", chain / "sft", "--data", data, "--out", tmp_path)
+    assert r.rc == 1 and f"{data} is read by this run" in r.err and "Traceback" not in r.err
+    assert data.read_text() == text
+
+
+def test_inspect_needs_the_models_of_its_run(suite, chain, tmp_path):
+    flags = ["--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 16, "--max_new", 8, "--out", tmp_path / "x"]
+    suite.ok("ppo.py", *flags, "--advantage", "rloo", "--group", 2, "--relabel", 0, "--iterations", 1)
+    r = suite.run("ppo.py", *flags, "--inspect")
+    assert r.rc == 1 and "its run trained policy, these flags train policy, value" in r.err and "Traceback" not in r.err
+
+
 @pytest.mark.parametrize("kind", ["prompts", "preferences"])
 def test_ppo_on_ones_own_prompts(suite, chain, tmp_path, kind):
     (tmp_path / "mine.py").write_text(MINE)
@@ -827,7 +844,7 @@ def test_ppo_on_ones_own_prompts(suite, chain, tmp_path, kind):
                  "--data", write(tmp_path / "p.jsonl", rows), "--iterations", 2, "--rollouts", 16,
                  "--group", 1, "--max_new", 8, "--value_warmup", 0, "--out", tmp_path / "ppo",
                  env={"PYTHONPATH": str(tmp_path), "SEEN": str(tmp_path / "seen")})
-    assert "p.jsonl: 11 rows kept" in r.out and "1 prompts longer than 128 tokens left out" in r.out
+    assert "p.jsonl: 11 rows kept" in r.out and "10 prompts to answer; 1 left out, of more than 128 tokens" in r.out
     prompts = [json.loads(line)[0] for line in (tmp_path / "seen").read_text().splitlines()]
     assert [(len(p), len(set(p))) for p in prompts[:2]] == [(16, 10)] * 2 and all(len(p) < 20 for p in prompts[0])
     assert [(len(p), len(set(p))) for p in prompts[2:]] == [(10, 10)] * 2     # before and after, each prompt once

@@ -421,17 +421,17 @@ def test_sampling_in_shares_is_sampling_as_a_whole(world, B, monkeypatch):
         parts[:] = shares
     gpt, rng, shares = small("llama"), random.Random(0), []
     prompts = [[rng.randrange(1, V) for _ in range(rng.randint(1, 9))] for _ in range(B)]
-    want = parallel.sample(gpt, tok_of(5, 6), prompts, draws(B, 12))
+    want = parallel.generate_in_shares(gpt, tok_of(5, 6), prompts, draws(B, 12))
     monkeypatch.setattr(parallel, "WORLD", world)
     monkeypatch.setattr(parallel.dist, "all_gather_object", gather)
     for rank in range(world):
         monkeypatch.setattr(parallel, "RANK", rank)
         with pytest.raises(Waiting):
-            parallel.sample(gpt, tok_of(5, 6), prompts, draws(B, 12))
+            parallel.generate_in_shares(gpt, tok_of(5, 6), prompts, draws(B, 12))
     assert [part is None for part in shares] == [rank >= B for rank in range(world)]
     for rank in range(world):
         monkeypatch.setattr(parallel, "RANK", rank)
-        for got, whole in zip(parallel.sample(gpt, tok_of(5, 6), prompts, draws(B, 12)), want):
+        for got, whole in zip(parallel.generate_in_shares(gpt, tok_of(5, 6), prompts, draws(B, 12)), want):
             torch.testing.assert_close(got, whole, atol=1e-4, rtol=0)
 
 
