@@ -236,11 +236,11 @@ def training_rows(chains, which):
 
 def chain_pairs(rows, chains):
     """[(row, a, b)] of the answer that each chain began with and the last revision without a fault, where
-    there is one. rows: the prompt row of each chain."""
+    there is one and the answer came to an end. rows: the prompt row of each chain."""
     pairs = []
     for row, chain in zip(rows, chains):
         good = [step["revision"].strip() for step in chain["chain"] if not step["fault"]]
-        if good:
+        if good and chain.get("ended", True):
             pairs.append((row, chain["initial"].strip(), good[-1]))
     return pairs
 
@@ -304,6 +304,8 @@ def stage1(cfg, run, setting, n, model, critic_path):
         critic = make_critic(critic_path, cfg, setting.shots, setting.device)
         responses = [" " + text.strip() for text in texts[: len(red)]]
         chains = make_chains(prompts[: len(red)], responses, setting.revise, critic, cfg, seed)
+        for chain, answer in zip(chains, ids):
+            chain["ended"] = ended(tok, answer)
 
         # To train on: revisions, and the model's own finished answers to the ordinary prompts.
         rows = training_rows(chains, cfg.revisions)
@@ -423,7 +425,7 @@ def main(cfg):
 
     # The folder. A run that goes on measures all anew; what it has made is in the folders of its rounds.
     base = need(cfg, "base") if setting.graded and not (cfg.init and cfg.critic) else ""
-    files = [cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human]
+    files = [base, cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human]
     files += names_in(cfg.constitution) + names_in(cfg.few_shots)
     run = Run(cfg, "cai", filter(None, files), begun="round1")
     (run.folder / "samples.txt").unlink(missing_ok=True)

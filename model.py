@@ -477,7 +477,8 @@ GRAPHS = False   # whether `decode` has been compiled to CUDA graphs
 def compile_decoding():
     """From now on `generate` decodes in CUDA graphs, one for each number of rows and of positions read."""
     global decode, GRAPHS
-    torch._dynamo.config.recompile_limit = 64
+    # Beyond these limits fullgraph=True is an error; there are log2(rows) x blocks of positions shapes.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     decode, GRAPHS = torch.compile(decode, mode="reduce-overhead", fullgraph=True, dynamic=False), True
 
 

@@ -198,6 +198,8 @@ def check_flags(cfg):
                              f"{max(1, cfg.rollouts // n) * n} would be")
     if cfg.ptx_coef and 8 % WORLD:
         raise InputError(f"--ptx_coef reads 8 windows a step, which do not divide over {WORLD} processes")
+    if cfg.kl == "adaptive" and not min(cfg.kl_target, cfg.kl_horizon) > 0:
+        raise InputError("--kl adaptive needs a --kl_target and a --kl_horizon above 0")
     if cfg.temperature == 0:
         raise InputError("--temperature 0: a policy that always says the same has nothing to learn from")
 

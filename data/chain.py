@@ -121,6 +121,8 @@ def fingerprint(path):
     """A hash of a file, or of the weights in a folder: of their size and of their first and last megabyte. Of
     several with colons between, such as FILE.py:function, one hash each."""
     path = Path(path)
+    if not path.exists() and path.with_name(path.name + ".py").is_file():      # the module of module:function
+        path = path.with_name(path.name + ".py")
     if ":" in str(path) and not path.exists():
         return " ".join(fingerprint(part) for part in str(path).split(":"))
     is_folder = path.is_dir()

@@ -104,7 +104,8 @@ def read_examples(run, path, kind, tok, max_len):
     if kind == "kto":
         if len({label for *_, label in train}) < 2:
             raise InputError(f"{path}: {told}; kto needs good and bad answers to train on")
-        train, held = mismatch(train, cfg.seed, max_len), mismatch(held, cfg.seed, max_len)
+        held = mismatch(held + train, cfg.seed, max_len)[: len(held)]    # one held-out prompt may do
+        train = mismatch(train, cfg.seed, max_len)
     return train, held, rows
 
 
@@ -118,14 +119,16 @@ def encode(rows, tok, max_prompt, max_len):
         answers = [row[key] for key in ("chosen", "rejected", "completion") if key in row]
         prompt, first = tok.render_answer(row["prompt"], answers[0])
         _, second = tok.render_answer(row["prompt"], answers[-1])
-        room = max_len - len(prompt)
+        label, room = float(row["label"]), max_len - len(prompt)
+        if len(answers) == 2 and label < 0.5:    # the better answer stands first: it is held up by itself
+            first, second, label = second, first, 1 - label
         if len(prompt) > max_prompt:
             counts["long"] += 1
         elif len(answers) == 2 and first[:room] == second[:room]:
             counts["equal"] += 1
         else:
             counts["cut"] += max(len(first), len(second)) > room
-            out.append((prompt, first[:room], second[:room], float(row["label"])))
+            out.append((prompt, first[:room], second[:room], label))
     return out, counts
 
 

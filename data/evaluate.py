@@ -177,9 +177,8 @@ def short_names(paths):
 
 
 def tail_of(path, tok, length=128):
-    """Ids of the last 2 % of a corpus, as pretraining holds them out, and their length in bytes."""
-    ids = read_corpus(path, tok, length, least=1)[1]
-    return ids, len(tok.decode(ids.tolist()).encode())
+    """Ids of the last 2 % of a corpus, as pretraining holds them out."""
+    return read_corpus(path, tok, length, least=1)[1]
 
 
 def hear(model, tok, reference, rows, cfg):
@@ -190,10 +189,10 @@ def hear(model, tok, reference, rows, cfg):
     ref, ref_tok = reference
     same = tok.same_as(ref_tok)
     kl, entropy = report.mean_kl(model, ref if same else model, tok, asked, ids)
-    tail, n_bytes = tail_of(cfg.corpus or world.TINY / "corpus.txt", tok)
+    tail = tail_of(cfg.corpus or world.TINY / "corpus.txt", tok)
     figures = {"kl": kl} if same else {}
     figures |= {"entropy": entropy, "length": sum(map(len, ids)) / len(ids),
-                "bits_per_byte": report.bits_per_byte(model, tail.to(model.wte.weight.device), n_bytes),
+                "bits_per_byte": report.bits_per_byte(model, tok, tail.to(model.wte.weight.device)),
                 "eos_rate": sum(ended(tok, x) for x in ids) / len(ids)}
     for n in (1, 2, 3):
         figures[f"distinct_{n}"] = report.distinct_n(ids, n)

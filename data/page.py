@@ -124,7 +124,7 @@ def run(folder):
         if result and key in result[0]:
             told[key] = result[0][key]
     # A PPO run whose reward model went on learning (--relabel) has saved it beside the policy.
-    relabelled = (folder / "reward").is_dir()
+    relabelled = (folder / "reward").is_dir() and bool((told.get("config") or {}).get("relabel", True))
     return {**told, "name": folder.name, "finished": bool(result), "relabelled": relabelled, "log": log}
 
 

@@ -73,7 +73,8 @@ def prepare(model, cfg, device):
     made."""
     model.recompute = cfg.recompute
     if cfg.compile:
-        torch._dynamo.config.recompile_limit = 64   # shapes, with gradients or not, frozen or not; else eager
+        # Shapes, with gradients or not, frozen or not; else eager.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in model.h:
             block.compile()          # in place: no tensor changes its name
     if WORLD == 1:

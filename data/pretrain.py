@@ -91,7 +91,6 @@ def main(cfg):
     # The text as ids, and a model of random weights for its vocabulary.
     tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken") if cfg.size == "tiny" else gpt2_tokenizer()
     train, test = read_corpus(data, tok, cfg.length, least=4)   # (N,), (M,)
-    test_bytes = len(tok.decode(test.tolist()).encode())
     model = GPT(GPTConfig(vocab_size=tok.vocab_size, **SIZES[cfg.size]))
     if not 2 <= cfg.length <= model.cfg.max_len:
         raise InputError(f"--length {cfg.length} is not between 2 and the context of {model.cfg.max_len} "
@@ -117,7 +116,7 @@ def main(cfg):
     def measure(title):
         """Compression of the held-out text, and what the model says: {"answer": str, scores ..} a prompt."""
         refresh(sampler, model)
-        figures = {"bits_per_byte": report.bits_per_byte(model, test.to(device), test_bytes, cfg.length)}
+        figures = {"bits_per_byte": report.bits_per_byte(model, tok, test.to(device), cfg.length)}
         if cfg.data:
             answers = continued(sampler, tok, starts, cfg.seed)
         else:

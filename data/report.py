@@ -128,11 +128,12 @@ def test_prompts(model, tok, max_new, own_rows=None, path=""):
 
 def own_prompts(rows, tok, longest, n):
     """The first n different prompts of rows of any kind that take at most `longest` tokens: prompt rows."""
-    out = []
+    out, seen = [], []
     for row in rows:
         for prompt in formats.prompts_of([row], 1):      # none where a chat begins with an answer
-            if {"prompt": prompt} not in out:
-                out += sample.short_enough(tok, [{"prompt": prompt}], longest)
+            if prompt not in seen:     # its other keys stay: a reward may judge by them
+                seen.append(prompt)
+                out += sample.short_enough(tok, [row | {"prompt": prompt}], longest)
         if len(out) == n:
             break
     return out
@@ -233,10 +234,11 @@ def mean_kl(policy, reference, tok, prompts, answers, batch=16):
 
 
 @torch.no_grad()
-def bits_per_byte(model, ids, n_bytes, length=128, batch=32):
-    """Compression of a text: total -log2 p of its ids (N,), cut into windows, divided by its length in
-    bytes."""
+def bits_per_byte(model, tok, ids, length=128, batch=32):
+    """Compression of a text: total -log2 p of its ids (N,), cut into windows, divided by the bytes of those
+    that are predicted: not the first of a window, nor what is left behind the last window."""
     ids = ids[: len(ids) // length * length].view(-1, length)
+    n_bytes = sum(len(tok.bytes_of.get(i, b"")) for i in ids[:, 1:].flatten().tolist())
     nll = 0.0
     for x in ids.split(batch):
         nll -= token_logprobs(model, x, torch.ones_like(x, dtype=torch.bool)).double().sum().item()

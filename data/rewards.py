@@ -137,13 +137,18 @@ class Rewards:
     def read(self, source, what, rows, texts):
         """What a Source's function (ids, mask) -> (B, T) says of finished responses: tensors (T,)."""
         device = source.models[0].wte.weight.device
-        return sample.read_texts(what, source.tok, [row["prompt"] for row in rows], texts, device)
+        longest = min(model.cfg.max_len for model in source.models)
+        return sample.read_texts(what, source.tok, [row["prompt"] for row in rows], texts, device,
+                                 longest=longest)
 
     def combined(self, each):
         """Several rewards (K, ..) as one (..): their weighted mean, or the smallest (arXiv:2310.02743, eq.
         4-5)."""
         each = each * self.weights.to(each.device).view(-1, *[1] * (each.dim() - 1))
-        return each.min(0).values if self.ensemble == "min" else each.mean(0)
+        if self.ensemble == "mean":
+            return each.mean(0)
+        whole = each if each.dim() == 2 else each.sum(2)      # (n, B), of whole answers
+        return each[whole.argmin(0), torch.arange(each.shape[1], device=each.device)]
 
     def call(self, name, function, rows, texts):
         """Rewards (B,) of a Python function, which the first rank asks. InputError: not one finite number a

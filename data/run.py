@@ -283,10 +283,11 @@ class Run:
         folder. They are given their state if the run goes on."""
         self.n_steps, self.tok, self.trained = min(n_steps, self.cfg.max_steps or n_steps), tok, trained
         self.step_start = self.loop_start = time.time()
-        if self.first and not trained.keys() <= self.state["models"].keys():
-            raise InputError(f"{self.folder}: its run trained {', '.join(self.state['models'])}, these flags "
-                             f"train {', '.join(trained)}; give --inspect the flags of that run")
         for name, (model, optimizer) in trained.items():
+            wanted = {part for part, p in model.named_parameters() if p.requires_grad}
+            if self.first and not wanted <= self.state["models"].get(name, {}).keys():
+                raise InputError(f"{self.folder}: its run trained {', '.join(self.state['models'])}, and not "
+                                 f"the {name} of these flags; give --inspect the flags of that run")
             if self.first:
                 load_full_state(model, self.state["models"][name])
                 load_optimizer_state(model, optimizer, self.state["optimizers"][name])

@@ -110,13 +110,14 @@ def annotated_steps(rows, answers, annotator, rng):
 
 
 @torch.no_grad()
-def read_texts(read, tok, prompts, texts, device, batch=64):
+def read_texts(read, tok, prompts, texts, device, batch=64, longest=None):
     """What read(ids, mask) -> (B, T) says of one answer (str) to each prompt (messages), finished ones: a
-    list of tensors (T,), one an answer."""
+    list of tensors (T,), one an answer. Of an answer that with its prompt and EOS takes more than `longest`
+    tokens, which the model could not read, the end is left out."""
     rows, before = [], []
     for prompt, text in zip(prompts, texts):
         given, answer = tok.render_answer(prompt, text.strip())
-        rows.append(given + answer)
+        rows.append((given + answer)[:longest])
         before.append(len(given))
     out, order = [None] * len(rows), sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), batch):
@@ -132,5 +133,6 @@ def read_texts(read, tok, prompts, texts, device, batch=64):
 def rewards(model, tok, prompts, texts, batch=64):
     """Rewards (list of floats) of one answer (str) to each prompt (messages) by a reward model."""
     read = partial(rewards_at_tokens, model, tok)
-    return [x.sum().item() for x in read_texts(read, tok, prompts, texts, model.wte.weight.device, batch)]
+    said = read_texts(read, tok, prompts, texts, model.wte.weight.device, batch, model.cfg.max_len)
+    return [x.sum().item() for x in said]
 

@@ -510,10 +510,12 @@ def shares(row, size, stage, cfg, best):
     with torch.device("meta"):
         weights = sum(p.numel() for p in GPT(GPTConfig(**SHAPES[size])).parameters())
     flops, copy = best
+    if not s.get("tie", True):    # an embedding that is not the head too is looked up, row by row
+        weights -= s["vocab_size"] * s["n_embd"]
     if stage in ("sft", "reward"):
         n = weights
-        if stage == "reward":     # neither embedding nor head multiplies
-            n -= s["vocab_size"] * s["n_embd"] * (1 if s.get("tie", True) else 2)
+        if stage == "reward":     # no head multiplies
+            n -= s["vocab_size"] * s["n_embd"]
         attended = 12 * s["n_layer"] * s["n_head"] * s["head_dim"] * cfg.length
         return {"mfu": (6 * n + attended) * row["tokens_per_second"] / flops}
     if stage == "sample":         # one decoding step reads all weights once

@@ -473,7 +473,7 @@ def test_the_script(suite, chain):
     assert log[1]["revisions_revisions"] == 24 and {"refused_0", "refused_1"} <= set(log[1])
     assert {"critic_neither", "critic_first_wins", "critic_longer_wins", "critic_asked"} <= set(log[2])
     chains = [json.loads(line) for line in (folder / "round1" / "chains.jsonl").read_text().splitlines()]
-    assert len(chains) == 24 and set(chains[0]) == {"prompt", "initial", "chain"} and len(chains[0]["chain"]) == 1
+    assert len(chains) == 24 and set(chains[0]) == {"prompt", "initial", "chain", "ended"} and len(chains[0]["chain"]) == 1
     pairs = [json.loads(line) for line in (folder / "round1" / "comparisons.jsonl").read_text().splitlines()]
     assert {r.get("by", "ai") for r in pairs} == {"ai", "human"} and all(0.5 <= r["label"] <= 1 for r in pairs)
     policy, _ = load(folder)

@@ -231,6 +231,25 @@ def test_the_first_loss_is_ln_2(dialect):
     assert figures["margin"].abs().max() == 0
 
 
+def test_a_label_below_a_half_swaps_the_answers():
+    """Else the terms that hold up the chosen answer by itself, ORPO's and --sft_coef's, teach the worse one."""
+    tok = SimpleNamespace(render_answer=lambda prompt, answer: ([1, 2], [*answer.encode(), 0]))
+    one = {"prompt": "x", "chosen": "b", "rejected": "a", "label": 0.25}
+    other = {"prompt": "x", "chosen": "a", "rejected": "b", "label": 0.75}
+    found = [comparisons.encode([row], tok, 8, 8)[0] for row in (one, other)]
+    assert found[0] == found[1] == [([1, 2], [97, 0], [98, 0], 0.75)]
+
+
+def test_kto_needs_one_held_out_prompt(tmp_path):
+    rows = [{"prompt": f"q{i}", "completion": "ab"[i % 2], "label": bool(i % 2)} for i in range(8)]
+    data = tmp_path / "kto.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tok = SimpleNamespace(render_answer=lambda prompt, answer: ([*str(prompt).encode()][-9:], [*answer.encode(), 0]))
+    run = SimpleNamespace(cfg=config(loss="kto"), say=lambda text: None)
+    train, held, _ = comparisons.read_examples(run, data, "kto", tok, 64)
+    assert len(held) == 1 and len(train) == 7
+
+
 @both
 def test_the_first_loss_of_kto_is_a_half(dialect):
     """Although the reference reads both answers in one row, and the policy the labelled ones alone."""

@@ -380,6 +380,13 @@ def test_health_looks_for_the_peak_of_gold():
 # 5. The cures, flags of ppo.py.
 
 
+def test_the_least_of_rewards_of_steps_is_of_whole_answers():
+    """Not token by token: a sum of the least of each would be less than any of the rewards."""
+    each = torch.tensor([[[3.0, 0.0]], [[1.0, 1.0]]])                  # two rewards of one answer, at two tokens
+    least = Rewards.combined(SimpleNamespace(weights=torch.ones(2), ensemble="min"), each)
+    assert least.tolist() == [[1.0, 1.0]]
+
+
 def test_ensemble():
     r = torch.tensor([[1.0, 2.0, 5.0], [1.0, 4.0, -1.0], [1.0, 0.0, 2.0]])
 
@@ -443,7 +450,7 @@ def test_ptx(train):
 
 def test_ptx_leaves_the_held_out_text_alone(chain):
     _, tok = load(chain / "base")
-    text, held = world.TINY / "corpus.txt", evaluate.tail_of(world.TINY / "corpus.txt", tok)[0]
+    text, held = world.TINY / "corpus.txt", evaluate.tail_of(world.TINY / "corpus.txt", tok)
     rows = ppo.ptx_windows(ppo.Config(), tok, 256)
     ids = [i for doc in text.read_text().split("<|endoftext|>") for i in [tok.eos_id, *tok.encode(doc)]]
     assert rows.flatten().tolist() == ids[: rows.numel()] and held.tolist() == ids[-len(held):]

@@ -619,7 +619,7 @@ MINE = """
 import json, os
 def letters(rows, texts):
     with open(os.environ["SEEN"], "a") as f:
-        f.write(json.dumps([[r["prompt"][-1]["content"] for r in rows], texts]) + chr(10))
+        f.write(json.dumps([[r["prompt"][-1]["content"] for r in rows], texts, [r.get("n") for r in rows]]) + chr(10))
     return [sum(c in "aeiou" for c in t) / 10 for t in texts]
 """
 
@@ -641,8 +641,8 @@ def test_a_reward_of_ones_own(suite, chain, tmp_path, advantage):
         assert (r := suite.finish(job)).rc == 0 and r.err == "", r.err
     cool, warm, plain = (log_of(tmp_path / name) for name in ("cool", "warm", "plain"))
     seen = [json.loads(line) for line in (tmp_path / "cool.seen").read_text().splitlines()]
-    assert len(cool) == 3 and [len(texts) for _, texts in seen] == [16, 16, 16, 24, 24]     # at last those measured
-    for prompts, texts in seen[:3]:                                   # four answers to each of four prompts, in a row
+    assert len(cool) == 3 and [len(texts) for _, texts, _ in seen] == [16, 16, 16, 24, 24]     # at last those measured
+    for prompts, texts, _ in seen[:3]:                                   # four answers to each of four prompts, in a row
         assert len(texts) == 16 and [prompts[i // 4 * 4] for i in range(16)] == prompts and len(set(prompts)) == 4
         assert len(set(texts)) > 4
     assert cool[0]["entropy"] < warm[0]["entropy"]                    # the temperature reaches the policy
@@ -831,13 +831,13 @@ def test_inspect_needs_the_models_of_its_run(suite, chain, tmp_path):
     flags = ["--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 16, "--max_new", 8, "--out", tmp_path / "x"]
     suite.ok("ppo.py", *flags, "--advantage", "rloo", "--group", 2, "--relabel", 0, "--iterations", 1)
     r = suite.run("ppo.py", *flags, "--inspect")
-    assert r.rc == 1 and "its run trained policy, these flags train policy, value" in r.err and "Traceback" not in r.err
+    assert r.rc == 1 and "its run trained policy, and not the value of these flags" in r.err and "Traceback" not in r.err
 
 
 @pytest.mark.parametrize("kind", ["prompts", "preferences"])
 def test_ppo_on_ones_own_prompts(suite, chain, tmp_path, kind):
     (tmp_path / "mine.py").write_text(MINE)
-    rows = [{"prompt": f"What is {i}?"} | ({} if kind == "prompts" else {"chosen": "a", "rejected": "b"})
+    rows = [{"prompt": f"What is {i}?", "n": i} | ({} if kind == "prompts" else {"chosen": "a", "rejected": "b"})
             for i in range(10)]
     rows.append(rows[0] | {"prompt": "much too long " * 99})
     r = suite.ok("ppo.py", "--init", chain / "sft", "--reward", "mine:letters",
@@ -845,7 +845,10 @@ def test_ppo_on_ones_own_prompts(suite, chain, tmp_path, kind):
                  "--group", 1, "--max_new", 8, "--value_warmup", 0, "--out", tmp_path / "ppo",
                  env={"PYTHONPATH": str(tmp_path), "SEEN": str(tmp_path / "seen")})
     assert "p.jsonl: 11 rows kept" in r.out and "10 prompts to answer; 1 left out, of more than 128 tokens" in r.out
-    prompts = [json.loads(line)[0] for line in (tmp_path / "seen").read_text().splitlines()]
+    seen = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
+    prompts = [prompts for prompts, _, _ in seen]
+    for asked, _, n in seen:     # the other keys of a row are there, before and after training too
+        assert asked == [f"What is {i}?" for i in n]
     assert [(len(p), len(set(p))) for p in prompts[:2]] == [(16, 10)] * 2 and all(len(p) < 20 for p in prompts[0])
     assert [(len(p), len(set(p))) for p in prompts[2:]] == [(10, 10)] * 2     # before and after, each prompt once
     assert "gold" not in log_of(tmp_path / "ppo")[0]
