@@ -650,7 +650,7 @@ def test_a_reward_of_ones_own(suite, chain, tmp_path, advantage):
     assert cool[1]["entropy"] > plain[1]["entropy"] + 0.01            # and the bonus its first step
     assert cool[0]["kl"] == 0 < abs(cool[2]["kl"]) and cool[0]["beta"] == 0.1 > cool[1]["beta"] != cool[2]["beta"]
     assert 0 < cool[0]["reward"] <= sum(sum(c in "aeiou" for c in t) / 10 for t in seen[0][1]) / 16
-    for column, (_, texts) in zip(("before", "after"), seen[3:]):
+    for column, (_, texts, _) in zip(("before", "after"), seen[3:]):
         mean = sum(sum(c in "aeiou" for c in t) / 10 for t in texts) / 24
         assert result_of(tmp_path / "cool")[column]["reward"] == pytest.approx(mean)
     state, with_value = load_state(tmp_path / "cool"), load_state(chain / "ppo")
