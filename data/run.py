@@ -411,7 +411,7 @@ class Run:
 
     def watch_speed(self, seconds):
         """Say once what to do when steps on the CPU have become several times slower than they were."""
-        if any(model.wte.weight.device.type != "cpu" for model, _ in self.trained.values()):
+        if any(next(model.parameters()).device.type != "cpu" for model, _ in self.trained.values()):
             return
         self.step_seconds.append(seconds)
         if len(self.step_seconds) < 40 or self.slow:
