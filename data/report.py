@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, formats, sample, world
+from data import InputError, formats, process, sample, world
 from model import compare_policies, pad_batch, token_logprobs, token_values
 
 PROBES = 12       # test prompts whose answers stand in samples.txt
@@ -238,7 +238,7 @@ def bits_per_byte(model, tok, ids, length=128, batch=32):
     """Compression of a text: total -log2 p of its ids (N,), cut into windows, divided by the bytes of those
     that are predicted: not the first of a window, nor what is left behind the last window."""
     ids = ids[: len(ids) // length * length].view(-1, length)
-    n_bytes = sum(len(tok.bytes_of.get(i, b"")) for i in ids[:, 1:].flatten().tolist())
+    n_bytes = sum(process.spelled(tok, ids[:, 1:].flatten().tolist()))
     nll = 0.0
     for x in ids.split(batch):
         nll -= token_logprobs(model, x, torch.ones_like(x, dtype=torch.bool)).double().sum().item()

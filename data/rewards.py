@@ -138,8 +138,8 @@ class Rewards:
         """What a Source's function (ids, mask) -> (B, T) says of finished responses: tensors (T,)."""
         device = source.models[0].wte.weight.device
         longest = min(model.cfg.max_len for model in source.models)
-        return sample.read_texts(what, source.tok, [row["prompt"] for row in rows], texts, device,
-                                 longest=longest)
+        prompts = [row["prompt"] for row in rows]
+        return sample.read_texts(what, source.tok, prompts, texts, device, longest)
 
     def combined(self, each):
         """Several rewards (K, ..) as one (..): their weighted mean, or the smallest (arXiv:2310.02743, eq.

@@ -215,13 +215,14 @@ class Run:
         self.lock()
         finish_save(self.folder)      # one that was cut off in the midst counts
         goes_on = self.what_is_there(told)
+        replaced = [self.folder / name for name in (["result.json"] if goes_on else LEFT_BY_A_RUN)]
         read = {Path(path).resolve() for path in told["inputs"]}
-        for name in LEFT_BY_A_RUN:
-            if not goes_on and (self.folder / name).resolve() in read:
-                raise InputError(f"{self.folder / name} is read by this run and would be replaced by it; "
-                                 "choose another --out")
-        for name in ("result.json",) if goes_on else LEFT_BY_A_RUN:
-            (self.folder / name).unlink(missing_ok=True)
+        for path in replaced:
+            if path.resolve() in read:
+                raise InputError(f"{path} is read by this run and would be replaced by it; choose another "
+                                 "--out")
+        for path in replaced:
+            path.unlink(missing_ok=True)
         write_atomic(self.folder / "run.json", json.dumps(told, indent=1).encode())
 
     def lock(self):
@@ -284,13 +285,14 @@ class Run:
         self.n_steps, self.tok, self.trained = min(n_steps, self.cfg.max_steps or n_steps), tok, trained
         self.step_start = self.loop_start = time.time()
         for name, (model, optimizer) in trained.items():
+            if not self.first:
+                continue
             wanted = {part for part, p in model.named_parameters() if p.requires_grad}
-            if self.first and not wanted <= self.state["models"].get(name, {}).keys():
+            if not wanted <= self.state["models"].get(name, {}).keys():
                 raise InputError(f"{self.folder}: its run trained {', '.join(self.state['models'])}, and not "
                                  f"the {name} of these flags; give --inspect the flags of that run")
-            if self.first:
-                load_full_state(model, self.state["models"][name])
-                load_optimizer_state(model, optimizer, self.state["optimizers"][name])
+            load_full_state(model, self.state["models"][name])
+            load_optimizer_state(model, optimizer, self.state["optimizers"][name])
         if self.dry:
             self.n_steps = self.first + (1 if self.first else 2)  # the second one, of a policy that has moved
             return

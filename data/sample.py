@@ -110,7 +110,7 @@ def annotated_steps(rows, answers, annotator, rng):
 
 
 @torch.no_grad()
-def read_texts(read, tok, prompts, texts, device, batch=64, longest=None):
+def read_texts(read, tok, prompts, texts, device, longest, batch=64):
     """What read(ids, mask) -> (B, T) says of one answer (str) to each prompt (messages), finished ones: a
     list of tensors (T,), one an answer. Of an answer that with its prompt and EOS takes more than `longest`
     tokens, which the model could not read, the end is left out."""
@@ -133,6 +133,6 @@ def read_texts(read, tok, prompts, texts, device, batch=64, longest=None):
 def rewards(model, tok, prompts, texts, batch=64):
     """Rewards (list of floats) of one answer (str) to each prompt (messages) by a reward model."""
     read = partial(rewards_at_tokens, model, tok)
-    said = read_texts(read, tok, prompts, texts, model.wte.weight.device, batch, model.cfg.max_len)
+    said = read_texts(read, tok, prompts, texts, model.wte.weight.device, model.cfg.max_len, batch)
     return [x.sum().item() for x in said]
 

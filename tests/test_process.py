@@ -195,7 +195,7 @@ def test_padding_and_company_change_nothing():
             torch.testing.assert_close(read(ids[b: b + 1], mask[b: b + 1])[0], want[b], atol=1e-4, rtol=0)
         torch.testing.assert_close(in_chunks(read, ids, mask, 2), want, atol=1e-4, rtol=0)
         prompts = [user("Why? " * (n + 1)) for n in range(5)]
-        for x, row in zip(sample.read_texts(read, TOK, prompts, SAID, "cpu", batch=2), want):
+        for x, row in zip(sample.read_texts(read, TOK, prompts, SAID, "cpu", model.cfg.max_len, batch=2), want):
             torch.testing.assert_close(x[: row.isfinite().nonzero()[-1] + 1],
                                        row[: len(x)][: row.isfinite().nonzero()[-1] + 1], atol=1e-4, rtol=0)
 
