@@ -399,12 +399,8 @@ def measure_critic(cfg, setting):
     rows, dropped = formats.load(cfg.critic_test, "preference")
     print(formats.describe(rows, dropped, cfg.critic_test))
     critic = make_critic(cfg.critic or need(cfg, "base"), cfg, setting.shots, setting.device)
-    pairs = []      # the better answer first; a tie has none
-    for row in rows:
-        if row["label"] > 0.5:
-            pairs.append((row["prompt"], row["chosen"], row["rejected"]))
-        elif row["label"] < 0.5:
-            pairs.append((row["prompt"], row["rejected"], row["chosen"]))
+    decided = [row for row in rows if row["label"] != 0.5]     # a tie has no better answer
+    pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in decided]
     labels = compare(pairs, setting.choose, critic, random.Random(f"{cfg.seed} choices"))
     figures = accuracy(labels, pairs) | critic_figures(labels, pairs)
     for name, value in figures.items():

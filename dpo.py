@@ -58,19 +58,19 @@ from model import frozen, logprobs_from, pad_batch, refresh, sampling_copy, toke
 # rejected one, without beta. LOSSES says what these rewards are.
 
 
-def dpo(h, beta, cfg=None):
+def dpo(h, cfg):
     """arXiv:2305.18290, eq. 7."""
-    return -F.logsigmoid(beta * h)
+    return -F.logsigmoid(cfg.beta * h)
 
 
-def ipo(h, beta, cfg=None):
+def ipo(h, cfg):
     """arXiv:2310.12036, eq. 17."""
-    return (h - 1 / (2 * beta)) ** 2
+    return (h - 1 / (2 * cfg.beta)) ** 2
 
 
-def simpo(h, beta, cfg):
+def simpo(h, cfg):
     """arXiv:2405.14734, eq. 6. (The paper's tables give gamma / beta.)"""
-    return -F.logsigmoid(beta * h - cfg.gamma)
+    return -F.logsigmoid(cfg.beta * h - cfg.gamma)
 
 
 def log_odds(p):
@@ -83,7 +83,7 @@ def log_odds(p):
     return p - torch.where(near_0, of_near, of_far)
 
 
-def orpo(h, beta, cfg):
+def orpo(h, cfg):
     """arXiv:2403.07691, eq. 6, second term; the first one is `nll` of its row."""
     return -cfg.odds_coef * F.logsigmoid(h)
 
@@ -94,7 +94,7 @@ class Loss:
     reward: typing.Callable       # (logp, ref, n) -> (2, B): rewards, without beta, of the chosen (row 0) and
                                   # the rejected answers, from their log-probs (2, B) under policy and
                                   # reference, summed over tokens, and their numbers of tokens (2, B)
-    loss: typing.Callable         # (h, beta, cfg) -> (B,)
+    loss: typing.Callable         # (h, cfg) -> (B,)
     beta: float                   # default of --beta
     needs_reference: bool
     start: str                    # the link of the chain that it starts from
@@ -149,7 +149,7 @@ class Config(RunFlags):
     grad_clip: float = 1.0        # largest gradient norm
 
 
-def pair_loss(cfg, beta, logp, ref, n, p):
+def pair_loss(cfg, logp, ref, n, p):
     """Losses (B,) and implicit rewards (2, B) of pairs. logp, ref, n (2, B): see Loss; p (B,): the share of
     people who prefer the chosen answer."""
     # What a label counts as: cDPO pulls it to 1/2, rDPO inverts that. The loss is linear in p.
@@ -160,9 +160,9 @@ def pair_loss(cfg, beta, logp, ref, n, p):
     spec = LOSSES[cfg.loss]
     rewards = spec.reward(logp, ref, n)                                             # (2, B)
     h = rewards[0] - rewards[1]
-    loss = p * spec.loss(h, beta, cfg) + (1 - p) * spec.loss(-h, beta, cfg)
+    loss = p * spec.loss(h, cfg) + (1 - p) * spec.loss(-h, cfg)
     nll = -logp[0] / n[0]
-    return loss + (spec.nll + cfg.sft_coef) * nll, beta * rewards
+    return loss + (spec.nll + cfg.sft_coef) * nll, cfg.beta * rewards
 
 
 def share_above_0(x):
@@ -220,7 +220,7 @@ def pair_losses(model, examples, known, tok, cfg):
     n = torch.tensor(n, device=known.device)                                        # (2, B)
     p = torch.tensor([label for *_, label in examples], device=known.device)        # (B,)
     logp = pair_logps(model, examples, tok)                                         # (2, B)
-    loss, rewards = pair_loss(cfg, cfg.beta, logp, known, n, p)
+    loss, rewards = pair_loss(cfg, logp, known, n, p)
 
     # For the log: is the better answer, the one that most prefer, rewarded more, and by how much?
     better, worse = torch.where(p > 0.5, rewards, rewards.flip(0)).detach()         # (B,) each

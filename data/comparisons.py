@@ -120,8 +120,6 @@ def encode(rows, tok, max_prompt, max_len):
         prompt, first = tok.render_answer(row["prompt"], answers[0])
         _, second = tok.render_answer(row["prompt"], answers[-1])
         label, room = float(row["label"]), max_len - len(prompt)
-        if len(answers) == 2 and label < 0.5:    # the better answer stands first: it is held up by itself
-            first, second, label = second, first, 1 - label
         if len(prompt) > max_prompt:
             counts["long"] += 1
         elif len(answers) == 2 and first[:room] == second[:room]:

@@ -12,10 +12,11 @@ The five kinds; MESSAGES is a list of {"role": "system" | "user" | "assistant", 
     kto         {"prompt": MESSAGES, "completion": str, "label": bool}
     process     {"prompt": MESSAGES, "completions": [str], "labels": [float]}      the steps of one answer
 
-A prompt ends in a user turn and is one list for both sides of a pair; "label" is P(chosen is preferred). In
-an sft row an assistant message with a third key, "train": False, is not to be trained on. Texts are stripped
-of surrounding space, and neighbouring turns of one role become one turn with a blank line between. The steps
-of a process row give the answer when they are put together as they are; a label is P(the step is right).
+A prompt ends in a user turn and is one list for both sides of a pair; "label" is P(chosen is preferred), and
+never below 1/2: a row that says less has its sides exchanged. In an sft row an assistant message with a third
+key, "train": False, is not to be trained on. Texts are stripped of surrounding space, and neighbouring turns
+of one role become one turn with a blank line between. The steps of a process row give the answer when they
+are put together as they are; a label is P(the step is right).
 
 What a row is shows in its keys and values (the FORMATS table), never in the name of the file. A key that is
 null or NaN counts as absent. A row that is well formed but of no use, such as an empty response, is dropped
@@ -384,8 +385,11 @@ def pair(chosen, rejected, row):
         if row.get(high) is not None and row.get(low) is not None:
             margin = _number(row, high) - _number(row, low)
             label = 0.5 if margin == 0 else 1.0
+    label, margin = _number(row, "label", 0, 1, label), _number(row, "margin", default=margin)
+    if label < 0.5:  # most prefer the other one
+        chosen, rejected, label, margin = rejected, chosen, 1 - label, -margin
     found = {"prompt": chosen[:-1], "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"],
-             "label": _number(row, "label", 0, 1, label), "margin": _number(row, "margin", default=margin)}
+             "label": label, "margin": margin}
     if row.get("ceiling") is not None:  # the chance to guess this label right, where it is known
         found["ceiling"] = _number(row, "ceiling", 0, 1)
     return found
@@ -432,7 +436,7 @@ def _side(prompt, row, key):
 def from_alpaca_eval(row):
     """AlpacaEval {"instruction", "output_1", "output_2", "preference"}: 1 is for output_1, 2 for output_2.
 
-    Numbers between are soft labels, 1.5 and 0 are ties. "chosen" is the output with P(preferred) >= 0.5.
+    Numbers between are soft labels, 1.5 and 0 are ties.
     """
     if row.get("preference") is None:
         raise Unusable("no preference given")
@@ -441,10 +445,7 @@ def from_alpaca_eval(row):
         raise Malformed('expected "preference" to be 0 or between 1 and 2, found another number')
     first = turns_of_instruction(row) + [_turn("assistant", _text(row, "output_1"))]
     second = turns_of_instruction(row) + [_turn("assistant", _text(row, "output_2"))]
-    label = 2 - preference  # P(output_1 preferred)
-    if label >= 0.5:
-        return pair(first, second, {"label": label})
-    return pair(second, first, {"label": 1 - label})
+    return pair(first, second, {"label": 2 - preference})  # P(output_1 preferred)
 
 
 def from_tldr(row):
@@ -620,8 +621,7 @@ def convert(row, kind, notes=None):
     # A pair: its better answer is a demonstration, and for kto the other one a bad answer.
     label, chosen, rejected = found["label"], found["chosen"], found["rejected"]
     if kind == "sft":
-        better = chosen if label >= 0.5 else rejected
-        rows = [_row_of_answer(prompt, _turn("assistant", better), True, kind)]
+        rows = [_row_of_answer(prompt, _turn("assistant", chosen), True, kind)]
     elif not chosen or not rejected:
         raise Unusable("empty response")
     elif chosen == rejected:
@@ -631,8 +631,8 @@ def convert(row, kind, notes=None):
     elif label == 0.5:
         raise Unusable("tie")
     else:
-        rows = [{"prompt": prompt, "completion": chosen, "label": label > 0.5},
-                {"prompt": prompt, "completion": rejected, "label": label < 0.5}]
+        rows = [{"prompt": prompt, "completion": chosen, "label": True},
+                {"prompt": prompt, "completion": rejected, "label": False}]
     if notes is not None and found["margin"] < 0 and label > 0.5:
         notes[INVERTED] += 1
     return rows

@@ -13,7 +13,7 @@ from test_oracles import (BETA, N_TOKENS, PROMPTS, RESPONSES, both, exact, full_
                           wide)
 
 import dpo
-from data import InputError, comparisons, report, world
+from data import InputError, comparisons, formats, report, world
 from data.checkpoint import load, save
 from data.run import adamw, set_lr
 from data.tokenizer import GPT2_REGEX, Tokenizer, tokenizer_from_ranks
@@ -82,8 +82,8 @@ def oracle(loss, logp, ref, n, p, beta, gamma=1.0, lam=1.0, smooth=0.0, flip=0.0
 def test_pair_losses_against_numpy(loss, extra):
     logp, ref, n, p = numbers()
     beta = 0.3 if loss != "simpo" else 2.0
-    cfg = config(loss=loss, gamma=0.7, odds_coef=0.4, **extra)
-    got, rewards = dpo.pair_loss(cfg, beta, *(torch.from_numpy(x) for x in (logp, ref, n, p)))
+    cfg = config(loss=loss, beta=beta, gamma=0.7, odds_coef=0.4, **extra)
+    got, rewards = dpo.pair_loss(cfg, *(torch.from_numpy(x) for x in (logp, ref, n, p)))
     want = oracle(loss, logp, ref, n, p, beta, 0.7, 0.4, extra.get("label_smoothing", 0.0), extra.get("flip_rate", 0.0),
                   extra.get("sft_coef", 0.0))
     assert np.abs(got.numpy() - want).max() < 1e-10 * max(1, np.abs(want).max())
@@ -109,7 +109,7 @@ def test_gradcheck(loss):
     if loss == "kto":
         f = lambda x: dpo.kto_loss(x[0] - ref[0], (p > 0.5).double(), 0.3, 0.2, 1.2, 0.7).sum()   # noqa: E731
     else:
-        f = lambda x: dpo.pair_loss(config(loss=loss, sft_coef=0.1), 0.4, x, ref, n, p)[0].sum()   # noqa: E731
+        f = lambda x: dpo.pair_loss(config(loss=loss, beta=0.4, sft_coef=0.1), x, ref, n, p)[0].sum()   # noqa: E731
     assert torch.autograd.gradcheck(f, (logp,), eps=1e-6, atol=1e-6)
 
 
@@ -126,9 +126,9 @@ def test_log_odds_at_the_edges():
 def test_at_the_start_the_loss_is_ln_2():
     logp, _, n, p = (torch.from_numpy(x) for x in numbers())
     for extra in ({}, {"label_smoothing": 0.2}, {"flip_rate": 0.2}):
-        loss, rewards = dpo.pair_loss(config(**extra), 0.1, logp, logp, n, p)
+        loss, rewards = dpo.pair_loss(config(beta=0.1, **extra), logp, logp, n, p)
         assert (loss - math.log(2)).abs().max() < 1e-15 and rewards.abs().max() == 0
-    assert (dpo.pair_loss(config(loss="ipo"), 0.25, logp, logp, n, p)[0] - 4).abs().max() < 1e-15
+    assert (dpo.pair_loss(config(loss="ipo", beta=0.25), logp, logp, n, p)[0] - 4).abs().max() < 1e-15
     assert (dpo.kto_loss(logp[0] - logp[0], p, 0.0, 0.1) - 0.5).abs().max() < 1e-15
 
 
@@ -139,7 +139,7 @@ def test_rdpo_is_unbiased_under_flips_and_cdpo_is_not():
     one, eps = torch.ones(50, dtype=f64), 0.3
 
     def of(p, **extra):
-        loss = dpo.pair_loss(config(**extra), 0.2, logp, ref, n, p)[0].sum()
+        loss = dpo.pair_loss(config(beta=0.2, **extra), logp, ref, n, p)[0].sum()
         return torch.cat((loss.view(1), torch.autograd.grad(loss, logp)[0].flatten()))
 
     clean = of(one)
@@ -153,8 +153,8 @@ def test_labels_are_symmetric():
     """Chosen and rejected exchanged with label 1 - p is the same pair, for every loss without an SFT part."""
     logp, ref, n, p = (torch.from_numpy(x) for x in numbers(2))
     for loss in ("dpo", "ipo", "simpo"):
-        a = dpo.pair_loss(config(loss=loss), 0.5, logp, ref, n, p)[0]
-        b = dpo.pair_loss(config(loss=loss), 0.5, logp.flip(0), ref.flip(0), n.flip(0), 1 - p)[0]
+        a = dpo.pair_loss(config(loss=loss, beta=0.5), logp, ref, n, p)[0]
+        b = dpo.pair_loss(config(loss=loss, beta=0.5), logp.flip(0), ref.flip(0), n.flip(0), 1 - p)[0]
         assert (a - b).abs().max() < 1e-12
 
 
@@ -231,12 +231,15 @@ def test_the_first_loss_is_ln_2(dialect):
     assert figures["margin"].abs().max() == 0
 
 
-def test_a_label_below_a_half_swaps_the_answers():
+def test_a_label_below_a_half_swaps_the_answers(tmp_path):
     """Else the terms that hold up the chosen answer by itself, ORPO's and --sft_coef's, teach the worse one."""
     tok = SimpleNamespace(render_answer=lambda prompt, answer: ([1, 2], [*answer.encode(), 0]))
     one = {"prompt": "x", "chosen": "b", "rejected": "a", "label": 0.25}
     other = {"prompt": "x", "chosen": "a", "rejected": "b", "label": 0.75}
-    found = [comparisons.encode([row], tok, 8, 8)[0] for row in (one, other)]
+    found = []
+    for row in (one, other):
+        (tmp_path / "pair.jsonl").write_text(json.dumps(row))
+        found.append(comparisons.encode(formats.load(tmp_path / "pair.jsonl", "preference")[0], tok, 8, 8)[0])
     assert found[0] == found[1] == [([1, 2], [97, 0], [98, 0], 0.75)]
 
 
@@ -281,11 +284,11 @@ def test_the_reference_point_is_the_mean_of_the_step(dialect):
 
 def test_a_loss_is_one_row(monkeypatch):
     """What the header says of adding one: a hinge loss (arXiv:2305.10425) is a function and a row."""
-    row = dpo.Loss(lambda logp, ref, n: logp / n, lambda h, beta, cfg: (1 - beta * h).relu(), 0.5,
+    row = dpo.Loss(lambda logp, ref, n: logp / n, lambda h, cfg: (1 - cfg.beta * h).relu(), 0.5,
                    False, "sft")
     monkeypatch.setitem(dpo.LOSSES, "slic", row)
     logp, ref, n, _ = numbers(5)
-    got, _ = dpo.pair_loss(config(loss="slic"), 0.5, *(torch.from_numpy(x) for x in (logp, ref, n, np.ones(50))))
+    got, _ = dpo.pair_loss(config(loss="slic", beta=0.5), *(torch.from_numpy(x) for x in (logp, ref, n, np.ones(50))))
     assert np.abs(got.numpy() - np.maximum(0, 1 - 0.5 * (logp[0] / n[0] - logp[1] / n[1]))).max() < 1e-12
 
 
@@ -298,7 +301,7 @@ def test_the_prompt_mask_changes_no_dpo_loss_but_the_rewards(monkeypatch):
     def of(examples, loss):
         logp, known = (dpo.pair_logps(m, examples, SimpleNamespace(pad_id=3)).double() for m in (model, ref))
         n = torch.tensor([[len(e[1]) for e in examples], [len(e[2]) for e in examples]])
-        return dpo.pair_loss(config(loss=loss), 0.1, logp, known, n, torch.ones(5))
+        return dpo.pair_loss(config(loss=loss, beta=0.1), logp, known, n, torch.ones(5))
 
     for loss, equal in (("dpo", True), ("ipo", False), ("simpo", False), ("orpo", False)):
         (a, ra), (b, rb) = of(examples, loss), of(moved, loss)
@@ -403,7 +406,7 @@ def test_the_known_optimum_is_reached(loss):
     for step in range(n_steps):
         logp = logps(policy, flat, tok).view(2, -1)                 # every answer once, then every pair
         take = lambda t: torch.stack((t[k, i], t[k, j]))   # noqa: E731
-        out = dpo.pair_loss(config(loss=loss), beta, take(logp), take(known), torch.stack((n[i], n[j])), label)[0]
+        out = dpo.pair_loss(config(loss=loss, beta=beta), take(logp), take(known), torch.stack((n[i], n[j])), label)[0]
         out.mean().backward()
         set_lr(optimizer, 5e-3 * (1 - step / n_steps))
         optimizer.step()

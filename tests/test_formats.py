@@ -163,10 +163,10 @@ FORMATS = {
         {"prompt": "Write a chat", "chosen": "Human: x\n\nAssistant: y", "rejected": "no"}, "preference",
         [pref([U("Write a chat")], "Human: x\n\nAssistant: y", "no")]),
     "pair, soft": ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 0.25, "margin": -1}, "preference",
-                   [pref([U("a")], "b", "c", 0.25, -1.0)]),
+                   [pref([U("a")], "c", "b", 0.75, 1.0)]),
     "pair, soft, to kto": ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 0.25}, "kto",
-                           [{"prompt": [U("a")], "completion": "b", "label": False},
-                            {"prompt": [U("a")], "completion": "c", "label": True}]),
+                           [{"prompt": [U("a")], "completion": "c", "label": True},
+                            {"prompt": [U("a")], "completion": "b", "label": False}]),
     "pair, soft, to sft": (
         {"prompt": "a", "chosen": "b", "rejected": "c", "label": 0.25},
         "sft", [{"messages": [U("a"), A("c")]}]),
@@ -341,7 +341,7 @@ FORMATS = {
         "preference", [pref([U("a")], "b", "c", 0.75, 0.0)]),
     "a label that goes with inverted scores": (
         {**PAIR, "label": 0.25, "score_chosen": 1, "score_rejected": 3},
-        "preference", [pref([U("a")], "b", "c", 0.25, -2.0)]),
+        "preference", [pref([U("a")], "c", "b", 0.75, 2.0)]),
     "a tie of scores, to sft": ({**PAIR, "score_chosen": 1, "score_rejected": 1},
                                 "sft", [TALK]),
     "pair with ceiling": ({**PAIR, "ceiling": 0.9}, "preference",
@@ -746,7 +746,7 @@ def test_inverted_scores_are_kept_and_said(tmp_path):
         assert sum(dropped.values()) == 2 + (kind == "kto")
     assert load(path, "prompt")[1] == {}
     rows, dropped = load(path, "preference")
-    assert [(row["label"], row["margin"]) for row in rows] == [(1, 6), (1, -2), (0.5, 0), (0.25, -1), (1, -2)]
+    assert [(row["label"], row["margin"]) for row in rows] == [(1, 6), (1, -2), (0.5, 0), (0.75, 1), (1, -2)]
     assert load(save(tmp_path, rows, "again.jsonl"), "preference") == (rows, dropped)  # said again
     line = describe(*load(path, "kto"), "x")
     assert line == f"x: 8 rows kept, 1 dropped (1 tie); in 2 pairs {INVERTED}"
