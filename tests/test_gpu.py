@@ -69,27 +69,28 @@ COMMANDS = {    # with --max_steps 2 --dtype float32 --out ...
 COMPILED = {"sft_compiled": "sft", "ppo_compiled": "ppo"}     # the same with --compile, on the GPU alone
 
 
+def run(suite, script, *flags):
+    """A script or module of the suite in a process of its own, which may see the GPU; finished."""
+    # fp32 on both sides: what the matrix units take for fp32 has ten bits less.
+    env = suite.env | {"NVIDIA_TF32_OVERRIDE": "0"}
+    del env["CUDA_VISIBLE_DEVICES"], env["PYTHONWARNINGS"]
+    start = [suite.root / script] if script.endswith(".py") else ["-m", script]
+    command = [sys.executable, *start, *flags]
+    return subprocess.run(list(map(str, command)), cwd=suite.root, env=env, capture_output=True, text=True,
+                          timeout=300)
+
+
 @pytest.fixture(scope="module")
 def all_scripts(suite, chain, tmp_path_factory):
     """{(name, "cpu" or "cuda"): (finished process, its --out)} of COMMANDS and COMPILED."""
     folder, jobs = tmp_path_factory.mktemp("gpu"), {}
-    # fp32 on both sides: what the matrix units take for fp32 has ten bits less.
-    env = suite.env | {"NVIDIA_TF32_OVERRIDE": "0"}
-    del env["CUDA_VISIBLE_DEVICES"], env["PYTHONWARNINGS"]
-
-    def run(script, flags, out):
-        start = [suite.root / script] if script.endswith(".py") else ["-m", script]
-        command = [sys.executable, *start, *flags, "--max_steps", "2", "--dtype", "float32", "--out", out]
-        return subprocess.run(list(map(str, command)), cwd=suite.root, env=env, capture_output=True, text=True,
-                              timeout=300)
-
     with ThreadPoolExecutor(12) as pool:
         for name in [*COMPILED, *COMMANDS]:
-            script, *flags = COMMANDS[COMPILED.get(name, name)].format(chain).split()
-            flags += ["--compile"] if name in COMPILED else []
+            command = COMMANDS[COMPILED.get(name, name)].format(chain) + " --max_steps 2 --dtype float32"
+            flags = command.split() + ["--compile"] * (name in COMPILED)
             for device in ["cuda"] if name in COMPILED else ["cuda", "cpu"]:
                 out = folder / name / device
-                jobs[name, device] = pool.submit(run, script, [*flags, "--device", device], out), out
+                jobs[name, device] = pool.submit(run, suite, *flags, "--device", device, "--out", out), out
     return {key: (job.result(), out) for key, (job, out) in jobs.items()}
 
 
@@ -124,9 +125,6 @@ def test_compiled_on_a_gpu(all_scripts, name):
 @needs_gpu
 def test_cai_on_a_gpu(suite, chain, tmp_path):
     (tmp_path / "base").symlink_to(chain / "base")
-    env = suite.env.copy()
-    del env["CUDA_VISIBLE_DEVICES"], env["PYTHONWARNINGS"]
-    command = [sys.executable, suite.root / "cai.py", "--out", tmp_path / "cai", *CAI_FLAGS]
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
+    done = run(suite, "cai.py", "--out", tmp_path / "cai", *CAI_FLAGS)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
     assert json.loads((tmp_path / "cai" / "result.json").read_text())["device"].startswith("cuda")
