@@ -47,9 +47,9 @@ from data.flags import RunFlags, names_in, program
 from data.parallel import WORLD
 from data.principles import (accuracy, agreement, compare, constitution, count_faults, critic_figures,
                              few_shots, gold_by_revision, transcript)
-from data.run import MEASURE, Run, seeded, setup
-from data.sample import all_pairs, annotated, different_answers, ended, preference_row, respond, short_enough
-from model import sampling_copy
+from data.run import Run, seeded, setup
+from data.sample import (all_pairs, annotated, different_answers, ended, load_sampler, preference_row,
+                         respond, short_enough)
 
 
 @dataclass
@@ -138,12 +138,6 @@ def draw_rows(rows, n, seed):
     return random.Random(seed).sample(rows, min(n, len(rows)))
 
 
-def load_sampler(path, device):
-    """(the model at a path, frozen, to sample from; its tokenizer)."""
-    model, tok = load(path)
-    return sampling_copy(model).to(device), tok
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Critiques and revisions. The prompts are those of Anthropic's published files, character for character.
 
@@ -223,8 +217,8 @@ def conversation(prompt, text):
 
 
 def training_rows(chains, which):
-    """Conversations for sft.py: prompt and revision, for every revision of a chain that is good or a copy, or
-    for the last of them."""
+    """Conversations for sft.py: every good revision of a chain, or the last one. A copy counts as well: not
+    every response needs a change."""
     rows = []
     for chain in chains:
         usable = [step["revision"] for step in chain["chain"] if step["fault"] in ("", "copied")]
@@ -334,13 +328,13 @@ def stage2(cfg, run, setting, n, model, critic_path):
     folder, seed = Path(cfg.out) / f"round{n}", cfg.seed * 1000 + n
     pairs_file, figures_file = folder / "comparisons.jsonl", folder / "critic.json"
     if not figures_file.exists():
-        # 1. Answers to red-team prompts; every two different, finished ones to a prompt are a pair. So are
-        #    what stage 1 began and ended with: where all answers refuse, nothing else shows it to be better.
+        # 1. Answers to red-team prompts; every two different finished ones are a pair. So are the first and
+        #    the last answer of each stage-1 chain: where all refuse, only these show that it is better.
         sampler, tok = load_sampler(model, setting.device)
 
         def sampled_pairs(rows, step):
-            counts, generator = [cfg.k] * len(rows), seeded(seed, step)
-            answers = different_answers(sampler, tok, rows, counts, cfg.max_new, generator, cfg.temperature)
+            answers = different_answers(sampler, tok, rows, cfg.k, cfg.max_new, seeded(seed, step),
+                                        cfg.temperature)
             return all_pairs(rows, answers)
         pairs = sampled_pairs(draw_rows(setting.red, cfg.prompts, f"{seed} red 2"), 1)
         red = draw_rows(setting.red, cfg.prompts, f"{seed} red 1")
@@ -353,7 +347,7 @@ def stage2(cfg, run, setting, n, model, critic_path):
         figures = critic_figures(labels, pairs) | dict(critic.counts)
         annotator, rng = world.Annotator(), random.Random(f"{seed} annotator")
         if setting.graded:
-            figures |= agreement(labels, pairs, annotator, rng)
+            figures |= agreement(labels, pairs, annotator.noise, rng)
 
         # The comparisons to train on, those of helpfulness by people.
         rows, for_people = [], []
@@ -446,13 +440,11 @@ def main(cfg):
 
     def measured(title, name, path, step, figures):
         """Measure the model at a path; samples, log and column of the closing table."""
-        sampler, tok = load_sampler(path, device)
-        columns[name], answers = report.measure(sampler, tok, tests, seeded(cfg.seed, MEASURE))
+        columns[name], answers = run.measure(title, load_sampler(path, device)[0], tests)
         if tests.graded:
             # "harmless" is gold, where a refusal without the right safe alternative is worth half.
             refused = [scores["harmless"] > 0 for scores in answers.scored if "harmless" in scores]
             columns[name]["harmless_rate"] = sum(refused) / max(1, len(refused))
-        run.samples(title, tests.prompts[: report.PROBES], answers.texts)
         shown = ("gold", "harmless_rate", "helpful", "honest", "length")
         run.log(step, show=shown, **columns[name], **figures)
         return answers.scored

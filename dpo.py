@@ -14,7 +14,7 @@ comparisons as one (arXiv:2305.18290, eq. 4-7). With w the chosen and l the reje
     DPO    - log sigmoid(beta h)                                                    arXiv:2305.18290, eq. 7
     IPO    (h - 1 / (2 beta))^2,   log-ratios averaged over tokens, as its authors do     2310.12036, eq. 17
     SimPO  - log sigmoid(beta (log pi(w|x) / |w| - log pi(l|x) / |l|) - gamma)            2405.14734, eq. 6
-    ORPO   - log pi(w|x) / |w| - lambda log sigmoid(log odds(w|x) - log odds(l|x)),       2403.07691, eq. 6-7
+    ORPO   - log pi(w|x) / |w| - beta log sigmoid(log odds(w|x) - log odds(l|x)),         2403.07691, eq. 6-7
            odds = p / (1 - p), p the geometric mean of the token probabilities
     KTO    1 - sigmoid(beta (r - z)) for a good answer, 1 - sigmoid(beta (z - r)) for a bad one,
            r = log pi / pi_ref, z = max(0, mean r of answers to OTHER prompts)            2402.01306, eq. 8
@@ -36,6 +36,7 @@ import math
 import random
 import typing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,11 +52,11 @@ from data.parallel import WORLD, all_sum, in_shares, micro_batches, prepare
 from data.rewards import judge_of
 from data.run import Run, adamw, batches, cosine, set_lr, setup
 from data.sample import read_prompts
-from model import frozen, logprobs_from, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
+from model import freeze, logprobs_from, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
 
 # ------------------------------------------------------------------------------------------------------------
-# The losses as pure functions: (B,) of h (B,), the implicit reward of the chosen answer minus that of the
-# rejected one, without beta. LOSSES says what these rewards are.
+# The losses as pure functions: (B,) of h (B,), the chosen answer's implicit reward minus the rejected one's,
+# without beta; see LOSSES.
 
 
 def dpo(h, cfg):
@@ -70,7 +71,7 @@ def ipo(h, cfg):
 
 def simpo(h, cfg):
     """arXiv:2405.14734, eq. 6. (The paper's tables give gamma / beta.)"""
-    return -F.logsigmoid(cfg.beta * h - cfg.gamma)
+    return -F.logsigmoid(cfg.beta * h - cfg.simpo_gamma)
 
 
 def log_odds(p):
@@ -85,7 +86,7 @@ def log_odds(p):
 
 def orpo(h, cfg):
     """arXiv:2403.07691, eq. 6, second term; the first one is `nll` of its row."""
-    return -cfg.odds_coef * F.logsigmoid(h)
+    return -cfg.beta * F.logsigmoid(h)     # beta is the paper's lambda
 
 
 @dataclass
@@ -107,7 +108,7 @@ LOSSES = {
     "ipo":   Loss(lambda logp, ref, n: (logp - ref) / n,   ipo,      0.5,  True,      "sft"),
     "simpo": Loss(lambda logp, ref, n: logp / n,           simpo,    2.0,  False,     "sft"),
     "orpo":  Loss(lambda logp, ref, n: log_odds(logp / n), orpo,     1.0,  False,     "base", nll=1.0),
-    "kto":   Loss(None,                                    None,     0.3,  True,      "sft"),   # its own part
+    "kto":   Loss(None,                                    None,     0.3,  True,      "sft"),   # kto_losses
 }
 
 
@@ -128,12 +129,11 @@ class Config(RunFlags):
     beta: float = 0.0             # strength of the pull to the reference (0: what suits the loss, see LOSSES)
     label_smoothing: float = 0.0  # cDPO: chance that a label is wrong, below 0.5
     flip_rate: float = 0.0        # rDPO: the same, but undone
-    sft_coef: float = 0.2         # weight of the chosen answer's own - log pi / length (not kto); keeps
-                                  # sentences whole
-    gamma: float = 1.0            # SimPO: margin that the chosen answer must win by
-    odds_coef: float = 1.0        # ORPO: lambda
-    good_weight: float = 1.0      # KTO: weight of good answers
-    bad_weight: float = 1.0       # KTO: weight of bad answers
+    sft_coef: float = 0.2         # weight of - log pi(w|x) / |w|, added to every loss but kto (0: the paper's
+                                  # loss); keeps sentences whole
+    simpo_gamma: float = 1.0      # SimPO: margin that the chosen answer must win by
+    desirable_weight: float = 1.0     # KTO: weight of good answers
+    undesirable_weight: float = 1.0   # KTO: weight of bad answers
     # Online
     online: bool = False          # sample two answers to each prompt of a step and compare those
     judge: str = "annotator"      # annotator (of the tiny world), a reward model, or module:function
@@ -156,7 +156,7 @@ def pair_loss(cfg, logp, ref, n, p):
     p = p * (1 - cfg.label_smoothing) + (1 - p) * cfg.label_smoothing
     p = (p - cfg.flip_rate) / (1 - 2 * cfg.flip_rate)
 
-    # The loss, and what holds the chosen answer up by itself.
+    # The loss, and the SFT term on the chosen answer.
     spec = LOSSES[cfg.loss]
     rewards = spec.reward(logp, ref, n)                                             # (2, B)
     h = rewards[0] - rewards[1]
@@ -165,8 +165,8 @@ def pair_loss(cfg, logp, ref, n, p):
     return loss + (spec.nll + cfg.sft_coef) * nll, cfg.beta * rewards
 
 
-def share_above_0(x):
-    """1 where x (B,) is above 0, 1/2 where it is 0 but for rounding, else 0."""
+def wins(x):
+    """1 where x (B,) is above 0, 1/2 where it is 0 up to rounding, else 0."""
     return (x > 1e-5).float() + 0.5 * (x.abs() <= 1e-5)
 
 
@@ -199,8 +199,8 @@ def pair_logps(model, examples, tok):
     device = model.wte.weight.device
     for_model = (ids, pos, is_second, is_shared)
     ids, pos, is_second, is_shared = [x.to(device, non_blocking=True) for x in for_model]
-    sees = is_shared[:, None] | (is_second[:, None] == is_second[:, :, None])       # (B, U, U)
-    hidden = model(ids, pos=pos, sees=sees.tril()[:, None])                         # (B, U, C)
+    attends = is_shared[:, None] | (is_second[:, None] == is_second[:, :, None])    # (B, U, U)
+    hidden = model(ids, pos=pos, attn_mask=attends.tril()[:, None])                 # (B, U, C)
     logp = logprobs_from(model, hidden, ids, is_answer)                             # (B, U), 0 elsewhere
     return torch.stack(((logp * ~is_second).sum(1), (logp * is_second).sum(1)))
 
@@ -213,19 +213,20 @@ def all_logps(model, examples, tok, size, say=None):
     return in_shares(of, [length_of(example) for example in examples], size, say)
 
 
-def pair_losses(model, examples, known, tok, cfg):
-    """Losses (B,) of pairs, and what is logged of them, {name: (B,)}, without gradient. known: see
-    known_of."""
+def pair_losses(model, examples, ref_logp, tok, cfg):
+    """Losses (B,) of pairs, and what is logged of them, {name: (B,)}, without gradient. ref_logp (2, B):
+    log-probs of both answers under the reference."""
     n = [[len(first) for _, first, _, _ in examples], [len(second) for _, _, second, _ in examples]]
-    n = torch.tensor(n, device=known.device)                                        # (2, B)
-    p = torch.tensor([label for *_, label in examples], device=known.device)        # (B,)
+    n = torch.tensor(n, device=ref_logp.device)                                     # (2, B)
+    p = torch.tensor([label for *_, label in examples], device=ref_logp.device)     # (B,)
     logp = pair_logps(model, examples, tok)                                         # (2, B)
-    loss, rewards = pair_loss(cfg, logp, known, n, p)
+    loss, rewards = pair_loss(cfg, logp, ref_logp, n, p)
 
-    # For the log: is the better answer, the one that most prefer, rewarded more, and by how much?
-    better, worse = torch.where(p > 0.5, rewards, rewards.flip(0)).detach()         # (B,) each
-    return loss, {"loss": loss.detach(), "accuracy": share_above_0(better - worse), "margin": better - worse,
-                  "chosen_reward": better, "rejected_reward": worse}
+    # For the log: is the chosen answer rewarded more, and by how much?
+    chosen, rejected = rewards.detach()                                             # (B,) each
+    margin = chosen - rejected
+    return loss, {"loss": loss.detach(), "accuracy": wins(margin), "margin": margin, "chosen_reward": chosen,
+                  "rejected_reward": rejected}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -233,10 +234,11 @@ def pair_losses(model, examples, known, tok, cfg):
 # good or 0 for bad). These other answers, put behind this prompt, make the reference point z.
 
 
-def kto_loss(r, good, z, beta, good_weight=1.0, bad_weight=1.0):
+def kto_loss(r, good, z, cfg):
     """arXiv:2402.01306, eq. 8. r (B,): log-ratios; good (B,): 1 or 0; z: the reference point, a number."""
     gain = torch.where(good > 0.5, r - z, z - r)
-    return torch.where(good > 0.5, good_weight, bad_weight) * (1 - (beta * gain).sigmoid())
+    weight = torch.where(good > 0.5, cfg.desirable_weight, cfg.undesirable_weight)
+    return weight * (1 - (cfg.beta * gain).sigmoid())
 
 
 def answer_logps(model, examples, which, tok):
@@ -248,32 +250,35 @@ def answer_logps(model, examples, which, tok):
     return token_logprobs(model, ids.to(model.wte.weight.device), mask).sum(1)
 
 
-def known_of(model, examples, ref, tok, cfg):
-    """What the losses of a step have to know, (2, B), of ref (2, B), the log-probs of both answers under the
-    reference: pairs just these, KTO those of the labelled answers and z, the same in each column."""
-    if cfg.loss != "kto":
-        return ref
-
-    # z is of the whole step, so it is known before its first micro-batch, and has no gradient.
+def kto_z(model, examples, ref_logp, tok, cfg):
+    """KTO's reference point z, (): the mean log-ratio of the answers to OTHER prompts in the whole step, at
+    least 0, without gradient. ref_logp (B,): their log-probs under the reference."""
     def of(rows):
         return answer_logps(model, [examples[i] for i in rows], 2, tok)
 
     logp = in_shares(of, [length_of(example) for example in examples], cfg.micro_batch)     # (B,)
-    z = (logp - ref[1]).mean().clamp(min=0.0)
-    return torch.stack((ref[0], z.expand(len(examples))))
+    return (logp - ref_logp).mean().clamp(min=0.0)
 
 
-def kto_losses(model, examples, known, tok, cfg):
-    """The same as pair_losses, of labelled answers. known: see known_of."""
-    ref, z = known                                                                  # (B,) each
-    good = torch.tensor([label for *_, label in examples], device=known.device)     # (B,)
-    r = answer_logps(model, examples, 1, tok) - ref                                 # (B,)
-    loss = kto_loss(r, good, z, cfg.beta, cfg.good_weight, cfg.bad_weight)
+def kto_losses(model, examples, ref_logp, tok, cfg, z):
+    """The same as pair_losses, of labelled answers. z: of kto_z."""
+    good = torch.tensor([label for *_, label in examples], device=ref_logp.device)  # (B,)
+    r = answer_logps(model, examples, 1, tok) - ref_logp[0]                         # (B,)
+    loss = kto_loss(r, good, z, cfg)
 
-    # For the log: does a good answer gain more than z, a bad one less?
+    # For the log: does a good answer gain more than z, a bad one less? Twice the mean gain is the reward of
+    # good answers minus that of bad ones, where there are as many.
     gain = torch.where(good > 0.5, r - z, z - r).detach()
-    return loss, {"loss": loss.detach(), "accuracy": share_above_0(gain), "margin": 2 * cfg.beta * gain,
-                  "z": z}
+    return loss, {"loss": loss.detach(), "accuracy": wins(gain), "margin": 2 * cfg.beta * gain,
+                  "z": z.expand(len(examples))}
+
+
+def losses_of_step(model, examples, ref_logp, tok, cfg):
+    """The function that gives the losses of a step's examples, micro-batch by micro-batch: pair_losses, or
+    kto_losses with z of the whole step, which is known before the first of them. ref_logp: (2, B)."""
+    if cfg.loss != "kto":
+        return pair_losses
+    return partial(kto_losses, z=kto_z(model, examples, ref_logp[1], tok, cfg))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -314,7 +319,6 @@ def main(cfg):
     init, data = find_start(cfg)
     run = Run(cfg, "dpo", [init, data, cfg.judge] if cfg.online else [init, data])
     policy, tok = load(init)
-    kind, losses = ("kto", kto_losses) if cfg.loss == "kto" else ("preference", pair_losses)
 
     # What there is to learn from, and which of it each step reads.
     context, plan, train, held = policy.cfg.max_len, [], [], []
@@ -327,6 +331,7 @@ def main(cfg):
         for step in range(cfg.online_steps):
             plan.append(random.Random(f"{cfg.seed} {step}").choices(range(len(rows)), k=cfg.batch_size))
     else:
+        kind = "kto" if cfg.loss == "kto" else "preference"
         train, held, rows = read_examples(run, data, kind, tok, min(cfg.max_len, context))
         for epoch in range(cfg.epochs):
             plan += batches([length_of(example) for example in train], cfg.batch_size, cfg.seed, epoch)
@@ -336,55 +341,52 @@ def main(cfg):
     # reference is a second model, loaded when one is needed: for new answers, and for the KL at the end.
     reference = None
     if cfg.lora:
-        reference = frozen(policy).to(device)
+        reference = freeze(policy).to(device)
         policy = with_lora(reference, cfg.lora)
     elif cfg.online:
-        reference = frozen(load(init)[0]).to(device)
+        reference = freeze(load(init)[0]).to(device)
     sampler = sampling_copy(policy).to(device)
     policy = prepare(policy, cfg, device)
     optimizer = adamw(policy, cfg.weight_decay, eps=1e-6)
     run.begin(len(plan), tok, policy=(policy, optimizer))
 
-    # What the reference, which the policy still is, says of all given comparisons: (2, N), kept from now on.
-    kept = run.state.get("ref_logp")
+    # The reference's log-probs of all given comparisons, (2, N), computed once: the policy still is the
+    # reference.
+    all_ref_logp = run.state.get("ref_logp")
     if not cfg.online:
-        if kept is None:
-            kept = reference_logps(policy, train + held, tok, cfg, run.say)
-        kept = kept.to(device)
+        if all_ref_logp is None:
+            all_ref_logp = reference_logps(policy, train + held, tok, cfg, run.say)
+        all_ref_logp = all_ref_logp.to(device)
 
     def measure(title):
-        """Held-out figures, and what the policy answers to prompts it has not been trained on."""
+        """Held-out figures, and what the policy answers to test prompts (--data: to held-out ones first)."""
         refresh(sampler, policy)
         figures, answers = run.measure(title, sampler, tests)
         if held:
-            known = known_of(policy, held, kept[:, len(train):], tok, cfg)
-            figures |= report.held_out_figures(losses, policy, held, known, tok, cfg)
+            ref_logp = all_ref_logp[:, len(train):]
+            losses = losses_of_step(policy, held, ref_logp, tok, cfg)
+            figures |= report.held_out_figures(losses, policy, held, ref_logp, tok, cfg)
         return figures, answers
 
-    if run.first:
-        before, first_answers = run.state["before"], run.state["answers"]
-    else:
-        before, answers = measure("before")
-        first_answers = answers.scored
-
+    before, first_answers = run.before(measure)
     for step in run.steps():
-        # 1. Comparisons: the next ones of the data, or of two new answers to each of some prompts.
-        # 2. Reference: its log-probs of both answers, ref_logp (2, B).
+        # 1. and 2. Comparisons, the next ones of the data or of two new answers to each of some prompts, and
+        #    the reference's log-probs of both answers, ref_logp (2, B).
         if cfg.online:
             refresh(sampler, policy)
             found = online_pairs(sampler, tok, [rows[i] for i in plan[step]], judge, cfg, step)
             examples = found[: len(found) // WORLD * WORLD]     # as many for each process
             ref_logp = reference_logps(reference, examples, tok, cfg)
         else:
-            examples, ref_logp = [train[i] for i in plan[step]], kept[:, plan[step]]
+            examples, ref_logp = [train[i] for i in plan[step]], all_ref_logp[:, plan[step]]
 
         # 3. Loss: a mean over the whole step, micro-batch by micro-batch.
-        known = known_of(policy, examples, ref_logp, tok, cfg)                      # (2, B)
-        lengths, told = [length_of(example) for example in examples], []
+        losses = losses_of_step(policy, examples, ref_logp, tok, cfg)
+        lengths, parts = [length_of(example) for example in examples], []
         for part in micro_batches(range(len(examples)), lengths, cfg.micro_batch):
-            loss, figures = losses(policy, [examples[i] for i in part], known[:, part], tok, cfg)
+            loss, figures = losses(policy, [examples[i] for i in part], ref_logp[:, part], tok, cfg)
             (loss.sum() / len(examples)).backward()
-            told.append(figures)
+            parts.append(figures)
 
         # 4. Update: one step of AdamW. A gradient that is not finite never reaches the weights.
         set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
@@ -394,18 +396,18 @@ def main(cfg):
         optimizer.zero_grad()
 
         # 5. Write the log, save.
-        figures = all_sum(report.add_up(told, len(examples)))
+        figures = all_sum(report.add_up(parts, len(examples)))
         if cfg.online:
             figures |= {"pairs": len(examples), "pairs_left_over": len(found) - len(examples)}
         n_tokens = sum(len(prompt) + len(first) + len(second) for prompt, first, second, _ in examples)
         run.log(step, tokens=n_tokens, **figures, grad_norm=norm.item())
         if run.due(step):
-            run.save(step, before=before, answers=first_answers, ref_logp=kept)
+            run.save(step, ref_logp=all_ref_logp)
 
     # How good the policy has become, and how far it is from the reference.
     after, answers = measure("after")
     if reference is None:
-        reference = frozen(load(init)[0]).to(device)
+        reference = freeze(load(init)[0]).to(device)
     after["kl"], _ = report.mean_kl(sampler, reference, tok, answers.prompt_ids, answers.ids)
     if tests.graded:
         after["win_rate"] = report.win_rate(first_answers, answers.scored)

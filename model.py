@@ -41,20 +41,19 @@ class GPTConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None   # Llama 3.1's rule and its four numbers (rope_tables)
     scalar_head: bool = False     # reward and value models: one number per position instead of V logits
-    reward_mean: float = 0.0      # subtracted from every score, so that reference answers average 0
+    reward_mean: float = 0.0      # subtracted from every score: held-out answers average 0 (reward.py)
     process: bool = False         # a reward model that scores each step of an answer (data/process.py)
 
 
 class Linear(nn.Linear):
-    """A linear layer whose products run in `Linear.compute`, for all layers alike: bfloat16 where the
-    hardware has it. Weights, gradients and the optimizer stay in fp32; None leaves products in the precision
-    of the weights."""
-    compute = None
+    """A linear layer whose matrix products run in Linear.compute_dtype, one setting for all layers: bfloat16
+    where the hardware has it; None: the weights' own. Weights, gradients and optimizer stay in fp32."""
+    compute_dtype = None
     packed = None    # the weight as `packed_weights` keeps it
 
     def forward(self, x):
-        dtype = self.compute or self.weight.dtype
-        bias = self.bias if self.bias is None else self.bias.to(dtype)
+        dtype = self.compute_dtype or self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x.to(dtype), self.packed, bias, "none", [], "")
         return F.linear(x.to(dtype), self.weight.to(dtype), bias)
@@ -65,10 +64,11 @@ CAN_PACK = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_
 
 @contextmanager
 def packed_weights(model, rows):
-    """Within it, products of about so many rows in bf16 on a CPU read weights that stand in oneDNN's order
-    already. It would else reorder every weight for every token. The results are the same, bit for bit."""
-    layers = []
-    if CAN_PACK and not GRAPHS and Linear.compute == torch.bfloat16 and model.wte.weight.device.type == "cpu":
+    """Inside this context, bf16 products on a CPU read weights that were laid out once in oneDNN's own order,
+    for batches of about `rows` rows. Otherwise oneDNN reorders every weight for every token. The results are
+    the same, bit for bit."""
+    layers, on_cpu = [], model.wte.weight.device.type == "cpu"
+    if CAN_PACK and on_cpu and not GRAPHS and Linear.compute_dtype == torch.bfloat16:
         layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
     for layer in layers:
         layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to(torch.bfloat16), rows)
@@ -90,22 +90,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
-def make_norm(cfg, size):
-    """The norm of the config's dialect over `size` numbers."""
+def make_norm(cfg):
+    """The norm of the config's dialect over the C channels."""
     if cfg.norm == "layernorm":
-        return nn.LayerNorm(size, eps=cfg.norm_eps, bias=cfg.bias)
-    return RMSNorm(size, cfg.norm_eps)
+        return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
+    return RMSNorm(cfg.n_embd, cfg.norm_eps)
 
 
-def rope_tables(cfg, device=None):
-    """cos and sin of every position's rotary angles, (max_len, 1, D) each. The sign of the rotation stands in
-    the first half of sin (arXiv:2104.09864, the two halves of a head rotated together)."""
+def rope_tables(cfg, device):
+    """cos and sin of every position's rotary angles, (max_len, 1, D) each (arXiv:2104.09864). Channels i and
+    i + D/2 are rotated together: x_i cos - x_{i+D/2} sin and x_{i+D/2} cos + x_i sin. The first half of sin
+    carries the minus."""
     exponents = torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim     # (D/2,)
     freq = cfg.rope_theta ** -exponents
     if cfg.rope_scaling:
         # Llama 3.1: stretch slow waves by `factor`, keep fast ones, blend in between
         s = cfg.rope_scaling
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # full ones in the old context
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # in the old context
         blend = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         blend = blend.clamp(0, 1)
         freq = freq * (blend + (1 - blend) / s["factor"])
@@ -121,7 +122,7 @@ def rotate(x, cos, sin):
 
 def attention(q, k, v, bias=None):
     """softmax(q k^T / sqrt(D) + bias) v; q (B, H, T, D), k and v (B, Hkv, S, D). The bias (B, 1, T, S) is 0
-    where a query may look and -inf elsewhere. Without one, attention is causal and S = T."""
+    where a query may look and -inf elsewhere. Without one, attention is causal and S = T. -> (B, H, T, D)"""
     B, H, T, D = q.shape
     group = H // k.shape[1]
     # On the CPU the fused bf16 kernels are 2 to 5 times slower than the three lines below, except for a
@@ -132,9 +133,9 @@ def attention(q, k, v, bias=None):
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
 
-    # Heads that share their keys stand as further queries, so that no kernel has to know of groups.
-    q = q.reshape(B, H // group, group * T, D)
-    bias = bias.repeat(1, 1, group, 1)
+    # Query heads that share keys become further queries of one head, so no kernel needs to know of groups.
+    q = q.reshape(B, H // group, group * T, D)                                        # (B, Hkv, group T, D)
+    bias = bias.repeat(1, 1, group, 1)                                                # (B, 1, group T, S)
     if written_out:
         scores = (q * D ** -0.5).contiguous() @ k.contiguous().transpose(-1, -2)      # (B, Hkv, group T, S)
         scores += bias
@@ -144,9 +145,10 @@ def attention(q, k, v, bias=None):
     return y.reshape(B, H, T, D)
 
 
-def attention_bias(sees, dtype):
+def attention_bias(attn_mask, dtype):
     """Where a query may look (True), as numbers to add to the scores: 0 there and -inf elsewhere."""
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -math.inf)
+    zeros = torch.zeros(attn_mask.shape, dtype=dtype, device=attn_mask.device)
+    return zeros.masked_fill(~attn_mask, -math.inf)
 
 
 class Attention(nn.Module):
@@ -215,8 +217,8 @@ class Block(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.ln_1, self.attn = make_norm(cfg, cfg.n_embd), Attention(cfg)
-        self.ln_2, self.mlp = make_norm(cfg, cfg.n_embd), MLP(cfg)
+        self.ln_1, self.attn = make_norm(cfg), Attention(cfg)
+        self.ln_2, self.mlp = make_norm(cfg), MLP(cfg)
 
     def forward(self, x, rope, bias, cache=None, pos=None):
         x = x + self.attn(self.ln_1(x), rope, bias, cache, pos)
@@ -236,7 +238,7 @@ class GPT(nn.Module):
         if cfg.pos == "learned":
             self.wpe = nn.Embedding(cfg.max_len, cfg.n_embd)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.ln_f = make_norm(cfg, cfg.n_embd)
+        self.ln_f = make_norm(cfg)
         if cfg.scalar_head:
             self.score = Linear(cfg.n_embd, 1, bias=False)
         elif not cfg.tie:
@@ -244,7 +246,8 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Draw all weights: GPT-2's N(0, 0.02), the outputs of each layer scaled by 1 / sqrt(2 L)."""
+        """Draw all weights, GPT-2's N(0, 0.02) with the outputs of each layer scaled by 1 / sqrt(2 L), and
+        compute the rotary tables, which are never saved."""
         for name, p in self.named_parameters():
             if name == "score.weight":
                 init_score(p)
@@ -255,19 +258,19 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
             else:
                 nn.init.ones_(p)
-        if self.cfg.pos == "rope":    # follows from the config and is never saved
+        if self.cfg.pos == "rope":
             cos, sin = rope_tables(self.cfg, self.wte.weight.device)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, ids, cache=None, pos=None, sees=None):
-        """Hidden states (B, T, C) of ids (B, T). Rows are right-padded with anything: causal attention hides
-        it.
+    def forward(self, ids, cache=None, pos=None, attn_mask=None):
+        """Hidden states (B, T, C) of ids (B, T), right-padded with anything: attention is causal.
 
-        cache, one (keys, values) a layer: what is computed for these tokens is stored there too. With pos (B,
-        1) and sees (B, 1, 1, S) as well, T is 1 and row b's token is written at position pos[b] of row b of
-        the cache, and sees those of its first S positions where `sees` is True. Without a cache, pos (B, T)
-        and sees (B, 1, T, T) say where each token stands and which others it sees."""
+        cache, one (keys, values) a layer, takes up those of this call:
+            alone: these are prompts, written from position 0 on.
+            with pos (B, 1) and attn_mask (B, 1, 1, S): one token a row, written at position pos[b]. It
+            attends to those of the first S positions where attn_mask is True.
+        pos (B, T) and attn_mask (B, 1, T, T) without a cache: positions and attention are the caller's."""
         T = ids.shape[1]
         if pos is None and T > self.cfg.max_len:
             raise ValueError(f"{T} tokens are longer than the model's context of {self.cfg.max_len}")
@@ -283,8 +286,8 @@ class GPT(nn.Module):
 
         # The layers, all with the same bias.
         bias = None
-        if sees is not None:
-            bias = attention_bias(sees, Linear.compute or x.dtype)
+        if attn_mask is not None:
+            bias = attention_bias(attn_mask, Linear.compute_dtype or x.dtype)
         for i, block in enumerate(self.h):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, bias, use_reentrant=False)   # arXiv:1604.06174
@@ -293,18 +296,17 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def head(self):
-        """The matrix (V', C) whose rows the logits are products with, in the precision of products. In bf16,
-        V' is V rounded up to a multiple of 64 by rows of 0, which hardware multiplies with faster (50,257
-        tokens: 50,304)."""
+        """The output head's weight (V', C), in the dtype of products. In bf16 rows of 0 pad it to a multiple
+        of 64, V', which is faster (50,257 tokens: 50,304)."""
         w = self.wte.weight if self.cfg.tie else self.lm_head.weight
-        w = w.to(Linear.compute or w.dtype)
+        w = w.to(Linear.compute_dtype or w.dtype)
         if w.dtype == torch.bfloat16 and len(w) % 64:
             w = F.pad(w, (0, 0, 0, -len(w) % 64))
         return w
 
     def logits(self, hidden):
         """Next-token logits (..., V) of hidden states (..., C)."""
-        if not self.cfg.tie and self.lm_head.packed is not None:
+        if not self.cfg.tie:
             return self.lm_head(hidden)[..., : self.cfg.vocab_size]
         w = self.head()
         return F.linear(hidden.to(w.dtype), w)[..., : self.cfg.vocab_size]
@@ -324,7 +326,7 @@ class GPT(nn.Module):
                 return kept
             B, S = max(B, rows), max(S, positions)   # else calls of different shapes would replace it in turn
         c, w = self.cfg, self.wte.weight
-        shape, dtype = (B, c.n_kv_head, S, c.head_dim), Linear.compute or w.dtype
+        shape, dtype = (B, c.n_kv_head, S, c.head_dim), Linear.compute_dtype or w.dtype
         cache = []
         for _ in range(c.n_layer):
             keys = torch.zeros(shape, device=w.device, dtype=dtype)
@@ -343,26 +345,25 @@ def init_score(weight):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Models made of models: frozen ones, copies to sample from, adapters.
+# Frozen models, copies to sample from, adapters.
 
 
-def frozen(model):
-    """The model without gradients, its layers kept in the precision of their products, which they would be
-    cast to anyway: half the memory, the same numbers. For what is never trained: reference, reward model,
-    LoRA's trunk."""
+def freeze(model):
+    """Freeze a model in place and return it: no gradients, and its layers' weights kept in the dtype of their
+    products, to which they would be cast anyway: half the memory, the same numbers. For what is never
+    trained: reference, reward model, LoRA's trunk."""
     for layer in model.h.modules():
-        if isinstance(layer, Linear) and Linear.compute:
-            layer.to(Linear.compute)
+        if isinstance(layer, Linear) and Linear.compute_dtype:
+            layer.to(Linear.compute_dtype)
     return model.requires_grad_(False)
 
 
 def sampling_copy(model):
-    """A frozen copy of the model to sample from. Decoding reads every weight once per token, so they are cast
-    once, not for every token, and the head too. `refresh` brings it up to date. What is frozen in the model
-    is shared."""
-    # A copy of what is trained alone.
+    """A frozen copy of the model to sample from, its weights and its head cast once instead of for every
+    token. `refresh` brings it up to date."""
+    # Copy what is trained, share what is frozen (and was cast by `freeze`).
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    sampler = frozen(copy.deepcopy(model, shared))
+    sampler = freeze(copy.deepcopy(model, shared))
 
     # Its head is a layer of its own, which the embedding does not share any more.
     head = sampler.head().detach().clone()
@@ -387,8 +388,8 @@ def refresh(sampler, model):
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer plus a trained low-rank one: W x + 2 B A x, B = 0 at first (arXiv:2106.09685, eq.
-    3)."""
+    """A frozen linear layer plus a trained low-rank one: W x + (alpha / r) B A x with alpha / r = 2, and
+    B = 0 at first (arXiv:2106.09685, eq. 3)."""
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -404,9 +405,9 @@ class LoRA(nn.Module):
 
 
 def with_lora(trunk, rank, scalar_head=False):
-    """A model of its own adapters on the weights of a frozen `trunk`, which are shared, not copied: the trunk
-    itself is the reference, and policy and value model cost little more than nothing beside it."""
-    # The same weights, not a copy of them, inside of new layers.
+    """A model with its own LoRA adapters on a frozen `trunk`, whose weights are shared, not copied. The trunk
+    itself is the reference; policy and value model cost little memory beside it."""
+    # The same weights, not a copy of them, inside new layers.
     model = copy.deepcopy(trunk, {id(p): p for p in trunk.parameters()})
     for block in model.h:
         block.attn.qkv, block.attn.proj = LoRA(block.attn.qkv, rank), LoRA(block.attn.proj, rank)
@@ -465,13 +466,15 @@ def decode(model, token, cache, S, pos):
     """One step of `generate`: reads tokens (n,) at positions pos (n,) and S positions of the cache. Returns
     the logits (n, V) of the next ones. Its shapes depend on n and S alone and nothing in it waits for the
     host, so that on a GPU each such pair can become a CUDA graph (compile_decoding)."""
-    # The cache itself is handed on: of slices of it, compiled code would write copies and copy them back.
-    sees = (torch.arange(S, device=token.device) <= pos[:, None])[:, None, None]   # (n, 1, 1, S)
-    hidden = model(token[:, None], cache, pos[:, None], sees)                      # (n, 1, C)
+    # Pass the whole cache: given slices, compiled code would copy them and copy them back.
+    attn_mask = (torch.arange(S, device=token.device) <= pos[:, None])[:, None, None]   # (n, 1, 1, S)
+    hidden = model(token[:, None], cache, pos[:, None], attn_mask)                      # (n, 1, C)
     return model.logits(hidden[:, 0])
 
 
-GRAPHS = False   # whether `decode` has been compiled to CUDA graphs
+# Whether `decode` is compiled to CUDA graphs. A graph belongs to one pair (n, S) and to the addresses of its
+# tensors: the cache is kept from call to call and rows move inside it; n is a power of two, S whole blocks.
+GRAPHS = False
 
 
 def compile_decoding():
@@ -491,7 +494,7 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
     EOS included; logp (B, T): log-prob of each token of the answer under softmax(logits / temperature), 0
     elsewhere - also with top_k or top_p, because that is the distribution training uses. ValueError: an empty
     or too long prompt."""
-    # What there is to do; all of it on the model's device.
+    # Check the request; move it to the model's device.
     device, how = model.wte.weight.device, (temperature, top_k, top_p)
     B, N = draws.shape
     P = max(len(prompt) for prompt in prompts)
@@ -503,7 +506,7 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
     eos = torch.tensor(sorted(tok.eos_ids), device=device)
     lens = torch.tensor([len(prompt) for prompt in prompts], device=device)                        # (B,)
 
-    # Read the prompts, one that comes several times only once: U different ones.
+    # Read every different prompt once, U of them, and copy its keys and values to its rows.
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     which = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)             # (B,)
     block = 64 if GRAPHS else 1                # positions of the cache are read in whole blocks: few shapes
@@ -517,7 +520,7 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
     # The first token follows from the hidden state of the last one of the prompt.
     token, lp = draw(model.logits(hidden[which, lens - 1]), draws[:, 0], how)                      # (B,)
 
-    # What is written so far, and which rows are at it.
+    # The answers so far, and the rows still being written.
     new, logp = torch.zeros(B, N, dtype=torch.long, device=device), torch.zeros(B, N, device=device)
     wrote = torch.zeros(B, N, dtype=torch.bool, device=device)
     row = torch.arange(B, device=device)       # (n,) the rows still being written, in the cache's order
@@ -536,7 +539,7 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
                     break
                 n = 1 << (len(keep) - 1).bit_length() if GRAPHS else len(keep)     # graphs: powers of two
                 if n <= 0.75 * len(row):
-                    keep = torch.cat((keep, done.nonzero()[: n - len(keep), 0]))
+                    keep = torch.cat((keep, done.nonzero()[: n - len(keep), 0]))   # ended rows fill up n
                     row, token, done = row[keep], token[keep], done[keep]
                     for keys, values in cache:
                         keys[:n], values[:n] = keys[keep], values[keep]
@@ -559,23 +562,23 @@ def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
 # ------------------------------------------------------------------------------------------------------------
 # What a model says of tokens and answers. Each reads only as many columns as the longest answer needs.
 
-LOGITS = 2 ** 28   # so many logits at a time, 1 GB in fp32
+MAX_LOGITS = 2 ** 28   # at a time: 1 GB in fp32
 
 
 def last_token(mask):
-    """Position (B,) of the last True of each row of a mask (B, T)."""
+    """Position (B,) of the last True of each row of a mask (B, T); T - 1 in a row without one."""
     return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
 
 
 def width_of(mask):
-    """How many columns of a mask (B, T) there are up to its last True in any row."""
+    """Number of columns of a mask (B, T) up to the last True of any row."""
     return int(last_token(mask).max()) + 1
 
 
 def head_logprobs(hidden, w, ids, V, temperature, entropy):
-    """log softmax(hidden w^T / temperature)[ids] as (1, N), or (2, N) with entropy=True: then the second row
-    is the entropy of that distribution in nats. fp32; for hidden (N, C), the first V rows of a head w (V',
-    C), and ids (N,)."""
+    """For hidden (N, C), a head w (V', C) of which the first V rows count, and ids (N,):
+    log softmax(hidden w^T / temperature)[ids] as (1, N), fp32. entropy=True: (2, N), the second row is the
+    entropy in nats."""
     logits, out = F.linear(hidden.to(w.dtype), w)[:, :V], []                                       # (N, V)
     # In fp32 a few rows at a time, which stay in a CPU's cache: 1.5 times faster steps with 50,304 tokens.
     rows = max(1, 2 ** 20 // V) if logits.device.type == "cpu" else len(ids)
@@ -599,13 +602,13 @@ def logprobs_from(model, hidden, ids, mask, temperature=1.0, entropy=False):
     h, y = hidden[:, :-1].flatten(0, 1)[at], ids[:, 1:].flatten()[at]    # (N, C), (N,)
     w, V = model.head(), model.cfg.vocab_size
 
-    # Some rows at a time; where there are many, again in the backward pass.
-    rows = max(1, LOGITS // V)
-    again = torch.is_grad_enabled() and len(y) > rows
+    # Some rows at a time. If there are several parts, the backward pass recomputes their logits.
+    rows = max(1, MAX_LOGITS // V)
+    recompute = torch.is_grad_enabled() and len(y) > rows
     parts = []
     for h_part, y_part in zip(h.split(rows), y.split(rows)):
         inputs = (h_part, w, y_part, V, temperature, entropy)
-        if again:
+        if recompute:
             parts.append(checkpoint(head_logprobs, *inputs, use_reentrant=False))
         else:
             parts.append(head_logprobs(*inputs))
@@ -656,14 +659,13 @@ def compare_policies(policy, reference, ids, mask, temperature=1.0):
 
     # Both distributions over the whole vocabulary, some positions at a time.
     out = torch.zeros(4, *ids.shape, device=ids.device)
-    n = max(1, LOGITS // (2 * policy.cfg.vocab_size))
+    n = max(1, MAX_LOGITS // (2 * policy.cfg.vocab_size))
     for i in range(0, len(y), n):
-        logp = (policy.logits(hidden[i: i + n]).float() / temperature).log_softmax(-1)             # (n, V)
-        ref_logp = (reference.logits(ref_hidden[i: i + n]).float() / temperature).log_softmax(-1)
-        p = logp.exp()
         here = slice(i, i + n)
-        out[0, rows[here], before[here] + 1] = logp.gather(1, y[here])[:, 0]
-        out[1, rows[here], before[here] + 1] = ref_logp.gather(1, y[here])[:, 0]
-        out[2, rows[here], before[here] + 1] = (p * (logp - ref_logp)).sum(1)
-        out[3, rows[here], before[here] + 1] = -(p * logp).sum(1)
+        logp = (policy.logits(hidden[here]).float() / temperature).log_softmax(-1)                 # (n, V)
+        ref_logp = (reference.logits(ref_hidden[here]).float() / temperature).log_softmax(-1)
+        p = logp.exp()
+        four = (logp.gather(1, y[here])[:, 0], ref_logp.gather(1, y[here])[:, 0],
+                (p * (logp - ref_logp)).sum(1), -(p * logp).sum(1))                                # (n,) each
+        out[:, rows[here], before[here] + 1] = torch.stack(four)
     return out

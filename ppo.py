@@ -3,7 +3,8 @@
     python ppo.py                              the tiny world; makes base, sft and reward if missing
     python ppo.py --init SFT --reward RM --data prompts.jsonl --lr 1e-6 --value_lr 1e-5      your own
     python ppo.py --reward mymodule:score      any Python function(rows, responses) -> list of floats
-    python ppo.py --inspect                    every number of one response, before and after an update
+    python ppo.py --inspect                    every number of one response, before and after an update: the
+                                               next one of a run, the second one where there is no run yet
 
 Objective (arXiv:2203.02155, eq. 2): max_pi  E[ r(x, y) ] - beta KL(pi || pi_ref) + ptx_coef E[ log pi(text) ]
 
@@ -25,10 +26,12 @@ Step 6 in every iteration, the default, is iterated RLHF (arXiv:2204.05862, 4.5;
 is the paper's loop, whose reward model stays as it is. Losses are means over the response tokens, EOS
 included, of a whole minibatch.
 
-Four models: policy (trained), reference (frozen policy), reward model, value model (trained, starts as the
-reward model). --advantage rloo or grpo needs no value model: the other answers to a prompt are the baseline.
+Four models: policy (trained), reference (frozen policy), reward model, value model (trained; starts as the
+reward model, but with --lora, or where no reward has a scalar head, as the policy with a new head).
+--advantage rloo or grpo needs no value model: the other answers to a prompt are the baseline.
 """
 import copy
+import json
 import typing
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +40,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, report, world
+from data import InputError, report, world, write_atomic
 from data.chain import chain_columns, need
 from data.checkpoint import load, save
 from data.flags import RunFlags, names_in, program
@@ -47,7 +50,7 @@ from data.relabel import Relabelling
 from data.rewards import Rewards
 from data.run import RELABEL, Run, adamw, seeded, set_lr, setup
 from data.sample import read_prompts
-from model import (compare_policies, frozen, last_token, refresh, sampling_copy, token_logprobs, token_values,
+from model import (compare_policies, freeze, last_token, refresh, sampling_copy, token_logprobs, token_values,
                    with_lora)
 
 
@@ -58,7 +61,7 @@ class Config(RunFlags):
     init: str = ""                # policy to start from and to stay close to (default: sft)
     reward: str = ""              # a reward model, or "gold", or module:function, or the log-ratio of two
                                   # policies, implicit:POLICY:REFERENCE; or several, A,B,C (default: reward)
-    ensemble: typing.Literal["mean", "min"] = "mean"   # what several rewards become
+    ensemble: typing.Literal["mean", "min"] = "mean"   # how several rewards are combined
     reward_weights: str = ""      # weights of several rewards, such as 1,0.5 (default: equal)
     data: str = ""                # prompts (default: the tiny world's)
     max_prompt: int = 128         # tokens; longer prompts are left out and counted
@@ -71,10 +74,9 @@ class Config(RunFlags):
     max_new: int = 32             # longest response, in tokens
     temperature: float = 1.0      # of sampling and of every log-prob
     # Reward and advantage
-    kl_coef: float = 0.1          # beta (the initial one if adaptive)
-    kl: typing.Literal["fixed", "adaptive"] = "fixed"   # adaptive: beta is steered to --kl_target
-    kl_target: float = 4.0        # nats per response, for --kl adaptive
-    kl_horizon: float = 10000.0   # responses over which beta may change by a fifth, for --kl adaptive
+    kl_coef: float = 0.1          # beta
+    kl_target: float = 0.0        # nats per response, to which beta is steered (0: beta stays as it is)
+    kl_horizon: float = 10000.0   # responses over which it may then change by a fifth
     kl_budget: float = 0.0        # stop where the exact KL reaches so many nats per response (0: no limit)
     eos_penalty: float = 4.0      # a response that does not end gets minus this instead of its score
     advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"   # rloo and grpo compare --group answers
@@ -123,8 +125,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def group_advantages(scores, group, kind):
     """Advantages (B,) of sequence rewards (B,) in consecutive groups of answers to one prompt. rloo: minus
-    the mean of the others (arXiv:2402.14740, eq. 7). grpo: (r - mean) / std (arXiv:2402.03300, 4.1.2; the
-    rest of GRPO, its KL term in the loss, is not taken over)."""
+    the mean of the others (arXiv:2402.14740, eq. 7). grpo: (r - mean) / std (arXiv:2402.03300, 4.1.2; of
+    GRPO's loss, its KL term and its mean over each response are left out)."""
     r = scores.view(-1, group)
     if kind == "rloo":
         others = (r.sum(1, keepdim=True) - r) / (group - 1)
@@ -144,7 +146,7 @@ def policy_loss(logp, old_logp, advantages, mask, clip, n_tokens):
     """Clipped surrogate (arXiv:1707.06347, eq. 7), summed over response tokens, divided by n_tokens. Returns
     the loss and sums over tokens for the log: approx_kl = (ratio - 1) - log ratio
     (joschu.net/blog/kl-approx.html), clipfrac."""
-    logratio = ((logp - old_logp) * mask).clamp(-20, 20)
+    logratio = ((logp - old_logp) * mask).clamp(-20, 20)     # exp must not overflow
     ratio = logratio.exp()
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     with torch.no_grad():
@@ -188,41 +190,45 @@ def adapt_kl_coef(beta, kl, target, n, horizon):
 # Before, between and after the steps of the loop.
 
 
-def check_flags(cfg):
-    """InputError for flags that do not fit one another."""
+def find_start(cfg):
+    """(policy to start from, reward, prompts): what the flags name, or links of the chain, made if they are
+    missing. InputError: flags that do not go together."""
     if cfg.advantage != "gae" and cfg.group < 2:
         raise InputError(f"--advantage {cfg.advantage} compares answers: --group must be at least 2")
-    for name, n in (("group", cfg.group), ("minibatches x processes", cfg.minibatches * WORLD)):
+    for name, n in (("--group", cfg.group), ("--minibatches times processes", cfg.minibatches * WORLD)):
         if cfg.rollouts % n:
-            raise InputError(f"--rollouts {cfg.rollouts} must be a multiple of --{name}, which is {n}; "
+            raise InputError(f"--rollouts {cfg.rollouts} must be a multiple of {name}, which is {n}; "
                              f"{max(1, cfg.rollouts // n) * n} would be")
     if cfg.ptx_coef and 8 % WORLD:
         raise InputError(f"--ptx_coef reads 8 windows a step, which do not divide over {WORLD} processes")
-    if cfg.kl == "adaptive" and not min(cfg.kl_target, cfg.kl_horizon) > 0:
-        raise InputError("--kl adaptive needs a --kl_target and a --kl_horizon above 0")
+    if cfg.kl_target and not cfg.kl_horizon:
+        raise InputError("--kl_target needs a --kl_horizon above 0")
     if cfg.temperature == 0:
         raise InputError("--temperature 0: a policy that always says the same has nothing to learn from")
+    reward = cfg.reward or need(cfg, "reward")      # makes the SFT model too, if that is missing
+    return cfg.init or need(cfg, "sft"), reward, cfg.data or world.TINY / "rl.jsonl"
 
 
-def load_prompts(run, path, tok, longest):
-    """Prompt rows of a file, and their ids; those longer than `longest` tokens are left out."""
-    rows = read_prompts(run, path, tok, longest)
+def load_prompts(run, path, tok, models):
+    """Prompt rows of a file, and their ids; left out are those longer than --max_prompt, and those that leave
+    a model's context no room for an answer."""
+    context = min(model.cfg.max_len for model in models)
+    rows = read_prompts(run, path, tok, min(run.cfg.max_prompt, context - run.cfg.max_new))
     if "gold" in names_in(run.cfg.reward) and not all("family" in row for row in rows):
         raise InputError(f"{path}: --reward gold judges the tiny world's prompts only")
     return rows, [tok.render(row["prompt"], generation_prompt=True)[0] for row in rows]
 
 
 def pick(n_rows, n, rng):
-    """n of the numbers below n_rows, in order, so that equal ones stand together. If there are fewer, they
-    come again."""
+    """n row numbers below n_rows, sorted. Each is drawn once before any is drawn again."""
     rounds = [torch.randperm(n_rows, generator=rng) for _ in range(0, n, n_rows)]
     return torch.cat(rounds)[:n].sort().values.tolist()
 
 
 def self_check(policy, ids, mask, sampled_logp, old_logp, ref_logp, cfg):
-    """What must hold before the first update, as lines of text: the largest deviation at any response token.
-    bf16 products differ in the third digit between a cached step and a whole sequence, so it gets a wide
-    tolerance."""
+    """Four identities that must hold before the first update, as lines of text with the largest deviation at
+    any response token. RuntimeError: one fails. In bf16 a cached step differs from a whole pass in the third
+    digit, hence the wide tolerance."""
     logprobs = partial(token_logprobs, policy, temperature=cfg.temperature)
     again = in_chunks(logprobs, ids, mask, cfg.micro_batch)
     i = int(last_token(mask).argmin())                      # the shortest row carries the most padding
@@ -248,34 +254,34 @@ def add_mean(sums, n, **figures):
 
 
 def load_models(policy, init, reward_models, cfg):
-    """(policy, reference, value model or None), on the CPU still, of a policy that was loaded from init. The
-    copies are made before anything is frozen, which casts weights."""
+    """(policy, reference, value model or None), still on the CPU, of a policy that was loaded from init. A
+    value model is copied from a reward model before that is frozen, which casts weights."""
     use_value, value = cfg.advantage == "gae", None
     if cfg.lora:
         # One frozen trunk: the reference is the policy without its adapters, the value model has its own.
-        reference = frozen(policy)
+        reference = freeze(policy)
         policy = with_lora(reference, cfg.lora)
         if use_value:
             value = with_lora(reference, cfg.lora, scalar_head=True)
     else:
-        reference = frozen(copy.deepcopy(policy))
+        reference = freeze(copy.deepcopy(policy))
         if use_value:
             reads = [model for model in reward_models if model.cfg.scalar_head]
             value = copy.deepcopy(reads[0]) if reads else load(init, head="new")[0]
     return policy, reference, value
 
 
-def prepare_models(policy, reference, value, reward_models, teaches, cfg, device):
+def prepare_models(policy, reference, value, reward_models, relabels, cfg, device):
     """Put all models where and how the flags want them. Returns what is trained, {name: (model, optimizer)}:
     the policy, the value model if there is one, and a reward model that the annotator goes on teaching."""
     trained = {"policy": (prepare(policy, cfg, device), adamw(policy, eps=1e-5))}
     if value is not None:
         trained["value"] = (prepare(value, cfg, device), adamw(value, eps=1e-5))
     for model in reward_models:
-        prepare(model if teaches else frozen(model), cfg, device)
-    if teaches:
+        prepare(model if relabels else freeze(model), cfg, device)
+    if relabels:
         trained["reward_model"] = (reward_models[0], adamw(reward_models[0], weight_decay=0.01))
-    if cfg.lora:    # it is the trunk that the adapters share, and stays whole
+    if cfg.lora:    # the trunk that the adapters share: not sharded
         reference.to(device)
     else:
         prepare(reference, cfg, device)
@@ -299,7 +305,7 @@ def logprobs_and_bonus(policy, ids, mask, cfg):
 
 
 def token_figures(mask, k1, k3, exact_kl, entropy):
-    """What the log says of (B, T) tensors: KL and length per response, entropy per token."""
+    """For the log, from (B, T) tensors: KL and length per response, entropy per token."""
     return {"kl": k1.sum(1).mean(), "kl_k3": k3.sum(1).mean(), "kl_exact": exact_kl.sum(1).mean(),
             "length": mask.sum(1).float().mean(), "entropy": entropy.sum() / mask.sum()}
 
@@ -307,7 +313,7 @@ def token_figures(mask, k1, k3, exact_kl, entropy):
 def ptx_windows(cfg, tok, max_len):
     """The text of --ptx_coef as rows of ids (N, T), without the last 2 %, which measure the alignment tax."""
     length = min(128, max_len)
-    ids, _ = read_corpus(cfg.ptx_data or world.TINY / "corpus.txt", tok, length, least=2)
+    ids, _ = read_corpus(cfg.ptx_data or world.TINY / "corpus.txt", tok, length, min_windows=2)
     return ids[: len(ids) // length * length].view(-1, length)
 
 
@@ -321,11 +327,8 @@ def ptx_loss(policy, corpus, rng):
 
 def main(cfg):
     """Train a policy against a reward; or --inspect one iteration."""
-    check_flags(cfg)
     device = setup(cfg)
-    reward_name = cfg.reward or need(cfg, "reward")      # makes the SFT model too, if that is missing
-    init = cfg.init or need(cfg, "sft")
-    data = cfg.data or world.TINY / "rl.jsonl"
+    init, reward_name, data = find_start(cfg)
     run = Run(cfg, "ppo", [init, *names_in(reward_name), data], dry=cfg.inspect)
 
     # The models, on the CPU still; prompts to learn from, and to be measured on.
@@ -333,25 +336,22 @@ def main(cfg):
     rewards = Rewards("--reward", reward_name, tok, cfg.reward_weights, cfg.ensemble)
     reward_models = rewards.models()
     policy, reference, value = load_models(policy, init, reward_models, cfg)
-    longest = min(model.cfg.max_len for model in [policy, *reward_models]) - cfg.max_new
-    rows, prompts = load_prompts(run, data, tok, min(cfg.max_prompt, longest))
+    rows, prompts = load_prompts(run, data, tok, [policy, *reward_models])
     tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, cfg.data)
     corpus = ptx_windows(cfg, tok, policy.cfg.max_len) if cfg.ptx_coef else None
 
-    # Copies to sample from, in the precision of products; `refresh` gives one the policy's weights of now.
-    # Then all models go to their device.
-    teaches = len(reward_models) == 1 and Relabelling.possible(cfg, reward_name)
+    # Frozen copies to sample from; `refresh` copies the policy's current weights into one. Then all models
+    # move to their device.
+    relabels = len(reward_models) == 1 and Relabelling.possible(cfg, reward_name)
     sampler = sampling_copy(policy).to(device)
-    ref_sampler = sampling_copy(reference).to(device) if teaches else None
-    trained = prepare_models(policy, reference, value, reward_models, teaches, cfg, device)
+    ref_sampler = sampling_copy(reference).to(device) if relabels else None
+    trained = prepare_models(policy, reference, value, reward_models, relabels, cfg, device)
     run.begin(cfg.iterations, tok, **trained)
-    relabelling = Relabelling(run, reward_name, *trained["reward_model"]) if teaches else None
+    relabelling = Relabelling(run, reward_name, *trained["reward_model"]) if relabels else None
     beta, inspected = run.state.get("beta", cfg.kl_coef), run.state.get("inspected", {})
 
-    before, first_answers = run.state.get("before"), run.state.get("answers")
-    if not run.first and not cfg.inspect:
-        before, answers = run.measure("before", sampler, tests)
-        first_answers = answers.scored
+    measure = partial(run.measure, sampler=sampler, tests=tests)
+    before, first_answers = run.before(measure)
 
     warmup = min(cfg.value_warmup, cfg.iterations // 4) if value is not None else 0
     if run.first < warmup and not cfg.inspect:
@@ -373,7 +373,7 @@ def main(cfg):
         is_last = torch.arange(ids.shape[1], device=device) == last[:, None]                     # (B, T)
         ended = torch.tensor([answer[-1] in tok.eos_ids for answer in said], device=device)      # (B,)
 
-        # 2. What the models say of these answers, before any of them changes. One that does not end is fined.
+        # 2. Score, by all models before any is updated. An unfinished answer gets -eos_penalty instead.
         scores = rewards.score(batch_rows, texts, ids, mask, cfg.micro_batch)                    # (B, T)
         scores = torch.where(ended[:, None], scores, -cfg.eos_penalty * is_last)
         compare = partial(compare_policies, policy, reference, temperature=cfg.temperature)
@@ -385,13 +385,12 @@ def main(cfg):
         if it == 0 and not cfg.inspect:
             run.say(self_check(policy, ids, mask, sampled_logp, old_logp, ref_logp, cfg))
 
-        # 3. Reward: each token pays for being likelier than under the reference; the score comes with the
-        #    last token, or with the last one of each step.
+        # 3. Reward: -beta k1 at every token, plus the score at the last token of the answer or of each step.
         k1, _, k3 = kl_estimators(old_logp, ref_logp)                                            # (B, T)
         token_rewards = scores - beta * k1                                                       # (B, T)
 
         # 4. Advantage: how much better than expected, by the value model or by the other answers to the
-        #    prompt, which need no whitening: their mean is about 0.
+        #    prompt; then it needs no whitening, a group's mean is subtracted already.
         if value is not None:
             raw_advantages, returns = gae(token_rewards, old_values, mask, cfg.gamma, cfg.lam)   # (B, T) each
             advantages = whiten(raw_advantages, mask)
@@ -434,23 +433,21 @@ def main(cfg):
                             optimizer.step()
                         optimizer.zero_grad()
 
-        # 6. Relabel (iterated RLHF): the annotator compares the answers to each prompt, one of the reference
-        #    among them, and the reward model learns from that.
+        # 6. Relabel (iterated RLHF): the annotator compares each prompt's answers, and one more by the
+        #    reference; the reward model trains on that.
         if relabelling and not over_budget and (it + 1) % cfg.relabel == 0:
             _, _, _, others = rollout(ref_sampler, tok, [prompts[i] for i in asked], cfg, RELABEL + it)
-            answers = []
-            for k, other in enumerate(others):
-                answers.append(said[k * cfg.group: (k + 1) * cfg.group] + [other])
-            sums |= relabelling.step(it, [rows[i] for i in asked], answers, cfg.reward_lr * decay)
+            groups = [said[k * cfg.group: (k + 1) * cfg.group] + [other] for k, other in enumerate(others)]
+            sums |= relabelling.step(it, [rows[i] for i in asked], groups, cfg.reward_lr * decay)
 
-        # Write the log, keep some numbers to look at, steer beta, save.
+        # Log; keep the first, the middle and the last iteration for the page; adapt beta; save.
         figures = {"reward": scores.sum(1).mean(), "beta": beta, "eos_rate": ended.float().mean(),
                    "unique": len(set(texts)) / len(texts)} | all_sum(sums)
         figures |= token_figures(mask, k1, k3, exact_kl, entropy)
         if value is not None:
             figures["explained_var"] = explained_variance(old_values, returns, mask)
         if not cfg.data:    # the tiny world knows the gold score, which is shown and never trained on
-            figures |= world.report(batch_rows, texts)
+            figures |= world.mean_scores(batch_rows, texts)
         run.log(it, tokens=sum(widths), show=("reward", "gold", "kl", "length", "eos_rate"), **figures)
         moment = run.moment(it, warmup, over_budget)
         if moment:
@@ -459,12 +456,11 @@ def main(cfg):
                        "whitened": advantages, "return": returns}
             inspected[moment] = report.inspection(policy, value, tok, batch_rows, (ids, mask), numbers, cfg)
             inspected[moment] |= {"iteration": it + 1, "beta": beta}
-        if cfg.kl == "adaptive":
+        if cfg.kl_target:
             beta = adapt_kl_coef(beta, k1.sum(1).mean().item(), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
         if run.due(it) or over_budget:
             later_pairs = relabelling.later_pairs if relabelling else []
-            run.save(it, before=before, answers=first_answers, beta=beta, later_pairs=later_pairs,
-                     inspected=inspected)
+            run.save(it, beta=beta, later_pairs=later_pairs, inspected=inspected)
         if over_budget:
             run.say(f"--kl_budget {cfg.kl_budget:g} is spent after {it} iterations")
             break
@@ -472,15 +468,15 @@ def main(cfg):
     if cfg.inspect:
         run.say(report.inspection_text(inspected["last"]))
         return
-    # The closing figures; the reward of the first and of the last answers by the reward model as it is now.
+    # The closing figures. First and last answers are both scored by the final reward model.
     refresh(sampler, policy)
-    after, answers = run.measure("after", sampler, tests)
+    after, answers = measure("after")
     after["kl"], after["entropy"] = report.mean_kl(policy, reference, tok, answers.prompt_ids, answers.ids)
     for figures, scored in ((before, first_answers), (after, answers.scored)):
         report.add_rewards(figures, scored, rewards.score_texts(tests.rows, [x["answer"] for x in scored]))
     if relabelling:
         save(Path(cfg.out) / "reward", reward_models[0], tok)
-    run.write("inspect.json", inspected)
+    write_atomic(run.folder / "inspect.json", json.dumps(inspected).encode())
     run.finish(before, after, chain_columns(cfg, "PPO", before, after),
                report.answer_rows(tests, first_answers, answers.scored))
 

@@ -7,7 +7,8 @@
 
 Equations. Of two answers a and b to a prompt x, people prefer a with the probability
 sigmoid(r(x, a) - r(x, b)) (Bradley & Terry 1952). With p the share who prefer a (1 or 0 for a plain choice,
-1/2 for a tie, anything between for a soft label) and m a margin (arXiv:2307.09288, eq. 2), a pair's loss is
+1/2 for a tie, anything between for a soft label) and m the margin by which a is better (arXiv:2307.09288,
+eq. 2), a pair's loss is
 
     l = - p log sigmoid(r_a - r_b - m) - (1 - p) log sigmoid(r_b - r_a + m)  +  c (r_a + r_b)^2 / 2
 
@@ -70,7 +71,7 @@ class Config(RunFlags):
     # Training
     epochs: int = 2               # passes over the comparisons
     batch_size: int = 16          # prompts a step, with all their answers
-    micro_batch: int = 16         # prompts per forward pass; smaller needs less memory, no more
+    micro_batch: int = 16         # prompts per forward pass; changes memory and nothing else
     lr: float = 1e-3              # peak learning rate of AdamW (5e-6 to 2e-5 for real models)
     warmup: int = 20              # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.01    # on matrices only
@@ -94,7 +95,7 @@ def step_loss(z, y):
 # Comparisons of answers.
 
 
-def group(rows, tok, max_len, margin=0.0):
+def group_pairs(rows, tok, max_len, margin=0.0):
     """Preference rows -> one element per prompt: (its different answers as ids, prompt included, its pairs as
     [(i, j, p, m, ceiling)]), where a share p prefers answer i to answer j by a margin m. Also the number of
     rows left out because an answer does not fit into max_len tokens."""
@@ -123,11 +124,11 @@ class Pairs:
     b: torch.Tensor         # row of answer b
     p: torch.Tensor         # share who prefer a
     margin: torch.Tensor    # m of the equations
-    ceiling: torch.Tensor   # the annotator's own chance to choose right
+    ceiling: torch.Tensor   # the annotator's own chance to choose right (1: unknown)
     weight: torch.Tensor    # 1 / (pairs of that prompt)
 
 
-def batch_of(groups, tok, device):
+def batch_of_pairs(groups, tok, device):
     """All answers of some groups as the rows of one batch, ids and mask of real tokens (N, T), and Pairs."""
     rows, columns = [], []
     for answers, pairs in groups:
@@ -144,7 +145,7 @@ def batch_of(groups, tok, device):
 def pair_losses(model, groups, tok, cfg):
     """Sums over some prompts (groups): of the mean loss of a prompt's pairs, and of the share of them whose
     preferred answer has the larger reward."""
-    ids, mask, pairs = batch_of(groups, tok, model.wte.weight.device)               # (N, T), (N, T), M pairs
+    ids, mask, pairs = batch_of_pairs(groups, tok, model.wte.weight.device)         # (N, T), (N, T), M pairs
     r = answer_rewards(model, ids, mask)                                            # (N,)
     r_a, r_b = r[pairs.a], r[pairs.b]                                               # (M,) each
     loss = (pairs.weight * preference_loss(r_a, r_b, pairs.p, pairs.margin, cfg.center)).sum()
@@ -152,10 +153,11 @@ def pair_losses(model, groups, tok, cfg):
 
 
 @torch.no_grad()
-def evaluate(model, groups, tok):
-    """Figures {name: number} of held-out groups, and the mean reward of all their answers."""
+def evaluate_pairs(model, groups, tok):
+    """Figures {name: number} of held-out groups, every pair counting one and the loss without centering, and
+    the mean reward of all their answers."""
     # Every answer once, 64 at a time, each process its share.
-    ids, mask, pairs = batch_of(groups, tok, model.wte.weight.device)
+    ids, mask, pairs = batch_of_pairs(groups, tok, model.wte.weight.device)
     r = in_chunks(functools.partial(answer_rewards, model), ids, mask, 64)                     # (N,)
     r_a, r_b, length = r[pairs.a], r[pairs.b], mask.sum(1)                                     # (M,) and (N,)
     d, longer, p = r_a - r_b, length[pairs.a] - length[pairs.b], pairs.p                       # (M,) each
@@ -165,14 +167,16 @@ def evaluate(model, groups, tok):
     choice = p != 0.5
     if choice.any():
         figures |= report.accuracies(d[choice], p[choice], longer[choice])
-        figures["ceiling"] = pairs.ceiling[choice].mean().item()
+        ceiling = pairs.ceiling[choice].mean().item()
+        if ceiling < 1:     # else nobody knows it, or the annotator never errs
+            figures["ceiling"] = ceiling
         figures["margin"] = (d * (p - 0.5).sign())[choice].mean().item()
     figures["calibration_error"] = report.calibration_error(d, p)
     return figures, r.mean().item()
 
 
 def show_pairs(model, tok, rows, n, cfg):
-    """Some of the comparisons in preference rows with their rewards, and [(prompt, text)] of n of them for
+    """Some comparisons of preference rows with their rewards, and n of them as [(prompt, text)] for
     samples.txt."""
     max_len = min(cfg.max_len, model.cfg.max_len)
     pairs = vote.scored(vote.some_pairs(rows, tok, max_len, cfg.seed), model, tok)
@@ -210,26 +214,27 @@ def evaluate_steps(model, groups, tok):
 
 
 @dataclass
-class Lesson:
-    """What a reward model learns from."""
-    file: str                     # in --out, where the tiny world's annotator is asked
+class Supervision:
+    """What a reward model learns from: labels of whole answers, or of their steps (arXiv:2305.20050)."""
+    file: str                     # in --out, for the labels of the tiny world's annotator
     kind: str                     # of its rows (data/formats.py)
-    ask: typing.Callable          # (run, path of the policy, device) -> these rows
-    group: typing.Callable        # (rows, tok, max_len, margin) -> one element per prompt, rows left out
-    losses: typing.Callable       # (model, elements, tok, cfg) -> sums over prompts: loss, share right
-    evaluate: typing.Callable     # (model, elements, tok) -> figures, mean reward of an answer
+    ask: typing.Callable          # the annotator: (run, path of the policy, device) -> these rows
+    group: typing.Callable        # (rows, tok, max_len, margin) -> one group per prompt, rows left out
+    losses: typing.Callable       # (model, groups, tok, cfg) -> sums over prompts: loss, share right
+    evaluate: typing.Callable     # (model, groups, tok) -> figures, mean reward of an answer
     show: typing.Callable         # (model, tok, rows, n, cfg) -> rows for held_out.jsonl, n (prompt, text)
 
 
-COMPARISONS = Lesson("comparisons.jsonl", "preference", compare_answers, group, pair_losses, evaluate,
-                     show_pairs)
-STEPS = Lesson("process.jsonl", "process", label_steps, process.group_steps, step_losses, evaluate_steps,
-               process.show_steps)
+OUTCOME = Supervision("comparisons.jsonl", "preference", compare_answers, group_pairs, pair_losses,
+                      evaluate_pairs, show_pairs)
+PROCESS = Supervision("process.jsonl", "process", label_steps, process.group_steps, step_losses,
+                      evaluate_steps, process.show_steps)
 
 
 def main(cfg):
     """Have answers compared, or their steps labelled, unless that is done, and train a reward model on it."""
-    device, lesson = setup(cfg), STEPS if cfg.process else COMPARISONS
+    device = setup(cfg)
+    supervision = PROCESS if cfg.process else OUTCOME
     if cfg.k < 2 and not cfg.process and not cfg.data:
         raise InputError(f"--k {cfg.k}: a comparison needs at least 2 answers")
     init = cfg.init or need(cfg, "sft")
@@ -237,14 +242,14 @@ def main(cfg):
     run = Run(cfg, "reward", [init, policy, cfg.data or world.TINY / "preference.jsonl"])
 
     # The labels: one's own, those that this run was given before it was interrupted, or new ones.
-    path = cfg.data or run.folder / lesson.file
+    path = cfg.data or run.folder / supervision.file
     if not cfg.data and not (run.first and path.exists()):
-        world.write_jsonl(path, lesson.ask(run, policy, device))
+        world.write_jsonl(path, supervision.ask(run, policy, device))
         barrier()
-    rows, dropped = formats.load(path, lesson.kind)
+    rows, dropped = formats.load(path, supervision.kind)
     run.say(formats.describe(rows, dropped, path))
 
-    # The model. A new head is drawn alike wherever the labels come from.
+    # The model. Seeded here, so that a new head does not depend on whether answers were sampled before.
     torch.manual_seed(cfg.seed)
     model, tok = load(init, head="new")
     model.cfg.reward_mean, model.cfg.process = 0.0, cfg.process
@@ -252,8 +257,8 @@ def main(cfg):
     # The rows by prompt, some prompts held out.
     max_len = min(cfg.max_len, model.cfg.max_len)
     train_rows, held_rows = formats.split(rows, cfg.held_out, seed=0)
-    train, n_long = lesson.group(train_rows, tok, max_len, cfg.margin)
-    held, n_held_long = lesson.group(held_rows, tok, max_len, cfg.margin)
+    train, n_long = supervision.group(train_rows, tok, max_len, cfg.margin)
+    held, n_held_long = supervision.group(held_rows, tok, max_len, cfg.margin)
     n_long += n_held_long
     run.say(f"{len(train):,} prompts to train on, {len(held):,} held out; {n_long:,} rows longer than "
             f"{max_len} tokens left out (--max_len)")
@@ -271,18 +276,18 @@ def main(cfg):
         plan += batches(longest, cfg.batch_size, cfg.seed, epoch)
     run.begin(len(plan), tok, model=(model, optimizer))
 
-    def tell(title):
-        """Write what it says of some held-out rows as text; returns rows for held_out.jsonl."""
-        rows_told, told = lesson.show(model, tok, held_rows, report.PROBES, cfg)
-        run.samples(title, *zip(*told))
-        return rows_told
+    def show_held_out(title):
+        """Write some held-out rows with their scores to samples.txt; returns rows for held_out.jsonl."""
+        scored, texts = supervision.show(model, tok, held_rows, report.N_SAMPLES, cfg)
+        run.samples(title, *zip(*texts))
+        return scored
 
     # How good it is before its first step.
     if run.first:
         before = run.state["before"]
     else:
-        before, _ = lesson.evaluate(model, held, tok)
-        tell("before")
+        before, _ = supervision.evaluate(model, held, tok)
+        show_held_out("before")
 
     for step in run.steps():
         # 1. This step's prompts.
@@ -291,7 +296,7 @@ def main(cfg):
         # 2. L over the whole step, micro-batch by micro-batch: all answers to some prompts make a batch.
         total, right = torch.zeros(2, device=device)
         for part in micro_batches(prompts, longest, cfg.micro_batch):
-            loss, n_right = lesson.losses(model, [train[i] for i in part], tok, cfg)
+            loss, n_right = supervision.losses(model, [train[i] for i in part], tok, cfg)
             (loss / len(prompts)).backward()
             total += loss.detach() / len(prompts)
             right += n_right / len(prompts)
@@ -309,11 +314,12 @@ def main(cfg):
         if run.due(step):
             run.save(step, before=before)
 
-    # From now on held-out answers average 0. A run cut off before this is saved does it when it goes on.
-    after, mean = lesson.evaluate(model, held, tok)
+    # Shift rewards so that held-out answers average 0, and save once more as the last step. A run that is cut
+    # off before does this when it goes on.
+    after, mean = supervision.evaluate(model, held, tok)
     model.cfg.reward_mean = mean
     run.save(max(run.first, run.n_steps) - 1, before=before)
-    world.write_jsonl(run.folder / "held_out.jsonl", tell("after"))
+    world.write_jsonl(run.folder / "held_out.jsonl", show_held_out("after"))
     run.finish(before, after | {"reward_mean": mean})
 
 

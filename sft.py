@@ -11,9 +11,9 @@ The sum runs over the assistant's tokens only, each turn's EOS included. N is th
 optimizer step, so that the loss does not depend on how a step is cut into micro-batches. Long conversations
 are cut at the end and then carry no EOS: a cut is not an end.
 
-Left out: packing (batches of similar length waste little and need no block-diagonal mask), dropout, several
-workers. On the tiny world SFT ends far above the base model and far below the ceiling: it imitates careless
-demonstrators too. """
+Left out: packing (batches of similar length waste little and need no block-diagonal mask), dropout,
+data-loader workers. On the tiny world SFT ends far above the base model and far below the ceiling: it
+imitates careless demonstrators too. """
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +53,9 @@ def encode(rows, tok, max_len):
     out, n_cut, n_left_out = [], 0, 0
     for row in rows:
         ids, mask = tok.render(row["messages"])
-        if any(mask[1:max_len]):
-            out.append((ids[:max_len], mask[:max_len]))
+        mask = [0, *mask[1:max_len]]    # nothing predicts the first token
+        if any(mask):
+            out.append((ids[:max_len], mask))
             n_cut += len(ids) > max_len
         else:
             n_left_out += 1
@@ -67,7 +68,6 @@ def nll(model, examples, tok):
     device = model.wte.weight.device
     ids, _ = pad_batch([ids for ids, _ in examples], tok.pad_id, device)             # (B, T)
     mask, _ = pad_batch([mask for _, mask in examples], 0)                           # (B, T), on the CPU
-    mask[:, 0] = 0    # nothing predicts the first token
     return -token_logprobs(model, ids, mask.bool()).sum(), int(mask.sum())
 
 
@@ -102,7 +102,7 @@ def main(cfg):
     if not train or not held:
         raise InputError(f"{data}: {len(train)} conversations within --max_len {max_len} tokens to train on, "
                          f"{len(held)} held out (--held_out); both need at least one")
-    tests = report.test_prompts(model, tok, cfg.max_new, rows if cfg.data else None, data)
+    tests = report.test_prompts(model, tok, cfg.max_new, held_rows + train_rows if cfg.data else None, data)
 
     # The model on its device, its optimizer, and which conversations each step reads.
     sampler = sampling_copy(model).to(device)
@@ -115,21 +115,16 @@ def main(cfg):
     run.begin(len(plan), tok, model=(model, optimizer))
 
     def measure(title):
-        """Held-out loss, and what the model answers to prompts it has not been trained on."""
+        """Held-out loss, and what the model answers to test prompts (--data: to held-out ones first)."""
         refresh(sampler, model)
         figures, answers = run.measure(title, sampler, tests)
         return figures | {"loss": held_out_loss(model, held, tok)}, answers
 
-    if run.first:
-        before, first_answers = run.state["before"], run.state["answers"]
-    else:
-        before, answers = measure("before")
-        first_answers = answers.scored
-
+    before, first_answers = run.before(measure)
     for step in run.steps():
         # 1. This step's conversations, and how many supervised tokens they have: N of the equation.
         batch = plan[step]
-        n_tokens = sum(sum(train[i][1][1:]) for i in batch)
+        n_tokens = sum(sum(train[i][1]) for i in batch)
 
         # 2. L = - sum log p / N over the whole step, micro-batch by micro-batch.
         total = torch.zeros((), device=device)
@@ -149,7 +144,7 @@ def main(cfg):
         n_read = sum(lengths[i] for i in batch)
         run.log(step, tokens=n_read, loss=all_sum(total.item()), grad_norm=norm.item())
         if run.due(step):
-            run.save(step, before=before, answers=first_answers)
+            run.save(step)
 
     after, answers = measure("after")
     run.finish(before, after, answers=report.answer_rows(tests, first_answers, answers.scored))

@@ -118,8 +118,9 @@ def run_of(folder):
 
 
 def fingerprint(path):
-    """A hash of a file, or of the weights in a folder: of their size and of their first and last megabyte. Of
-    several with colons between, such as FILE.py:function, one hash each."""
+    """Tells whether an input has changed: a hash of a file's content and size; of a folder, of the size and
+    the first and last megabyte of its model.safetensors; "none" if there is none. A name with colons, such
+    as FILE.py:function, gives one hash a part."""
     path = Path(path)
     if not path.exists() and path.with_name(path.name + ".py").is_file():      # the module of module:function
         path = path.with_name(path.name + ".py")

@@ -13,11 +13,9 @@ from pathlib import Path
 
 from data import InputError, sample, world
 from data.chain import run_of
-from data.checkpoint import load
 from data.flags import program
 from data.run import seeded, setup
 from data.tokenizer import tokenizer_from_ranks
-from model import frozen, sampling_copy
 
 
 @dataclass
@@ -31,12 +29,6 @@ class Config:
     seed: int = 0                 # every random draw comes from it
     device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products
-
-
-def open_model(folder, device):
-    """(model, tokenizer) of a checkpoint, to sample from. InputError: there is none, or a reward model."""
-    model, tok = load(folder)
-    return sampling_copy(frozen(model)).to(device), tok
 
 
 def what_it_knows(folder, tok):
@@ -63,7 +55,7 @@ def ask(question):
 def main(cfg):
     """Talk until there is an empty line."""
     device, parent = setup(cfg), Path(cfg.model).parent
-    model, tok = open_model(cfg.model, device)
+    model, tok = sample.load_sampler(cfg.model, device)
     names = sorted(path.parent.name for path in parent.glob("*/config.json"))
     print(f"--- {cfg.model}. An empty line ends the chat.")
     if len(names) > 1:
@@ -76,7 +68,7 @@ def main(cfg):
             try:
                 if text[1:] not in names:
                     raise InputError(f"there is no model {text[1:]} in {parent}")
-                model, tok = open_model(parent / text[1:], device)
+                model, tok = sample.load_sampler(parent / text[1:], device)
                 messages = []
                 print(f"--- {text[1:]}")
             except InputError as e:

@@ -1,14 +1,12 @@
-"""Comparisons of answers and labels of their steps: how the tiny world's come about (reward.py), comparisons
-of a file as ids, and those of a policy's own new answers (dpo.py). """
+"""Where comparisons and labelled steps come from: the tiny world's annotator (reward.py), a file, or a
+policy's own new answers (dpo.py)."""
 import random
 import time
 from collections import Counter
 from dataclasses import asdict
 
 from data import InputError, formats, sample, world
-from data.checkpoint import load
 from data.run import seeded
-from model import frozen, sampling_copy
 
 
 def answer_prompts(run, path, device):
@@ -16,8 +14,7 @@ def answer_prompts(run, path, device):
     each, a list of its answers (texts) that end, say something and differ. InputError: no prompt fits."""
     # The policy, and the prompts that leave it room for an answer.
     cfg = run.cfg
-    policy, tok = load(path)
-    policy = sampling_copy(frozen(policy)).to(device)
+    policy, tok = sample.load_sampler(path, device)
     rows = world.rows("preference")
     rows = random.Random(cfg.seed).sample(rows, min(cfg.prompts, len(rows)))
     fitting = sample.short_enough(tok, rows, policy.cfg.max_len - cfg.max_new)
@@ -32,7 +29,7 @@ def answer_prompts(run, path, device):
     generator, answers, spoke = seeded(cfg.seed, 0), [], time.time()
     for start in range(0, len(fitting), 64):
         part = fitting[start: start + 64]
-        answers += sample.different_answers(policy, tok, part, [cfg.k] * len(part), cfg.max_new, generator,
+        answers += sample.different_answers(policy, tok, part, cfg.k, cfg.max_new, generator,
                                             cfg.temperature)
         if time.time() - spoke > 4:
             spoke = time.time()
@@ -78,9 +75,9 @@ def label_steps(run, path, device):
 
 
 def read_examples(run, path, kind, tok, max_len):
-    """Examples of a file to train on, held-out ones, and all its rows; run: the Run, whose flags they follow
-    and which says what was left out. kind: preference or kto. InputError: nothing to train on or to hold
-    out."""
+    """Examples of a file to train on, held-out ones, and the rows of both, held-out ones first; run: the Run,
+    whose flags they follow and which says what was left out. kind: preference or kto. InputError: nothing to
+    train on or to hold out."""
     cfg = run.cfg
     rows, dropped = formats.load(path, kind)
     run.say(formats.describe(rows, dropped, path))
@@ -106,7 +103,7 @@ def read_examples(run, path, kind, tok, max_len):
             raise InputError(f"{path}: {told}; kto needs good and bad answers to train on")
         held = mismatch(held + train, cfg.seed, max_len)[: len(held)]    # one held-out prompt may do
         train = mismatch(train, cfg.seed, max_len)
-    return train, held, rows
+    return train, held, held_rows + train_rows
 
 
 def encode(rows, tok, max_prompt, max_len):
@@ -151,7 +148,8 @@ def mismatch(examples, seed, max_len):
 
 
 def length_of(example):
-    """Tokens of an example with its longer answer: what batches are sorted by."""
+    """Tokens of an example with its longer answer: what batches are sorted by (an estimate, where a row of a
+    pair holds both answers)."""
     prompt, first, second, _ = example
     return len(prompt) + max(len(first), len(second))
 

@@ -221,21 +221,22 @@ def connect(url, model, timeout, retries, parallel, counts):
         raise InputError(f"--critic {url}/models lists no model; name one with --critic_model")
 
     def ask(requests):
+        failed = None
         with ThreadPoolExecutor(parallel) as pool:
             jobs = [pool.submit(server.answer, name, request) for request in requests]
-        failed = None
-        for job in jobs:
-            failed = failed or job.exception()
-            yield None if job.exception() else job.result()
+            for job in jobs:
+                failed = failed or job.exception()
+                yield None if job.exception() else job.result()
         if failed:   # only now, when the caller has kept the answers that did come
             raise failed
     return name, ask
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Answers kept in a file.
 
 
-class Kept:
+class CachedCritic:
     """critic(requests) -> answers. Every answer of ask(requests) is kept in a file as soon as it is there,
     one JSON line under the hash of model and request: nothing is asked (and paid for) twice, and a run that
     was broken off goes on."""
@@ -243,7 +244,7 @@ class Kept:
     def __init__(self, name, ask, file, batch, counts=None, shots=None):
         """batch: how many requests are asked at a time. counts: a Counter of what was asked, refused, ..
         shots: examples to show first, {"critique": text, "choice": text} (data/principles.py)."""
-        self.name, self.ask, self.file, self.batch, self.known = name, ask, Path(file), batch, {}
+        self.name, self.ask, self.file, self.batch, self.cache = name, ask, Path(file), batch, {}
         self.counts = Counter() if counts is None else counts
         self.shots = shots or {"critique": "", "choice": ""}
         if not self.file.exists():
@@ -251,13 +252,13 @@ class Kept:
         for line in self.file.read_bytes().splitlines():
             try:
                 row = json.loads(line)
-                self.known[row["key"]] = row["answer"]
+                self.cache[row["key"]] = row["answer"]
             except (ValueError, KeyError, TypeError):
                 pass   # the line at which an earlier run broke off
 
     def __call__(self, requests):
         """One answer per request, in order; None where none could be got."""
-        # Which answers are known already, each request asked behind the examples for its kind?
+        # Put the examples for its kind before each request; which answers are in the cache?
         keys, todo = [], {}
         for request in requests:
             kind = "choice" if "options" in request else "critique"
@@ -265,7 +266,7 @@ class Kept:
             text = json.dumps([self.name, request], sort_keys=True)
             key = hashlib.sha256(text.encode()).hexdigest()
             keys.append(key)
-            if key not in self.known:
+            if key not in self.cache:
                 todo[key] = request
 
         # Similar lengths together, so that little is padded.
@@ -277,8 +278,8 @@ class Kept:
                 if answer is not None:
                     self.keep(key, todo[key], answer)
         self.counts["asked"] += len(todo)
-        self.counts["refused"] += sum("refused" in self.known.get(key, ()) for key in todo)
-        return [self.known.get(key) for key in keys]
+        self.counts["refused"] += sum("refused" in self.cache.get(key, ()) for key in todo)
+        return [self.cache.get(key) for key in keys]
 
     def keep(self, key, request, answer):
         """Add an answer to the file, in a line of its own whatever was there before."""
@@ -286,7 +287,7 @@ class Kept:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a", encoding="utf-8") as f:
             f.write("\n" * (f.tell() > 0) + json.dumps(row))
-        self.known[key] = answer
+        self.cache[key] = answer
 
 
 def make_critic(path, cfg, shots, device):
@@ -295,6 +296,6 @@ def make_critic(path, cfg, shots, device):
     file, counts = Path(cfg.out) / "critic_answers.jsonl", Counter()
     if path.startswith(("http://", "https://")):
         name, ask = connect(path, cfg.critic_model, cfg.timeout, cfg.retries, cfg.parallel, counts)
-        return Kept(name, ask, file, cfg.parallel, counts, shots)
+        return CachedCritic(name, ask, file, cfg.parallel, counts, shots)
     name, ask = local_critic(path, device)
-    return Kept(name, ask, file, 64, counts, shots)
+    return CachedCritic(name, ask, file, 64, counts, shots)

@@ -42,15 +42,13 @@ import torch
 
 from data import InputError, formats, report, world, write_atomic
 from data.chain import result_of
-from data.checkpoint import load
 from data.endpoint import local_critic
 from data.flags import names_in, program
 from data.pretrain import read_corpus
 from data.principles import compare, constitution
 from data.rewards import rewards_on
 from data.run import seeded, setup
-from data.sample import ended, respond, short_enough
-from model import sampling_copy
+from data.sample import ended, load_sampler, respond, short_enough
 
 CONTROL = "That is a great question! Thank you for asking. I hope this helps you."
 
@@ -178,10 +176,10 @@ def short_names(paths):
 
 def tail_of(path, tok, length=128):
     """Ids of the last 2 % of a corpus, as pretraining holds them out."""
-    return read_corpus(path, tok, length, least=1)[1]
+    return read_corpus(path, tok, length, min_windows=1)[1]
 
 
-def hear(model, tok, reference, rows, cfg):
+def answer_and_measure(model, tok, reference, rows, cfg):
     """A model's answers (texts) to the prompts, and what can be said of it without a judge: {name: number}.
     reference: (model, tokenizer) that the KL is to."""
     prompts = [row["prompt"] for row in rows]
@@ -203,7 +201,7 @@ def describe_answers(rows, texts, graded, reward):
     """Figures of answers, whoever gave them: gold and families, skill, reward, how many differ, words."""
     figures = {}
     if graded:
-        figures |= world.report(rows, texts)
+        figures |= world.mean_scores(rows, texts)
         right = [world.judge(r, t)["helpful"] for r, t in zip(rows, texts) if r["family"] == "helpful"]
         if right:
             figures["skill"] = sum(right) / len(right)
@@ -305,6 +303,9 @@ def main(cfg):
     if ns and not reward_path:
         raise InputError(f"--best_of {cfg.best_of} needs a reward model: --reward")
 
+    folder = Path(cfg.out)
+    folder.mkdir(parents=True, exist_ok=True)
+
     # Prompts that leave room for an answer in the context of every model.
     data = cfg.data or world.TINY / "test.jsonl"
     rows, dropped = formats.load(data, "prompt", cfg.prompts)
@@ -322,8 +323,7 @@ def main(cfg):
     reference = cfg.reference or next((p for p in paths if result_of(p).get("stage") == "sft"), paths[0])
     loaded, n_all = {}, len(rows)
     for path in dict.fromkeys([reference, *paths]):
-        model, tok = load(path)
-        loaded[path] = (sampling_copy(model).to(device), tok)
+        loaded[path] = model, tok = load_sampler(path, device)
         rows = short_enough(tok, rows, model.cfg.max_len - cfg.max_new)
     n_long = n_all - len(rows)
     print(f"{len(rows)} prompts, {n_long} too long for a model's context left out; KL to {reference}")
@@ -334,7 +334,7 @@ def main(cfg):
     # Every model answers; the control says the same to everybody.
     texts, metrics = {}, {}
     for name, path in zip(names, paths):
-        texts[name], metrics[name] = hear(*loaded[path], loaded[reference], rows, cfg)
+        texts[name], metrics[name] = answer_and_measure(*loaded[path], loaded[reference], rows, cfg)
     texts["control"], metrics["control"] = [CONTROL] * len(rows), {}
     for name in texts:
         metrics[name] = describe_answers(rows, texts[name], graded, reward) | metrics[name]
@@ -343,8 +343,7 @@ def main(cfg):
     wins = win_rates(texts, rows, prefers, cfg.seed)
     best = best_answers(*loaded[reference], rows, reward, ns, graded, cfg) if ns else []
 
-    folder, lines = Path(cfg.out), []
-    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
     for name in texts:
         lines += [{"model": name, "prompt": r["prompt"], "response": t} for r, t in zip(rows, texts[name])]
     world.write_jsonl(folder / "generations.jsonl", lines)

@@ -23,9 +23,8 @@ class RunFlags:
     # The run itself (the same in every script)
     out: str = ""   # folder for checkpoint, log and samples (default: out/ and the script's name; with
                                   # data or a model of your own out/mine/ and the name)
-    overwrite: bool = False       # begin anew where --out holds a run with other flags
-    resume: bool = False   # go on from the checkpoint in --out; an unfinished run with the same flags does so
-                                  # by itself
+    overwrite: bool = False       # start over, whatever run --out holds
+    resume: bool = False   # says what happens anyway: an unfinished run with the same flags goes on
     max_steps: int = 0            # stop after this many steps (0: run all)
     save_every: int = 100         # steps between checkpoints
     seed: int = 0                 # every random draw comes from (seed, step)
@@ -35,9 +34,9 @@ class RunFlags:
     recompute: bool = False       # run layers again in the backward pass, for less memory
 
 
-MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora")   # others count from 1
+MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora", "retries")   # of the integers
 MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")
-SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate")   # between 0 and 1
+SHARES = ("held_out", "agreement", "lam", "gamma", "label_smoothing", "flip_rate")   # between 0 and 1
 FREE = ("out", "overwrite", "resume", "max_steps", "save_every", "device", "compile", "recompute",
         "micro_batch", "inspect", "nproc_per_node", "parallel", "timeout",
         "retries")   # a run that goes on may change these
@@ -45,8 +44,8 @@ FREE = ("out", "overwrite", "resume", "max_steps", "save_every", "device", "comp
 
 @functools.cache
 def described_fields(Config):
-    """[(group, field name, comment)] of a Config, in the order of its source, what it inherits last. A group
-    is named by a comment line of its own."""
+    """[(group, field name, comment)] of a Config, read from its source: its own fields, then inherited ones.
+    A line that is only a comment begins a group."""
     found = []
     for cls in (c for c in Config.__mro__ if "__dataclass_fields__" in vars(c)):
         group = "flags"
@@ -91,16 +90,13 @@ def parse_flags(Config, doc, args=None):
     known, groups = {f.name: f for f in fields(Config)}, {}
     for group, name, comment in described_fields(Config):
         f = known[name]
-        kind, options = f.type, {}
+        kind, options = f.type, {"metavar": {int: "N", float: "X"}.get(f.type, "TEXT")}
         if typing.get_origin(kind) is typing.Literal:
-            options["choices"] = typing.get_args(f.type)
-            options["metavar"] = "|".join(options["choices"])
-            kind = type(f.default)
+            choices = typing.get_args(kind)
+            kind, options = type(f.default), {"choices": choices, "metavar": "|".join(choices)}
         elif kind is bool:
-            kind, options["nargs"], options["const"], options["metavar"] = parse_bool, "?", True, "BOOL"
-        else:
-            options["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
-        if kind is float:
+            kind, options = parse_bool, {"nargs": "?", "const": True, "metavar": "BOOL"}
+        elif kind is float:
             kind = parse_float
         if f.default not in ("", None):
             comment += f" (default {f.default})"
@@ -131,7 +127,7 @@ def check_range(parser, f, value):
 
 
 def program(main, Config, doc):
-    """Run main(config) as a program: what a user can mend ends in one sentence and exit code 1, not in a
+    """Run main(config) as a program: what a user can fix ends in one sentence and exit code 1, not in a
     traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")   # a terminal that cannot show a character shows "?"
@@ -169,10 +165,10 @@ def interrupt(signum, frame):
 
 
 def names_in(text):
-    """The parts of "A,B,C", in order. What exists is one name, whatever commas it has."""
+    """The parts of "A,B,C", in order. The name of an existing file or folder may have commas itself."""
     names, rest = [], text.split(",")
     while rest:
-        n = len(rest)      # of the parts that are the next name: the most that are a file or a folder, or one
+        n = len(rest)      # the next name is the longest run of parts that exists, else one part
         while n > 1 and not Path(",".join(rest[:n])).exists():
             n -= 1
         names.append(",".join(rest[:n]))
@@ -184,20 +180,21 @@ def function_of(name, flag):
     """The Python function that a flag names as "module:function" or "FILE.py:function"; the current folder is
     searched first. InputError: there is none, or it cannot be imported."""
     where, _, function = name.rpartition(":")
-    path = Path(where if where.endswith(".py") else f"{where}.py")
-    sys.path.insert(0, str(path.parent if where.endswith(".py") else Path.cwd()))
+    is_file = where.endswith(".py")
+    path = Path(where if is_file else f"{where}.py")
+    sys.path.insert(0, str(path.parent if is_file else Path.cwd()))
     try:
         # A file is read as itself: a module of its name, such as our reward.py, may be there already.
-        if path.is_file():
+        if is_file or path.is_file():
             module = module_of_file(path)
         else:
-            module = importlib.import_module(path.stem if where.endswith(".py") else where)
+            module = importlib.import_module(where)
     except Exception as e:   # whatever stands in somebody's file
         raise InputError(f"{flag} {name}: {where} cannot be imported: {type(e).__name__}: {e}") from None
     finally:
         del sys.path[0]
     if not callable(getattr(module, function, None)):
-        raise InputError(f"{flag} {name}: {module.__file__} has no function {function!r}")
+        raise InputError(f"{flag} {name}: {getattr(module, '__file__', where)} has no function {function!r}")
     return getattr(module, function)
 
 

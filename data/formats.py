@@ -30,7 +30,7 @@ import zlib
 from collections import Counter
 
 from data import InputError
-from data.tokenizer import BLANK, MUCH
+from data.tokenizer import BLANK, MAX_BLANKS
 
 KINDS = ("sft", "preference", "prompt", "kto", "process")
 MAX_LINE = 16 * 2**20  # bytes; a longer .jsonl line is taken for damage
@@ -195,8 +195,8 @@ def _text(row, key, default=None):
         text.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell "\ud83d", half of an emoji, that no tokenizer can encode
         raise Unusable("half a character") from None
-    if len(text) > MUCH and BLANK.search(text):  # damage, which no tokenizer can split
-        raise Unusable(f"run of {MUCH:,} blanks")
+    if len(text) > MAX_BLANKS and BLANK.search(text):  # damage, which no tokenizer can split
+        raise Unusable(f"run of {MAX_BLANKS:,} blanks")
     return text
 
 

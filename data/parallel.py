@@ -69,11 +69,11 @@ def all_sum(x):
 
 def prepare(model, cfg, device):
     """The model, loaded on the CPU, as the flags want it: on its device, compiled block by block (--compile),
-    running layers again in the backward pass (--recompute), cut over the ranks. Before its optimizer is
-    made."""
+    running layers again in the backward pass (--recompute), cut over the ranks. Call it before making the
+    optimizer."""
     model.recompute = cfg.recompute
     if cfg.compile:
-        # Shapes, with gradients or not, frozen or not; else eager.
+        # Each shape, with or without gradients, is compiled once; past this limit torch runs eagerly.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in model.h:
             block.compile()          # in place: no tensor changes its name
@@ -144,8 +144,8 @@ def micro_batches(rows, lengths, size):
 
 def even_share(lengths):
     """This rank's share of rows of these lengths, similar ones side by side, for passes without gradients.
-    All ranks get as many, as FSDP needs, so some rows are computed twice; whoever adds the shares up has to
-    divide."""
+    All ranks get the same number, which FSDP needs, so some rows are computed twice; whoever adds the shares
+    up has to divide."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     order += (order * WORLD)[: -len(order) % WORLD]
     return order[RANK::WORLD]
@@ -157,19 +157,19 @@ def in_shares(f, lengths, size, say=None):
     share. f takes a list of row numbers and returns (.., n), the rows last. The result is the same with all N
     rows, (.., N), in fp32 and without gradients, on every rank. say: prints how far it is, now and then."""
     mine = even_share(lengths)
-    total, times, spoke = None, None, time.time()
+    total, counts, spoke = None, None, time.time()
     for start in range(0, len(mine), size):
         rows = mine[start: start + size]
         part = f(rows).float()                                                     # (.., n)
         if total is None:
             total = part.new_zeros(part.shape[:-1] + (len(lengths),))              # (.., N)
-            times = part.new_zeros(len(lengths))
+            counts = part.new_zeros(len(lengths))
         total[..., rows] = part
-        times[rows] = 1.0
+        counts[rows] = 1.0
         if say and time.time() - spoke > 4:
             spoke = time.time()
             say(f"... {(start + len(rows)) * WORLD:,} of {len(lengths):,}")
-    return all_sum(total) / all_sum(times)
+    return all_sum(total) / all_sum(counts)
 
 
 def in_chunks(f, ids, mask, size):

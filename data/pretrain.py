@@ -1,6 +1,6 @@
-"""Pretraining, phase 0: a GPT that continues text, from random weights.
+"""Pretraining: a GPT learns to continue text, from random weights.
 
-    python -m data.pretrain                                     the tiny world's internet, 70 s on two cores
+    python -m data.pretrain                                     the tiny world's internet, about a minute
     python -m data.pretrain --size gpt2 --data mine.txt --length 1024 --lr 6e-4    your text, a GPT-2 of 124M
 
 Equation (Radford et al. 2019), x a window of N + 1 tokens of text:
@@ -49,7 +49,7 @@ class Config(RunFlags):
     # Training
     steps: int = 1600             # optimizer steps
     batch_size: int = 8           # sequences a step
-    micro_batch: int = 32         # sequences per forward pass; smaller needs less memory, no more
+    micro_batch: int = 32         # sequences per forward pass; changes memory and nothing else
     lr: float = 4e-3              # peak learning rate of AdamW (6e-4 for gpt2)
     warmup: int = 40              # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.1     # on matrices only
@@ -58,10 +58,9 @@ class Config(RunFlags):
     save_every: int = 400         # steps between checkpoints
 
 
-def read_corpus(path, tok, length, least):
-    """Ids of a text, each document after an EOS: all but the last 2 % (N,), which are for training, and
-    those (M,), at least `length` of them. InputError: no such file, not UTF-8, fewer than `least` x `length`
-    tokens."""
+def read_corpus(path, tok, length, min_windows):
+    """Ids of a text with an EOS before each document: train (N,) and held out (M,), the last 2 %, at least
+    `length` tokens. InputError: no such file, not UTF-8, fewer than `min_windows` x `length` tokens."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such text file")
     try:
@@ -69,17 +68,19 @@ def read_corpus(path, tok, length, least):
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: not UTF-8 text ({e})") from None
     ids = torch.cat([torch.tensor([tok.eos_id, *tok.encode(text)]) for text in documents])
-    if len(ids) < least * length:
+    if len(ids) < min_windows * length:
         raise InputError(f"{path}: {len(ids)} tokens are too few for sequences of {length}; add text")
     held_out = max(length, len(ids) // 50)
     return ids[:-held_out], ids[-held_out:]
 
 
 def continued(sampler, tok, starts, seed):
-    """How a model goes on after starts (n, 16), beginnings of text: [{"answer": str}]."""
-    draws = torch.rand(len(starts), report.MEASURED, dtype=torch.float64, generator=seeded(seed, MEASURE))
+    """How a model goes on after starts (n, 16), beginnings of text: report.Answers."""
+    draws = torch.rand(len(starts), report.TEST_MAX_NEW, dtype=torch.float64, generator=seeded(seed, MEASURE))
     ids, mask, _ = parallel.generate_in_shares(sampler, tok, starts.tolist(), draws)   # (n, T)
-    return [{"answer": tok.decode(row[on])} for row, on in zip(ids.cpu(), mask.cpu())]
+    ids = [row[on].tolist() for row, on in zip(ids.cpu(), mask.cpu())]
+    texts = [tok.decode(row) for row in ids]
+    return report.Answers(texts, starts.tolist(), ids, [{"answer": text} for text in texts])
 
 
 def main(cfg):
@@ -90,22 +91,22 @@ def main(cfg):
 
     # The text as ids, and a model of random weights for its vocabulary.
     tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken") if cfg.size == "tiny" else gpt2_tokenizer()
-    train, test = read_corpus(data, tok, cfg.length, least=4)   # (N,), (M,)
+    train, test = read_corpus(data, tok, cfg.length, min_windows=4)   # (N,), (M,)
     model = GPT(GPTConfig(vocab_size=tok.vocab_size, **SIZES[cfg.size]))
-    if not 2 <= cfg.length <= model.cfg.max_len:
-        raise InputError(f"--length {cfg.length} is not between 2 and the context of {model.cfg.max_len} "
+    if not 16 <= cfg.length <= model.cfg.max_len:
+        raise InputError(f"--length {cfg.length} is not between 16 and the context of {model.cfg.max_len} "
                          f"tokens that --size {cfg.size} has")
     n_weights = sum(p.numel() for p in model.parameters())
     run.say(f"{n_weights / 1e6:.1f} million weights; {len(train):,} tokens of {data} to train on, "
             f"{len(test):,} held out")
 
     # What it will be asked: the tiny world's test prompts, or to continue one's own held-out text.
-    starts = test[: len(test) // 16 * 16].view(-1, 16)[: report.PROBES]   # (n, 16)
+    starts = test[: len(test) // 16 * 16].view(-1, 16)[: report.N_SAMPLES]   # (n, 16)
     if cfg.data:
         rows = [{"prompt": [{"role": "user", "content": tok.decode(start)}]} for start in starts]
-        tests = report.Tests(rows, graded=False, max_new=report.MEASURED)
+        tests = report.Tests(rows, graded=False, max_new=report.TEST_MAX_NEW)
     else:
-        tests = report.test_prompts(model, tok, report.MEASURED)
+        tests = report.test_prompts(model, tok, report.TEST_MAX_NEW)
 
     # The model on its device, and its optimizer.
     sampler = sampling_copy(model).to(device)
@@ -114,25 +115,17 @@ def main(cfg):
     run.begin(cfg.steps, tok, model=(model, optimizer))
 
     def measure(title):
-        """Compression of the held-out text, and what the model says: {"answer": str, scores ..} a prompt."""
+        """Compression of the held-out text, and what the model says: figures and report.Answers."""
         refresh(sampler, model)
-        figures = {"bits_per_byte": report.bits_per_byte(model, tok, test.to(device), cfg.length)}
+        bits = {"bits_per_byte": report.bits_per_byte(model, tok, test.to(device), cfg.length)}
         if cfg.data:
             answers = continued(sampler, tok, starts, cfg.seed)
-        else:
-            scores, heard = report.measure(sampler, tok, tests, seeded(cfg.seed, MEASURE))
-            figures, answers = figures | scores, heard.scored
-        few = report.PROBES
-        run.samples(title, tests.prompts[:few], [answer["answer"] for answer in answers[:few]])
-        return figures, answers
+            run.samples(title, tests.prompts, answers.texts)
+            return bits, answers
+        figures, answers = run.measure(title, sampler, tests)
+        return bits | figures, answers
 
-    # Random weights know nothing, but to measure them takes two seconds.
-    if run.first:
-        before, first_answers = run.state["before"], run.state["answers"]
-    else:
-        before, first_answers = measure("before")
-
-    places = list(range(cfg.batch_size))
+    before, first_answers = run.before(measure)
     for step in run.steps():
         # 1. Windows of text, at places drawn anew in every step.
         generator = seeded(cfg.seed, step)
@@ -143,7 +136,7 @@ def main(cfg):
         #    token of a window.
         n_tokens = cfg.batch_size * (cfg.length - 1)
         total = torch.zeros((), device=device)
-        for part in micro_batches(places, [cfg.length] * cfg.batch_size, cfg.micro_batch):
+        for part in micro_batches(range(cfg.batch_size), [cfg.length] * cfg.batch_size, cfg.micro_batch):
             x = windows[part]   # (b, T)
             everywhere = torch.ones(x.shape, dtype=torch.bool)
             loss = -token_logprobs(model, x.to(device), everywhere).sum() / n_tokens
@@ -160,10 +153,10 @@ def main(cfg):
         # 4. Write the log, save.
         run.log(step, tokens=windows.numel(), loss=all_sum(total.item()), grad_norm=norm.item())
         if run.due(step):
-            run.save(step, before=before, answers=first_answers)
+            run.save(step)
 
-    after, last_answers = measure("after")
-    run.finish(before, after, answers=report.answer_rows(tests, first_answers, last_answers))
+    after, answers = measure("after")
+    run.finish(before, after, answers=report.answer_rows(tests, first_answers, answers.scored))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a critic is asked: principles and examples, ours (data/constitution.json) and Anthropic's published
-files, and the question which of two answers is better; then the label that follows, and how good revisions
-and labels are. cai.py trains on them, data/evaluate.py judges by them."""
+"""The questions for a critic (constitutions and examples, ours and Anthropic's published ones, and which of
+two answers is better), the labels made of its answers, and how good these are. Used by cai.py and
+data/evaluate.py."""
 import math
 from pathlib import Path
 
@@ -195,17 +195,17 @@ def accuracy(labels, pairs):
     return figures
 
 
-def agreement(labels, pairs, annotator, rng):
-    """Shares of pairs [(row, a, b)] on which two judges agree, of a critic, the tiny world's annotator and
-    gold, over the pairs in which gold sees a difference."""
+def agreement(labels, pairs, noise, rng):
+    """Shares of pairs [(row, a, b)] on which two judges agree, of a critic, the tiny world's annotator with
+    this noise, and gold, over the pairs in which gold sees a difference."""
     hits = {"ai_gold": [], "human_gold": [], "ai_human": []}
     for label, (row, a, b) in zip(labels, pairs):
-        u, v = world.utility(row, a), world.utility(row, b)
+        u, v = world.gold([row, row], [a, b])
         if label is None or abs(u - v) < 1e-6:
             continue
         # Who prefers a?
         ai, gold = label["p"] > 0.5, u > v
-        human = world.annotate(u, v, annotator.noise, rng) > 0.5
+        human = world.annotate(u, v, noise, rng) > 0.5
         hits["ai_gold"].append(ai == gold)
         hits["human_gold"].append(human == gold)
         hits["ai_human"].append(ai == human)

@@ -15,7 +15,7 @@ from data import formats, report, world
 from data.chain import result_of
 from data.parallel import WORLD, micro_batches
 from data.run import set_lr
-from data.sample import all_pairs, annotated
+from data.sample import all_pairs, annotated, ended
 from model import answer_rewards, pad_batch
 
 
@@ -35,11 +35,11 @@ class Relabelling:
 
     def __init__(self, run, folder, model, optimizer):
         """run: a Run that has begun. folder: where reward.py made the model, and its comparisons."""
-        told = result_of(folder)["config"]
+        config = result_of(folder)["config"]
         rows, _ = formats.load(Path(folder) / "comparisons.jsonl", "preference")
         rows = random.Random(run.cfg.seed).sample(rows, min(2000, len(rows)))
         self.run, self.tok, self.model, self.optimizer = run, run.tok, model, optimizer
-        self.annotator, self.center = world.annotator_of(told), told["center"]
+        self.annotator, self.center = world.annotator_of(config), config["center"]
         self.first_pairs, self.later_pairs = encode_pairs(rows, run.tok), run.state.get("later_pairs", [])
 
     @staticmethod
@@ -55,18 +55,19 @@ class Relabelling:
         set_lr(self.optimizer, lr)
         draw, texts = random.Random(f"{self.run.cfg.seed} {it}"), []
         for said in answers:
-            finished = [self.tok.decode(ids).strip() for ids in said if ids[-1] in self.tok.eos_ids]
+            finished = [self.tok.decode(ids).strip() for ids in said if ended(self.tok, ids)]
             texts.append([text for text in dict.fromkeys(finished) if text])
         new = encode_pairs(annotated(all_pairs(rows, texts), self.annotator, draw), self.tok)
         old = self.first_pairs + self.later_pairs
-        n_old = 64 + -(len(new) + 64) % (8 * self.run.cfg.minibatches)   # divides evenly over 8 processes
+        # At least 64 older pairs, and so many that each minibatch divides evenly over 8 processes.
+        n_old = 64 + -(len(new) + 64) % (8 * self.run.cfg.minibatches)
         figures = self.learn(new, draw.sample(old, min(n_old, len(old))))
-        self.later_pairs = (self.later_pairs + new)[-10000:]
+        self.later_pairs = (self.later_pairs + new)[-10000:]     # the newest
         return figures
 
     def learn(self, new, old):
-        """--minibatches steps of the reward model, the older pairs in the last of them. The loss of a pair is
-        that of reward.py; unlike there every pair counts one, however many its prompt has:
+        """--minibatches optimizer steps, on the new pairs first and then on the older ones. The loss of a
+        pair is that of reward.py, but every pair counts one, however many its prompt has:
         L = - p log sigmoid(r_a - r_b) - (1 - p) log sigmoid(r_b - r_a) + c (r_a + r_b)^2 / 2"""
         cfg, device = self.run.cfg, self.model.wte.weight.device
         pairs = [(*pair, 1.0) for pair in new] + [(*pair, 0.0) for pair in old]
@@ -75,7 +76,8 @@ class Relabelling:
         for start in range(0, len(pairs), size):
             batch = pairs[start: start + size]
             batch = batch[: len(batch) // WORLD * WORLD]
-            lengths = [len(prompt) for prompt, *_ in batch]     # keeps the pairs of a prompt side by side
+            # Sorted by prompt, so that the pairs of one share a micro-batch, which scores each answer once.
+            lengths = [len(prompt) for prompt, *_ in batch]
             for part in micro_batches(range(len(batch)), lengths, cfg.micro_batch):
                 # Every different answer is scored once, r (N,); i and j say which are compared.
                 number, i, j = {}, [], []

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, formats, process, sample, world
+from data import InputError, formats, page, process, sample, world
 from model import compare_policies, pad_batch, token_logprobs, token_values
 
-PROBES = 12       # test prompts whose answers stand in samples.txt
-MEASURED = 48     # longest answer to a test prompt of the tiny world, in tokens: the same whoever measures
+N_SAMPLES = 12        # test prompts whose answers stand in samples.txt
+TEST_MAX_NEW = 48     # longest answer to a test prompt of the tiny world, in tokens, whoever measures
 
 
 def table(columns):
@@ -64,14 +64,14 @@ def what_came_out(name, folder, after):
 
 
 def side_by_side(folders):
-    """The answers of several models to the same three prompts of the tiny world, one of each family that the
+    """The answers of several models to up to three prompts of the tiny world, one of each family, that the
     first model gets wrong and the last one right. folders: {title: folder}."""
     answers = {title: answers_in(folder) for title, folder in folders.items()}
     first, *_, last = answers.values()
     lines, shown = [], set()
     for prompt, said in last.items():
-        was = first.get(prompt, {"gold": 1.0})
-        if said["family"] in shown or was.get("gold", 1) > 0 or said.get("gold", 0) < 0.9:
+        was = first.get(prompt, {}).get("gold", 1.0)
+        if said["family"] in shown or was > 0 or said.get("gold", 0) < 0.9:
             continue
         shown.add(said["family"])
         lines.append(f"\n{prompt}")
@@ -87,8 +87,7 @@ def write_page(folder):
     """Write out/index.html over all runs beside a folder. Returns a sentence that says where it is; a page is
     never a reason to fail."""
     try:
-        from data.page import write_page as write
-        return f"all runs on one page: {write(Path(folder).parent)}"
+        return f"all runs on one page: {page.write_page(Path(folder).parent)}"
     except Exception as e:
         return f"(no page: {type(e).__name__}: {e})"
 
@@ -114,7 +113,7 @@ def test_prompts(model, tok, max_new, own_rows=None, path=""):
     """The tiny world's test prompts, or the first 32 different ones of rows of one's own, that leave room for
     an answer in the model's context. InputError: none does."""
     graded = own_rows is None
-    max_new = MEASURED if graded else max_new
+    max_new = TEST_MAX_NEW if graded else max_new
     longest = model.cfg.max_len - max_new
     if graded:
         fitting = sample.short_enough(tok, world.rows("test"), longest)
@@ -128,11 +127,11 @@ def test_prompts(model, tok, max_new, own_rows=None, path=""):
 
 def own_prompts(rows, tok, longest, n):
     """The first n different prompts of rows of any kind that take at most `longest` tokens: prompt rows."""
-    out, seen = [], []
+    out, seen = [], set()
     for row in rows:
         for prompt in formats.prompts_of([row], 1):      # none where a chat begins with an answer
-            if prompt not in seen:     # its other keys stay: a reward may judge by them
-                seen.append(prompt)
+            if str(prompt) not in seen:     # its other keys stay: a reward may judge by them
+                seen.add(str(prompt))
                 out += sample.short_enough(tok, [row | {"prompt": prompt}], longest)
         if len(out) == n:
             break
@@ -142,11 +141,10 @@ def own_prompts(rows, tok, longest, n):
 def measure(sampler, tok, tests, generator):
     """What a policy says to the test prompts, at temperature 1: figures {name: mean} and Answers."""
     texts, prompt_ids, ids = sample.respond(sampler, tok, tests.prompts, tests.max_new, generator)
-    figures = world.report(tests.rows, texts) if tests.graded else {}
-    answers = [{"answer": text.strip()} for text in texts]
+    answers, figures = [{"answer": text.strip()} for text in texts], {}
     if tests.graded:
-        for row, answer in zip(tests.rows, answers):
-            answer |= world.judge(row, answer["answer"])
+        figures = world.mean_scores(tests.rows, texts)
+        answers = [answer | world.judge(row, answer["answer"]) for row, answer in zip(tests.rows, answers)]
     figures |= {"length": sum(map(len, ids)) / len(ids),
                 "eos_rate": sum(sample.ended(tok, x) for x in ids) / len(ids),
                 "distinct_2": distinct_n(ids, 2)}
@@ -189,8 +187,8 @@ def add_up(parts, n):
 
 @torch.no_grad()
 def held_out_figures(losses, model, held, known, tok, cfg):
-    """Means of what `losses` of dpo.py logs of held-out examples. known (2, N): what it has to know of
-    them."""
+    """Mean figures of held-out examples. losses: pair_losses or kto_losses of dpo.py; known (2, N): see its
+    known_of."""
     parts = []
     for i in range(0, len(held), cfg.micro_batch):
         part = slice(i, i + cfg.micro_batch)
@@ -238,7 +236,7 @@ def bits_per_byte(model, tok, ids, length=128, batch=32):
     """Compression of a text: total -log2 p of its ids (N,), cut into windows, divided by the bytes of those
     that are predicted: not the first of a window, nor what is left behind the last window."""
     ids = ids[: len(ids) // length * length].view(-1, length)
-    n_bytes = sum(process.spelled(tok, ids[:, 1:].flatten().tolist()))
+    n_bytes = sum(process.byte_counts(tok, ids[:, 1:].flatten().tolist()))
     nll = 0.0
     for x in ids.split(batch):
         nll -= token_logprobs(model, x, torch.ones_like(x, dtype=torch.bool)).double().sum().item()
@@ -299,8 +297,8 @@ def means(rows):
 
 def health(history, cfg=None):
     """What is wrong with a PPO run, {name: sentence}, from its log rows so far (list of dicts). Compares the
-    last five with the first five, and says nothing while there are fewer than ten. No advice names what cfg
-    has on already."""
+    last five with the first five, and says nothing while there are fewer than ten (of the value model:
+    twenty). No advice names what cfg has on already."""
     if len(history) < 10:
         return {}
     old, now, said = means(history[:5]), means(history[-5:]), {}
@@ -373,7 +371,7 @@ def inspection(policy, value, tok, rows, said, numbers, cfg):
     prompt rows of all B responses; said: (ids, mask), (B, T) each. numbers: {"score": (B,), and (B, T)
     tensors of before the update: "logp", "ref_logp", "reward", "value", "advantage", "whitened", "return"};
     the models are those of after the update."""
-    raw = numbers["advantage"][numbers["whitened"] != 0]
+    raw = numbers["advantage"][said[1]]     # of all response tokens
     some = slice(0, INSPECTED * cfg.group, cfg.group)     # the answers to a prompt follow one another
     ids, mask, rows = said[0][some], said[1][some], rows[some]
     numbers = {name: x[some] for name, x in numbers.items()}

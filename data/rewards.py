@@ -1,5 +1,5 @@
-"""Whatever says how good an answer is: a reward model, two policies, a Python function, the gold judge, or
-several of them."""
+"""Rewards of answers: from a reward model, two policies, a Python function, the gold judge, or several of
+them."""
 import typing
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +13,9 @@ from data.checkpoint import load
 from data.flags import function_of, names_in
 from data.parallel import RANK, all_sum, in_chunks
 from data.process import implicit_logits, implicit_rewards, rewards_at_tokens, step_logits
-from model import frozen, last_token
+from model import freeze, last_token
 
-BETA = 0.3    # of an implicit reward, unless the policy's run says another: the default of dpo.py
+BETA = 0.3    # of an implicit reward if the policy's run.json names none: dpo.py's default
 
 
 def weights_of(text, n):
@@ -98,9 +98,9 @@ class Rewards:
         return out
 
     def score(self, rows, texts, ids, mask, size):
-        """Rewards (B, T) of one response to each row at the tokens where they arrive, the last one or those
-        that end its steps: texts, and the same as tokens ids (B, T) where mask (B, T) is True. Models read
-        `size` rows at a time."""
+        """Rewards (B, T) of one response a row, at the tokens where they arrive: the last one, or each step's
+        last. The responses are given twice, as texts and as ids (B, T) where mask (B, T) is True. Models
+        read `size` rows at a time."""
         each = []
         for name, source in self.named.items():
             if source.models:
@@ -117,8 +117,8 @@ class Rewards:
         each = []
         for name, source in self.named.items():
             if source.models:
-                said = self.read(source, source.rewards, rows, texts)
-                each.append(torch.stack([x.sum() for x in said]))
+                at_tokens = self.read(source, source.rewards, rows, texts)
+                each.append(torch.stack([x.sum() for x in at_tokens]))
             else:
                 each.append(self.call(name, source.function, rows, texts))
             if not each[-1].isfinite().all():
@@ -142,8 +142,8 @@ class Rewards:
         return sample.read_texts(what, source.tok, prompts, texts, device, longest)
 
     def combined(self, each):
-        """Several rewards (K, ..) as one (..): their weighted mean, or the smallest (arXiv:2310.02743, eq.
-        4-5)."""
+        """Several rewards (K, ..) as one (..): the mean, or the smallest, of the weighted rewards
+        (arXiv:2310.02743, eq. 4-5)."""
         each = each * self.weights.to(each.device).view(-1, *[1] * (each.dim() - 1))
         if self.ensemble == "mean":
             return each.mean(0)
@@ -172,7 +172,7 @@ def rewards_on(flag, name, device):
     """The Rewards that a flag names, to judge with: their models frozen and on the device."""
     rewards = Rewards(flag, name)
     for model in rewards.models():
-        frozen(model).to(device)
+        freeze(model).to(device)
     return rewards
 
 

@@ -35,7 +35,7 @@ except (OSError, AttributeError):   # another system
 import torch   # noqa: E402
 
 import model as gpt   # noqa: E402
-from data import InputError, report, write_atomic   # noqa: E402
+from data import InputError, report, world, write_atomic   # noqa: E402
 from data.chain import NEXT, PART_OF_A_CHAIN, fingerprint, result_of, run_of, sibling   # noqa: E402
 from data.checkpoint import finish_save, load_state, save   # noqa: E402
 from data.flags import FREE   # noqa: E402
@@ -52,11 +52,11 @@ except ImportError:   # Windows: no lock
 
 
 def setup(cfg):
-    """Seeds, threads, precision and processes, as the flags say. Returns the device. The numerics of every
-    script are fp32 weights and products in bf16 where the hardware has them (model.Linear)."""
+    """Seeds, threads, precision and processes, as the flags say. Returns the device. Weights are fp32;
+    products run in bf16 where --dtype says so (auto: where the hardware has it; model.Linear)."""
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")     # TF32 on GPUs
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device):
         raise InputError(f"--device {device}: expected cpu, cuda, cuda:1 or the like")
@@ -70,7 +70,7 @@ def setup(cfg):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif cfg.dtype == "auto" and device == "cpu":
         bf16 = cpu_has_bf16()
-    gpt.Linear.compute = torch.bfloat16 if bf16 else None
+    gpt.Linear.compute_dtype = torch.bfloat16 if bf16 else None
     if device == "cpu":
         choose_threads()
     # cuDNN plans anew for every new shape, and answers differ in length: up to a second a step (LOG.md).
@@ -138,22 +138,23 @@ def set_lr(optimizer, lr):
         group["lr"] = lr
 
 
-def cosine(step, steps, warmup, floor=0.1):
-    """Learning-rate factor: linear warmup, then a cosine from 1 down to floor. In a run shorter than four
+def cosine(step, steps, warmup):
+    """Learning-rate factor: linear warmup, then a cosine from 1 down to 0.1. In a run shorter than four
     warmups the warmup shrinks to a quarter of it."""
     warmup = max(1, min(warmup, steps // 4))
-    falling = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    falling = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps))
     return min(1.0, (step + 1) / warmup) * falling
 
 
 def batches(lengths, batch_size, seed, epoch):
-    """One pass over examples of these lengths, as lists of their numbers, batch by batch, each of similar
-    lengths, so that little is padded: shuffle, sort within windows of 16 batches, shuffle the batches. With
-    several processes the last batch loses the examples that do not divide evenly over them. InputError:
-    --batch_size does not, or there are fewer examples than processes."""
+    """One pass over examples of these lengths: lists of example numbers, one a batch, of similar length to
+    save padding: shuffle, sort within windows of 16 batches, shuffle the batches. With several processes a
+    batch drops what does not divide evenly. InputError: --batch_size does not divide, or there are fewer
+    examples than processes."""
     if batch_size % WORLD or len(lengths) < WORLD:
+        would = max(1, batch_size // WORLD) * WORLD
         raise InputError(f"--batch_size {batch_size}, {len(lengths)} examples: they do not divide over "
-                         f"{WORLD} processes; --batch_size {max(1, batch_size // WORLD) * WORLD} would")
+                         f"{WORLD} processes; with at least {WORLD} examples --batch_size {would} would")
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
     out = []
@@ -172,9 +173,8 @@ LEFT_BY_A_RUN = ("state.pt", "log.jsonl", "samples.txt", "answers.jsonl", "resul
 
 
 class Run:
-    """The folder of one run, and its voice: it alone writes there and prints. Files: run.json (flags and
-    inputs), log.jsonl, samples.txt, answers.jsonl, the checkpoint with state.pt, result.json (its absence
-    tells an unfinished run)."""
+    """One run: its folder, log and messages. Files: run.json (flags and inputs), log.jsonl, samples.txt,
+    answers.jsonl, the checkpoint with state.pt, result.json (its absence tells an unfinished run)."""
 
     def __init__(self, cfg, stage, inputs=(), dry=False, begun="state.pt"):
         """inputs: files and folders that the plan and what is kept between steps depend on. Locks the folder
@@ -183,9 +183,9 @@ class Run:
         what is in the folder, if its flags train the same models, and write nothing. begun: the file that
         tells that a run has begun."""
         self.cfg, self.stage, self.folder, self.dry, self.begun = cfg, stage, Path(cfg.out), dry, begun
-        self.first, self.skipped, self.stopping, self.shown, self.history = 0, 0, False, 0.0, []
-        self.start, self.step_seconds, self.slow = time.time(), [], False
-        self.line_open, self.warned = False, set()
+        self.skipped, self.stopping, self.warned = 0, False, set()   # steps, by Ctrl-C, what was warned of
+        self.shown, self.line_open, self.history = 0.0, False, []    # the progress line; rows of log.jsonl
+        self.start, self.step_seconds = time.time(), []
         flags = {name: value for name, value in asdict(cfg).items() if name not in FREE}
         if begun != "state.pt":      # a run of several scripts: where one of them stops, others begin
             flags["max_steps"] = cfg.max_steps
@@ -213,7 +213,7 @@ class Run:
         not begin."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock()
-        finish_save(self.folder)      # one that was cut off in the midst counts
+        finish_save(self.folder)      # a save that was cut off after its commit still counts
         goes_on = self.what_is_there(told)
         replaced = [self.folder / name for name in (["result.json"] if goes_on else LEFT_BY_A_RUN)]
         read = {Path(path).resolve() for path in told["inputs"]}
@@ -273,7 +273,7 @@ class Run:
         return ""
 
     def stop(self, signum, frame):
-        """Ctrl-C or a polite kill: finish the step and save. A second one ends the run where it is."""
+        """Ctrl-C or SIGTERM: finish the step and save. A second one ends the run where it is."""
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
@@ -284,9 +284,7 @@ class Run:
         folder. They are given their state if the run goes on."""
         self.n_steps, self.tok, self.trained = min(n_steps, self.cfg.max_steps or n_steps), tok, trained
         self.step_start = self.loop_start = time.time()
-        for name, (model, optimizer) in trained.items():
-            if not self.first:
-                continue
+        for name, (model, optimizer) in trained.items() if self.first else ():
             wanted = {part for part, p in model.named_parameters() if p.requires_grad}
             if not wanted <= self.state["models"].get(name, {}).keys():
                 raise InputError(f"{self.folder}: its run trained {', '.join(self.state['models'])}, and not "
@@ -294,7 +292,7 @@ class Run:
             load_full_state(model, self.state["models"][name])
             load_optimizer_state(model, optimizer, self.state["optimizers"][name])
         if self.dry:
-            self.n_steps = self.first + (1 if self.first else 2)  # the second one, of a policy that has moved
+            self.n_steps = self.first + (1 if self.first else 2)  # in the very first the KL is still 0
             return
         path = self.folder / "log.jsonl"
         if self.first and path.exists():
@@ -332,7 +330,7 @@ class Run:
             place = f"of {bad[0]} and {len(bad) - 1} more tensors"
         what = f"step skipped: the gradient {place} is not finite; examples number {list(rows)[:8]} ..."
         if self.skipped > 3:
-            raise InputError(f"{what}. The fourth such step: try a smaller --lr or --dtype float32")
+            raise InputError(f"{what}. The fourth such step: try a smaller learning rate or --dtype float32")
         self.say(what)
         return False
 
@@ -371,7 +369,7 @@ class Run:
         if RANK == 0:
             self.write_row(self.history[-1])
         self.watch_speed(seconds)
-        self.speak_up()
+        self.warn()
         left = self.n_steps - step - 1
         now, pause = time.time(), 0.2 if sys.stdout.isatty() else 5
         if now - self.shown > pause or left == 0:
@@ -385,8 +383,8 @@ class Run:
         self.log_file.write(json.dumps(row) + "\n")
         self.log_file.flush()
 
-    def speak_up(self):
-        """Say what ails a PPO run, each illness once."""
+    def warn(self):
+        """Print each health warning of a PPO run once."""
         if self.stage == "ppo":
             for name, sentence in report.health(self.history, self.cfg).items():
                 if name not in self.warned:
@@ -416,12 +414,12 @@ class Run:
         if any(next(model.parameters()).device.type != "cpu" for model, _ in self.trained.values()):
             return
         self.step_seconds.append(seconds)
-        if len(self.step_seconds) < 40 or self.slow:
+        if len(self.step_seconds) < 40 or "speed" in self.warned:
             return
-        best = sorted(self.step_seconds)[len(self.step_seconds) // 10]
-        now = sorted(self.step_seconds[-10:])[2]
+        best = sorted(self.step_seconds)[len(self.step_seconds) // 10]    # the 10th percentile
+        now = sorted(self.step_seconds[-10:])[2]                          # the third fastest of the last ten
         if now > 4 * best:
-            self.slow = True
+            self.warned.add("speed")
             self.say(f"steps take {now / best:.0f} times as long as before: others use the processor.\n"
                      "Ctrl-C saves; with OMP_NUM_THREADS=1 before the same command it goes on, often faster")
 
@@ -440,29 +438,33 @@ class Run:
         return not self.dry and ((step + 1) % self.cfg.save_every == 0 or last or self.stopping)
 
     def save(self, step, **state):
-        """Save the checkpoint after a step, with all that goes on from there: models, optimizers, and
-        `state`, tensors, numbers and strings by name, which `self.state` has after a resume. Ends the program
-        if it was asked to stop."""
+        """Save a checkpoint after a step: models, optimizers, and `state` (tensors, numbers and strings by
+        name), which is `self.state` when the run goes on. Ends the program if it was asked to stop."""
         models, optimizers = {}, {}
         for name, (model, optimizer) in self.trained.items():
             models[name] = full_state(model, trained_only=True)
             optimizers[name] = optimizer_state(model, optimizer)
-        state |= {"step": step + 1, "models": models, "optimizers": optimizers}
+        kept = {name: self.state[name] for name in ("before", "answers") if name in self.state}
+        state = kept | state | {"step": step + 1, "models": models, "optimizers": optimizers}
         main_model = next(iter(self.trained.values()))[0]
         save(self.folder, main_model, self.tok, state)
         if self.stopping:
             raise KeyboardInterrupt(f" after step {step + 1}, saved in {self.folder}; this command goes on")
 
+    def before(self, measure):
+        """measure("before") -> (figures, Answers): these figures, and the answers as `scored`. They are
+        measured now or, if the run goes on, come from the checkpoint, in which `save` keeps them."""
+        if not self.first and not self.dry:
+            figures, answers = measure("before")
+            self.state |= {"before": figures, "answers": answers.scored}
+        return self.state.get("before"), self.state.get("answers")
+
     def measure(self, title, sampler, tests):
         """What a policy's sampling copy says to the test prompts, the same draws whoever asks: figures and
         Answers (report.measure). A few of the answers go into samples.txt under the title."""
         figures, answers = report.measure(sampler, self.tok, tests, seeded(self.cfg.seed, MEASURE))
-        self.samples(title, tests.prompts[: report.PROBES], answers.texts)
+        self.samples(title, tests.prompts[: report.N_SAMPLES], answers.texts)
         return figures, answers
-
-    def write(self, name, value):
-        """Write a JSON file into the folder."""
-        write_atomic(self.folder / name, json.dumps(value).encode())
 
     def samples(self, title, prompts, answers):
         """Append the answers (texts) to a few prompts (messages) to samples.txt."""
@@ -485,8 +487,7 @@ class Run:
                   "seconds": round(time.time() - self.start, 1), "device": str(device),
                   "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
                   "before": before, "after": after, "columns": columns}
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
-        write_atomic(self.folder / "answers.jsonl", lines.encode())
+        world.write_jsonl(self.folder / "answers.jsonl", answers)
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1).encode())
         if len(columns) > 2 and "base" in columns:
             folders = {"base": sibling(self.cfg, "base"), "SFT": sibling(self.cfg, "sft")}

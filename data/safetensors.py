@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.tokenizer import CheckpointError, read_object, require, stranger
+from data.tokenizer import CheckpointError, read_object, require, wrong_kind
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -54,7 +54,7 @@ def read_safetensors(path):
     with open(path, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
         fits = size >= 8 and n <= min(size - 8, 10**8)
-        require(fits, f"{path}: {stranger(path) or f'a header of {n} bytes in a file of {size}'}")
+        require(fits, f"{path}: {wrong_kind(path) or f'a header of {n} bytes in a file of {size}'}")
         header = read_object(path, f.read(n))
     header.pop("__metadata__", None)
 
@@ -105,8 +105,6 @@ def write_safetensors(path, tensors):
         f.write(len(head).to_bytes(8, "little") + head)
         for name in names:
             f.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def sync(path):

@@ -5,8 +5,15 @@ from itertools import combinations
 import torch
 
 from data import InputError, formats, parallel, world
+from data.checkpoint import load
 from data.process import rewards_at_tokens, steps_of
-from model import pad_batch
+from model import freeze, pad_batch, sampling_copy
+
+
+def load_sampler(path, device):
+    """(the policy at a path, frozen, to sample from; its tokenizer)."""
+    model, tok = load(path)
+    return sampling_copy(freeze(model)).to(device), tok
 
 
 def respond(model, tok, prompts, max_new, generator, temperature=1.0, batch=256):
@@ -48,12 +55,12 @@ def read_prompts(run, path, tok, longest):
     return fitting
 
 
-def different_answers(model, tok, rows, counts, max_new, generator, temperature=1.0):
-    """counts[i] answers to the prompt of rows[i], without those that are empty, do not end, or stand there
-    already: one list of texts per row."""
+def different_answers(model, tok, rows, k, max_new, generator, temperature=1.0):
+    """Up to k different answers to the prompt of each row, finished and not empty: a list of texts per
+    row."""
     at = []
-    for i, count in enumerate(counts):
-        at += [i] * count
+    for i in range(len(rows)):
+        at += [i] * k
     texts, _, ids = respond(model, tok, [rows[i]["prompt"] for i in at], max_new, generator, temperature)
     found = [[] for _ in rows]
     for i, text, answer in zip(at, texts, ids):
@@ -72,7 +79,7 @@ def all_pairs(rows, answers):
 
 
 def preference_row(row, a, b, p, **more):
-    """A comparison as reward.py and dpo.py read it, of which a share p prefers a."""
+    """A comparison row for reward.py and dpo.py; p is the share of people who prefer a."""
     if p < 0.5:
         a, b, p = b, a, 1 - p
     return {"prompt": row["prompt"], "chosen": a, "rejected": b, "label": p} | more
@@ -111,9 +118,8 @@ def annotated_steps(rows, answers, annotator, rng):
 
 @torch.no_grad()
 def read_texts(read, tok, prompts, texts, device, longest, batch=64):
-    """What read(ids, mask) -> (B, T) says of one answer (str) to each prompt (messages), finished ones: a
-    list of tensors (T,), one an answer. Of an answer that with its prompt and EOS takes more than `longest`
-    tokens, which the model could not read, the end is left out."""
+    """read(ids, mask) -> (B, T) applied to one finished answer (str) to each prompt (messages): a list of
+    tensors (T,). Prompt, answer and EOS are cut at `longest` tokens, all that the model can read."""
     rows, before = [], []
     for prompt, text in zip(prompts, texts):
         given, answer = tok.render_answer(prompt, text.strip())

@@ -22,17 +22,17 @@ def require(ok, message):
 
 
 # How a file begins that stands in the place of JSON or safetensors; what it is, and what to do about it.
-STRANGERS = {
+WRONG_KINDS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder",
     b"<": "a web page, not the file itself; download the file again",
     b"PK": "pickled weights, which are never opened; save the model with safetensors"}
 
 
-def stranger(path):
+def wrong_kind(path):
     """What a file is instead of JSON or safetensors, and what to do; "" if its beginning does not tell."""
     with open(path, "rb") as f:
         start = f.read(100).lstrip()
-    return next((what for first, what in STRANGERS.items() if start.startswith(first)), "")
+    return next((what for first, what in WRONG_KINDS.items() if start.startswith(first)), "")
 
 
 def read_object(path, data=None):
@@ -41,7 +41,7 @@ def read_object(path, data=None):
     try:
         return read_json(path, data, dict)
     except InputError as e:
-        what = stranger(path)
+        what = wrong_kind(path)
         raise CheckpointError(f"{path}: {what}" if what else str(e)) from None
 
 
@@ -53,8 +53,8 @@ def read_object(path, data=None):
 GPT2_REGEX = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 DIGITS_REGEX = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}%s| ?[^\s\p{L}\p{N}]++|\s++(?![^\s\p{N}])|\s+(?!\S)|\s"
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-MUCH = 500_000   # characters; tiktoken's Rust code panics at a million of white space in a row
-BLANK = re.compile(r"(?<!\s)\s{%d}" % MUCH)
+MAX_BLANKS = 500_000   # characters; tiktoken's Rust code panics at a million of white space in a row
+BLANK = re.compile(r"(?<!\s)\s{%d}" % MAX_BLANKS)
 
 # The special tokens that a template needs, the one that ends a turn first; tokens that end a text; padding.
 NEEDS = {"llama3": ("<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
@@ -136,8 +136,8 @@ class Tokenizer:
 
     def spell(self, text):
         """Ids of a text by the rules of BPE alone; bytes that the vocabulary lacks are dropped."""
-        if len(text) > MUCH and BLANK.search(text):
-            what = f"has {MUCH} characters of white space in a row, which tiktoken cannot split"
+        if len(text) > MAX_BLANKS and BLANK.search(text):
+            what = f"has {MAX_BLANKS} characters of white space in a row, which tiktoken cannot split"
             raise InputError(f"the text that begins {text[:30]!r} {what}; shorten it or leave it out")
         ids = self.enc.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
         return ids if self.vocab_size == self.enc.n_vocab else [i for i in ids if i < self.vocab_size]

@@ -19,7 +19,7 @@ from data.chain import need
 from data.checkpoint import load
 from data.flags import names_in, program
 from data.run import seeded, setup
-from model import frozen, sampling_copy
+from model import freeze
 
 KEYS = "1, 2, t(ie), s(kip), u(ndo), q(uit)"
 
@@ -61,7 +61,9 @@ def some_pairs(rows, tok, max_len, seed, n=60):
     for row in rows:
         pair = {"prompt": row["prompt"], "a": row["chosen"], "b": row["rejected"], "label": row["label"]}
         prompt = str(row["prompt"])
-        if len(found) == n or prompt in seen or not fits(pair, tok, max_len):
+        if len(found) == n:
+            break
+        if prompt in seen or not fits(pair, tok, max_len):
             continue
         seen.add(prompt)
 
@@ -117,7 +119,7 @@ def questions(policies, rows, cfg):
             if not sample.short_enough(tok, [row], model.cfg.max_len - cfg.max_new):
                 continue
             generator = seeded(rng.getrandbits(32), 0)
-            [texts] = sample.different_answers(model, tok, [row], [count], cfg.max_new, generator,
+            [texts] = sample.different_answers(model, tok, [row], count, cfg.max_new, generator,
                                                cfg.temperature)
             answers += [text for text in texts if text not in answers]
         if len(answers) > 1:
@@ -194,13 +196,10 @@ def main(cfg):
     names = names_in(cfg.policy or need(cfg, "sft"))
 
     # The models, and the prompts that have no vote yet.
-    policies = []
-    for name in names:
-        model, tok = load(name)
-        policies.append((sampling_copy(frozen(model)).to(device), tok))
+    policies = [sample.load_sampler(name, device) for name in names]
     if reward:
         reward_model, reward_tok = load(reward, head="score")
-        reward_model = frozen(reward_model).to(device)
+        reward_model = freeze(reward_model).to(device)
     rows, _ = formats.load(cfg.data or world.TINY / "preference.jsonl", "prompt")
     seen = [vote["prompt"] for vote in votes]
     rows = [row for row in random.Random(cfg.seed).sample(rows, len(rows)) if row["prompt"] not in seen]

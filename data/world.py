@@ -3,7 +3,7 @@
     python -m data.world          writes data/tiny/ again (deterministic, a few seconds)
 
 Three families of prompts stand for the three failures of a base model (helpful: wrong or rambling answers;
-harmless: it explains what it should refuse; honest: it invents what nobody can know). Five files come out of
+harmless: it explains what it should refuse; honest: it invents what nobody can know). Six files come out of
 it:
 
     corpus.txt        "the internet": articles, careless chats, critiques, comparisons -> data.pretrain (base)
@@ -13,9 +13,9 @@ it:
     test.jsonl        prompts no stage has seen: new question/entity combinations, and one new phrasing
     tiny.tiktoken     a byte-level BPE of 1,022 ranks + 2 special tokens, trained on corpus.txt
 
-`judge` is the gold reward: exact rules, used for the annotator's labels and for reports, never inside a
-training loop. `annotate` is the simulated human: Bradley-Terry choices on gold with noise and, on demand,
-biases. """
+`judge` is the gold reward: exact rules, behind the annotator's labels and the reports. No policy trains on it
+directly, except with `--reward gold`. `annotate` is the simulated human: Bradley-Terry choices on gold with
+noise and, on demand, biases. """
 import base64
 import hashlib
 import json
@@ -50,8 +50,8 @@ REFUSAL, UNKNOWN = "I cannot help with that", "I do not know"
 
 
 def questions():
-    """Every question of the world: dicts of family, skill, entity, form (which way of asking), q, ideal,
-    bad."""
+    """Every question of the world: dicts of family, skill, entity, form (which way of asking), q, answer,
+    ideal, wrong, bad."""
     out = []
     for skill, facts in FACTS.items():
         asks, answer, _ = SAYING[skill]
@@ -256,7 +256,7 @@ def choice_probability(gap, noise):
 @dataclass
 class Annotator:
     """The simulated human: how much it errs, and what it likes beside good answers. The fields are flags of
-    reward.py."""
+    reward.py, where the last three begin with bias_."""
     noise: float = 0.05        # 0 always picks the better answer, larger errs more
     agreement: float = 0.0     # set the noise so that this share of choices is right (0: use noise)
     length: float = 0.0        # extra utility per ten words
@@ -305,7 +305,7 @@ def rows(name):
     return read_jsonl(TINY / f"{name}.jsonl")
 
 
-def report(prompt_rows, responses):
+def mean_scores(prompt_rows, responses):
     """Mean gold scores {"gold", "helpful", "harmless", "honest", "concise"} of one response per prompt row;
     the gold of a family is the mean over the prompts of that family."""
     scores = {k: [] for k in ("gold", *FAMILIES, "concise")}

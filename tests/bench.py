@@ -99,7 +99,7 @@ def seconds(f, rounds, device):
 def limits(device):
     """The best rates seen: FLOP/s of a large product of matrices in the dtype of ours, bytes/s of a copy."""
     n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=Linear.compute or torch.float32)
+    a = torch.randn(n, n, device=device, dtype=Linear.compute_dtype or torch.float32)
     flops = 2 * n ** 3 / min(seconds(lambda: a @ a, 3, device) for _ in range(5))
     x = torch.empty(2 ** 28 if device.type == "cuda" else 2 ** 26, device=device)
     y = torch.empty_like(x)
@@ -175,7 +175,7 @@ def reward_work(size, cfg, device):
         groups.append(([tuple(rows[i]), tuple(rows[i + 1])], [(0, 1, 1.0, 0.0, 1.0)]))
 
     def loss():
-        ids, mask, pairs = reward.batch_of(groups, TOK, device)                  # (N, T), (N, T), M pairs
+        ids, mask, pairs = reward.batch_of_pairs(groups, TOK, device)            # (N, T), (N, T), M pairs
         r = answer_rewards(model, ids, mask)                                     # (N,)
         each = reward.preference_loss(r[pairs.a], r[pairs.b], pairs.p, pairs.margin, 0.01)
         return (pairs.weight * each).sum() / len(groups)
@@ -308,7 +308,7 @@ def hf_config(transformers, size):
 
 def autocast(device):
     """Products in the same dtype as ours."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=Linear.compute is not None)
+    return torch.autocast(device.type, torch.bfloat16, enabled=Linear.compute_dtype is not None)
 
 
 def hf_rows(config, n, length):
@@ -357,7 +357,7 @@ def trl_stages():
 def trl_flags(cfg, device, batch):
     """The arguments that all of TRL's trainers share."""
     return dict(per_device_train_batch_size=batch, max_steps=cfg.rounds + 2, report_to=[], save_strategy="no",
-                output_dir=tempfile.mkdtemp(), bf16=Linear.compute is not None, use_cpu=device.type == "cpu",
+                output_dir=tempfile.mkdtemp(), bf16=Linear.compute_dtype is not None, use_cpu=device.type == "cpu",
                 logging_steps=10 ** 6, disable_tqdm=True, gradient_checkpointing=cfg.recompute)
 
 
@@ -519,7 +519,7 @@ def shares(row, size, stage, cfg, best):
         attended = 12 * s["n_layer"] * s["n_head"] * s["head_dim"] * cfg.length
         return {"mfu": (6 * n + attended) * row["tokens_per_second"] / flops}
     if stage == "sample":         # one decoding step reads all weights once
-        n_bytes = weights * (2 if Linear.compute else 4)
+        n_bytes = weights * (2 if Linear.compute_dtype else 4)
         return {"mbu": n_bytes * cfg.new / row["seconds"] / copy}
     return {}
 

@@ -19,7 +19,7 @@ from conftest import CAI_FLAGS
 from data import InputError, endpoint, formats, principles, read_json, world
 from data import flags as flags_py
 from data.checkpoint import load, save
-from data.endpoint import Kept, connect, cut
+from data.endpoint import CachedCritic, connect, cut
 from data.principles import constitution
 from data.tokenizer import tokenizer_from_ranks
 from model import GPT, GPTConfig, token_logprobs
@@ -186,7 +186,7 @@ def test_examples_are_shown_first(tmp_path):
         return [{"logp": [-1.0, -1.0]} if "options" in r else {"text": " Hm.", "ended": True} for r in requests]
     pairs = [([{"role": "user", "content": "q"}], "a", "b")]
     for shots in ({"critique": "SHOTS", "choice": "CHOICES"}, {"critique": "SHOTS", "choice": "OTHERS"}):
-        critic = Kept("critic", ask, tmp_path / "answers.jsonl", 4, shots=shots)
+        critic = CachedCritic("critic", ask, tmp_path / "answers.jsonl", 4, shots=shots)
         label, = principles.compare(pairs, choose, critic, random.Random(0))
         written, = critic([SAMPLE])
         assert label["p"] == 0.5 and written["text"] == " Hm."
@@ -411,7 +411,7 @@ def test_no_answer_is_paid_for_twice(server, waits, tmp_path):
         paid[body["prompt"]] += 1
         return text(" " + body["prompt"]) if body["prompt"] != "p4" else (400, {}, b"")
     server.answer, server.well = answer, False
-    critic = Kept(*connect(server.url, "m", 5, 1, 4, Counter()), file, 4)
+    critic = CachedCritic(*connect(server.url, "m", 5, 1, 4, Counter()), file, 4)
     with pytest.raises(InputError, match="run the same command again"):
         critic(requests)
     assert set(paid) == {"p0", "p1", "p3"}                            # the batch in which it died, and no further
@@ -419,12 +419,12 @@ def test_no_answer_is_paid_for_twice(server, waits, tmp_path):
         f.write('\n{"key": "torn')                                    # the process was killed while it wrote
     server.well = True
     for _ in range(2):
-        critic = Kept(*connect(server.url, "m", 5, 1, 4, Counter()), file, 4)
+        critic = CachedCritic(*connect(server.url, "m", 5, 1, 4, Counter()), file, 4)
         answers = critic(requests + requests[:3])
         assert [a.get("text") for a in answers[:3]] == [" p0", " p1", " p2"]
         assert answers[4] == {"refused": "HTTP 400 Bad Request"}
     assert set(paid.values()) == {1} and len(paid) == 10 and critic.counts["asked"] == 0
-    Kept(*connect(server.url, "another", 5, 1, 4, Counter()), file, 4)(requests[:1])
+    CachedCritic(*connect(server.url, "another", 5, 1, 4, Counter()), file, 4)(requests[:1])
     assert paid["p0"] == 2                                            # another model is another answer
     for line in file.read_text().splitlines():
         assert "torn" in line or set(json.loads(line)) == {"key", "model", "prompt", "answer"}

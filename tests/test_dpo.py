@@ -82,9 +82,9 @@ def oracle(loss, logp, ref, n, p, beta, gamma=1.0, lam=1.0, smooth=0.0, flip=0.0
 def test_pair_losses_against_numpy(loss, extra):
     logp, ref, n, p = numbers()
     beta = 0.3 if loss != "simpo" else 2.0
-    cfg = config(loss=loss, beta=beta, gamma=0.7, odds_coef=0.4, **extra)
+    cfg = config(loss=loss, beta=beta, simpo_gamma=0.7, **extra)
     got, rewards = dpo.pair_loss(cfg, *(torch.from_numpy(x) for x in (logp, ref, n, p)))
-    want = oracle(loss, logp, ref, n, p, beta, 0.7, 0.4, extra.get("label_smoothing", 0.0), extra.get("flip_rate", 0.0),
+    want = oracle(loss, logp, ref, n, p, beta, 0.7, beta, extra.get("label_smoothing", 0.0), extra.get("flip_rate", 0.0),
                   extra.get("sft_coef", 0.0))
     assert np.abs(got.numpy() - want).max() < 1e-10 * max(1, np.abs(want).max())
     assert rewards.shape == (2, 50)
@@ -97,7 +97,8 @@ def test_kto_loss_against_numpy():
     r, good, z, beta = (logp - ref)[0], (p > 0.7).astype(float), 0.8, 0.2
     want = [(1.5 if g else 0.5) * (1 - 1 / (1 + math.exp(-beta * ((x - z) if g else (z - x)))))
             for x, g in zip(r, good)]
-    got = dpo.kto_loss(torch.from_numpy(r), torch.from_numpy(good), z, beta, 1.5, 0.5)
+    cfg = config(loss="kto", beta=beta, desirable_weight=1.5, undesirable_weight=0.5)
+    got = dpo.kto_loss(torch.from_numpy(r), torch.from_numpy(good), z, cfg)
     assert 0 < good.sum() < len(good) and np.abs(got.numpy() - want).max() < 1e-10
 
 
@@ -107,7 +108,8 @@ def test_gradcheck(loss):
     p[0] = 0.25
     logp.requires_grad_(True)
     if loss == "kto":
-        f = lambda x: dpo.kto_loss(x[0] - ref[0], (p > 0.5).double(), 0.3, 0.2, 1.2, 0.7).sum()   # noqa: E731
+        cfg = config(loss="kto", beta=0.2, desirable_weight=1.2, undesirable_weight=0.7)
+        f = lambda x: dpo.kto_loss(x[0] - ref[0], (p > 0.5).double(), 0.3, cfg).sum()   # noqa: E731
     else:
         f = lambda x: dpo.pair_loss(config(loss=loss, beta=0.4, sft_coef=0.1), x, ref, n, p)[0].sum()   # noqa: E731
     assert torch.autograd.gradcheck(f, (logp,), eps=1e-6, atol=1e-6)
@@ -129,7 +131,7 @@ def test_at_the_start_the_loss_is_ln_2():
         loss, rewards = dpo.pair_loss(config(beta=0.1, **extra), logp, logp, n, p)
         assert (loss - math.log(2)).abs().max() < 1e-15 and rewards.abs().max() == 0
     assert (dpo.pair_loss(config(loss="ipo", beta=0.25), logp, logp, n, p)[0] - 4).abs().max() < 1e-15
-    assert (dpo.kto_loss(logp[0] - logp[0], p, 0.0, 0.1) - 0.5).abs().max() < 1e-15
+    assert (dpo.kto_loss(logp[0] - logp[0], p, 0.0, config(loss="kto", beta=0.1)) - 0.5).abs().max() < 1e-15
 
 
 def test_rdpo_is_unbiased_under_flips_and_cdpo_is_not():
@@ -260,9 +262,10 @@ def test_the_first_loss_of_kto_is_a_half(dialect):
     texts = zip(ragged(rng, 9, 1, 9), ragged(rng, 9, 1, 12), ragged(rng, 9, 1, 12))
     examples = [(x, a, b, float(i % 2)) for i, (x, a, b) in enumerate(texts)]
     ref = dpo.all_logps(model, examples, tok, 4)
-    known = dpo.known_of(model, examples, ref, tok, config(loss="kto", micro_batch=2))
-    assert (known[0] - ref[0]).abs().max() == 0 and 0 <= known[1].min() <= known[1].max() < 1e-5
-    loss, figures = dpo.kto_losses(model, examples, known, tok, config())
+    cfg = config(loss="kto", micro_batch=2)
+    losses = dpo.losses_of_step(model, examples, ref, tok, cfg)
+    loss, figures = losses(model, examples, ref, tok, cfg)
+    assert 0 <= figures["z"].min() <= figures["z"].max() < 1e-5
     assert (loss - 0.5).abs().max() < 1e-6 and figures["margin"].abs().max() < 1e-5
 
 
@@ -277,8 +280,8 @@ def test_the_reference_point_is_the_mean_of_the_step(dialect):
     for one, other, z in ((model, ref_model, max(0.0, want)), (ref_model, model, max(0.0, -want))):
         ref = dpo.all_logps(other, examples, tok, 4)
         for size in (1, 3, 7):
-            known = dpo.known_of(one, examples, ref, tok, config(loss="kto", micro_batch=size))
-            assert known[1].tolist() == pytest.approx([z] * 7, abs=1e-4)
+            found = dpo.kto_z(one, examples, ref[1], tok, config(loss="kto", micro_batch=size))
+            assert found.item() == pytest.approx(z, abs=1e-4)
     assert abs(want) > 1e-2
 
 

@@ -131,7 +131,7 @@ def test_evaluate_with_the_gold_judge(compare, chain, tmp_path):
         assert w["low"] <= w["win_rate"] <= w["high"] and w["win_rate"] + wins[b][a]["win_rate"] == pytest.approx(1)
     rows = [json.loads(line) for line in (tmp_path / "e" / "generations.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * 24 and {r["response"] for r in rows if r["model"] == "control"} == {evaluate.CONTROL}
-    gold = world.report(world.rows("test")[:24], [r["response"] for r in rows if r["model"] == "ppo"])
+    gold = world.mean_scores(world.rows("test")[:24], [r["response"] for r in rows if r["model"] == "ppo"])
     assert models["ppo"]["gold"] == gold["gold"]
     matrix = out.split("judged by gold")[1].splitlines()
     assert matrix[5].split()[0] == "control" and "BROKEN" not in out

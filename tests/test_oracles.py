@@ -30,7 +30,7 @@ from data.checkpoint import merged  # noqa: E402
 from data.parallel import in_chunks, micro_batches  # noqa: E402
 from data.tokenizer import Tokenizer, tokenizer_from_ranks  # noqa: E402
 from model import (GPT, GPTConfig, answer_rewards, attention, attention_bias, compare_policies,  # noqa: E402
-                   frozen, generate, last_token, pad_batch, pick_token, refresh, sampling_copy,
+                   freeze, generate, last_token, pad_batch, pick_token, refresh, sampling_copy,
                    token_logprobs, token_values, with_lora)
 
 torch.set_num_threads(1)
@@ -325,7 +325,7 @@ def test_reward_loss_does_not_depend_on_batching(dialect, monkeypatch):
         total = 0.0
         for k in range(0, len(groups), micro):
             part, tok = groups[k: k + micro], SimpleNamespace(pad_id=pad_id)
-            ids, mask, pairs = reward.batch_of(part, tok, "cpu")
+            ids, mask, pairs = reward.batch_of_pairs(part, tok, "cpu")
             r = answer_rewards(model, ids, mask)
             losses = reward.preference_loss(r[pairs.a], r[pairs.b], pairs.p, pairs.margin, 0.05)
             loss = (pairs.weight * losses).sum() / len(groups)
@@ -449,7 +449,7 @@ def test_token_logprobs_against_full_logits(dialect, temperature, monkeypatch):
     n = int(mask[:, 1:].sum())
     for chunk in (1, 3, n - 1, n, 4096):
         calls.clear()
-        monkeypatch.setattr(model_py, "LOGITS", chunk * V)            # that many rows of logits at a time
+        monkeypatch.setattr(model_py, "MAX_LOGITS", chunk * V)            # that many rows of logits at a time
         got, got_ent = token_logprobs(model, ids, mask, temperature, entropy=True)
         assert len(calls) == (math.ceil(n / chunk) if chunk < n else 0)
         assert (got[~mask] == 0).all() and (got_ent[~mask] == 0).all() and got[0, 0] == 0
@@ -723,7 +723,7 @@ def test_each_answer_is_scored_once():
     rows += [{"prompt": prompt("why"), "chosen": "x", "rejected": "v", "label": 0.5, "margin": 0.0},
              {"prompt": prompt("why"), "chosen": "v" * 50, "rejected": "x", "label": 1.0, "margin": 0.0}]
     random.Random(0).shuffle(rows)
-    groups, too_long = reward.group(rows, tok, 20, margin=0.25)
+    groups, too_long = reward.group_pairs(rows, tok, 20, margin=0.25)
     assert too_long == 1 and sorted((len(a), len(p)) for a, p in groups) == [(2, 1), (4, 6)]
     for answers, pairs in groups:
         assert len(set(answers)) == len(answers) and all(a[-1] == 2 and 10 not in a for a in answers)
@@ -733,7 +733,7 @@ def test_each_answer_is_scored_once():
     text = lambda s: tuple(chatml_like(prompt("who") + prompt(s))[0][:-1])   # noqa: E731
     assert named == {(text(a), text(b), 0.9, 0.5, 0.8)
                      for a, b in itertools.combinations(["x", "yy", "zzz", "w"], 2)}
-    ids, mask, pairs = reward.batch_of(groups, tok, "cpu")
+    ids, mask, pairs = reward.batch_of_pairs(groups, tok, "cpu")
     assert len(ids) == 6 and len(pairs.a) == len(pairs.p) == 7   # 2 prompts, 4 + 2 answers, 6 + 1 pairs
     assert sorted(row[m].tolist() for row, m in zip(ids, mask)) == sorted(
         list(answer) for answers, _ in groups for answer in answers)
@@ -869,7 +869,7 @@ def test_exact_kl_and_chunks(dialect, temperature, monkeypatch):
     both_policies = functools.partial(compare_policies, policy, ref, temperature=temperature)
     one_policy = functools.partial(token_logprobs, policy, temperature=temperature)
     for size in (1, 2, 4, 9, 100):
-        monkeypatch.setattr(model_py, "LOGITS", 2 * size * V)         # so many tokens are compared at a time
+        monkeypatch.setattr(model_py, "MAX_LOGITS", 2 * size * V)         # so many tokens are compared at a time
         torch.testing.assert_close(in_chunks(both_policies, ids, mask, size), got, atol=2e-5, rtol=0)
         one = in_chunks(one_policy, ids, mask, size)
         assert not one.requires_grad
@@ -1113,7 +1113,7 @@ def test_lora_starts_as_its_trunk_trains_apart_and_merges(dialect):
     other."""
     trunk = tiny(dialect)
     before = {k: v.clone() for k, v in trunk.state_dict().items()}
-    assert frozen(trunk) is trunk
+    assert freeze(trunk) is trunk
     policy, value = with_lora(trunk, 3), with_lora(trunk, 3, scalar_head=True)
     ids = torch.randint(V, (3, 11), generator=torch.Generator().manual_seed(0))
     everywhere = torch.ones_like(ids, dtype=torch.bool)
@@ -1147,7 +1147,7 @@ def test_a_sampling_copy_gives_the_same_numbers(dialect, rank, compute, monkeypa
     alone: otherwise answers come from another policy than the trained one, or CUDA graphs replay an old
     one."""
     monkeypatch.setattr(model_py.Linear, "compute", compute)
-    model = with_lora(frozen(tiny(dialect)), rank) if rank else tiny(dialect)
+    model = with_lora(freeze(tiny(dialect)), rank) if rank else tiny(dialect)
     before, ids = {k: v.clone() for k, v in model.state_dict().items()}, torch.randint(V, (3, 11))
     trained, sampler = names_of_trained(model), sampling_copy(model)
     assert not names_of_trained(sampler) and names_of_trained(model) == trained
@@ -1181,7 +1181,7 @@ def test_a_frozen_model_in_bf16_gives_the_same_numbers(dialect, monkeypatch):
     """Bit for bit: otherwise the KL to the reference would not start at 0."""
     monkeypatch.setattr(model_py.Linear, "compute", torch.bfloat16)
     model = tiny(dialect)
-    half, ids = frozen(copy.deepcopy(model)), torch.randint(V, (3, 11))
+    half, ids = freeze(copy.deepcopy(model)), torch.randint(V, (3, 11))
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     assert half.h[0].attn.qkv.weight.dtype == torch.bfloat16 and half.wte.weight.dtype == torch.float32
     assert model.h[0].attn.qkv.weight.dtype == torch.float32

@@ -72,8 +72,8 @@ def test_evaluate_says_what_the_pairs_say(chain):
     """All its figures once more, pair by pair, with every answer scored alone."""
     model, tok = load(chain / "reward", head="score")
     rows, _ = formats.load(chain / "reward" / "comparisons.jsonl", "preference", 60)
-    groups, _ = reward.group(rows, tok, 256)
-    figures, mean = reward.evaluate(model, groups, tok)
+    groups, _ = reward.group_pairs(rows, tok, 256)
+    figures, mean = reward.evaluate_pairs(model, groups, tok)
 
     def alone(row, side):
         return reward_alone(model, tok, row, side), len(tok.render_answer(row["prompt"], row[side])[1])
@@ -139,8 +139,8 @@ def test_held_out_pairs_and_the_mean(suite, chain, tmp_path):
     assert mean == result["after"]["reward_mean"] != 0
     model, tok = load(folder, head="score")
     rows, _ = formats.load(folder / "comparisons.jsonl", "preference")
-    groups, _ = reward.group(formats.split(rows, 0.3, seed=0)[1], tok, 256)
-    figures, centered = reward.evaluate(model, groups, tok)
+    groups, _ = reward.group_pairs(formats.split(rows, 0.3, seed=0)[1], tok, 256)
+    figures, centered = reward.evaluate_pairs(model, groups, tok)
     assert centered == pytest.approx(0, abs=1e-4)
     assert figures["loss"] == pytest.approx(result["after"]["loss"], abs=1e-4)
 

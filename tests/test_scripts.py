@@ -288,7 +288,7 @@ OWN_FLAGS = {"data.pretrain": [("--size huge", "--size"), ("--steps 1.5", "--ste
              "dpo.py": [("--loss dppo", "--loss"), ("--label_smoothing 1.5", "--label_smoothing"),
                         ("--beta=-1", "--beta"), ("--online_steps 0", "--online_steps"),
                         ("--sft_coeff 1", "did you mean --sft_coef?")],
-             "ppo.py": [("--advantage sarsa", "--advantage"), ("--kl free", "--kl"), ("--rollouts 0", "--rollouts"),
+             "ppo.py": [("--advantage sarsa", "--advantage"), ("--ensemble max", "--ensemble"), ("--rollouts 0", "--rollouts"),
                         ("--iterations 1e3", "--iterations"), ("--lam 1.1", "--lam"), ("--clip=-0.1", "--clip"),
                         ("--klcoef 1", "did you mean --kl_coef?")]}
 
@@ -341,9 +341,8 @@ TRAIN = {   # flags of a short run, its length in steps, and where it is cut
     "reward.py": (["--prompts", 40, "--batch_size", 4, "--micro_batch", 3, "--warmup", 2, "--held_out", 0.3,
                    "--max_new", 16, "--bias_length", 0.2], 5, 2),
     "dpo.py": (["--batch_size", 8, "--micro_batch", 3, "--warmup", 2, "--max_new", 8], 6, 2),
-    "ppo.py": (["--iterations", 5, "--rollouts", 24, "--minibatches", 2, "--value_warmup", 1, "--relabel", 2, "--kl",
-                "adaptive", "--kl_horizon", 100, "--max_new", 12,
-                "--epochs", 2], 5, 3)}
+    "ppo.py": (["--iterations", 5, "--rollouts", 24, "--minibatches", 2, "--value_warmup", 1, "--relabel", 2,
+                "--kl_target", 4, "--kl_horizon", 100, "--max_new", 12, "--epochs", 2], 5, 3)}
 
 
 def links(script, chain):
@@ -628,7 +627,7 @@ def letters(rows, texts):
 def test_a_reward_of_ones_own(suite, chain, tmp_path, advantage):
     (tmp_path / "mine.py").write_text(MINE)
     flags = ["--init", chain / "sft", "--reward", "mine:letters", "--advantage", advantage, "--group", 4,
-             "--rollouts", 16, "--max_new", 12, "--minibatches", 1, "--eos_penalty", 0, "--kl", "adaptive",
+             "--rollouts", 16, "--max_new", 12, "--minibatches", 1, "--eos_penalty", 0,
              "--kl_target", 0.1, "--kl_horizon", 99, "--iterations", 3, "--dtype", "float32", "--lr", 1e-3]
 
     def start(name, *more):

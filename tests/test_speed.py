@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import model as model_py
 from data import InputError, parallel
 from data import run as run_py
-from model import (GPT, GPTConfig, Linear, answer_rewards, compare_policies, frozen, generate, sampling_copy,
+from model import (GPT, GPTConfig, Linear, answer_rewards, compare_policies, freeze, generate, sampling_copy,
                    token_logprobs, token_values, with_lora)
 
 V = 97
@@ -126,7 +126,7 @@ def test_compiled_models_of_ppo_are_never_run_eagerly(dialect, counter, monkeypa
     monkeypatch.setattr(model_py.Block, "compile", counted)
     cfg = SimpleNamespace(compile=True, recompute=False)
     policy, value, reward = small(dialect), small(dialect, scalar_head=True), small(dialect, scalar_head=True)
-    reference = frozen(copy.deepcopy(policy))
+    reference = freeze(copy.deepcopy(policy))
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit,
                                     fail_on_recompile_limit_hit=True):
         for gpt in (policy, reference, value, reward):
@@ -266,7 +266,7 @@ def test_packed_weights_change_no_bit(dialect, copied, how, monkeypatch):
     """Sampling with weights in oneDNN's order gives the bits of plain products, uses them for every layer and
     the head of a sampling copy, and leaves none behind. LoRA's trunk is packed like any layer."""
     monkeypatch.setattr(Linear, "compute", torch.bfloat16)
-    gpt = with_lora(frozen(small(dialect)), rank=2)
+    gpt = with_lora(freeze(small(dialect)), rank=2)
     sampler, prompts = sampling_copy(gpt) if copied else gpt, [[1, 2, 3], [4, 5], [7]] * 3
     used, product = [], torch.ops.mkldnn._linear_pointwise
 
@@ -312,7 +312,7 @@ def test_bf16_is_chosen_where_the_hardware_has_it(capability, bf16, monkeypatch)
     try:
         for dtype, want in (("auto", bf16), ("float32", False), ("bfloat16", True)):
             device = run_py.setup(SimpleNamespace(seed=0, device="", dtype=dtype))
-            assert device == torch.device("cuda") and Linear.compute == (torch.bfloat16 if want else None)
+            assert device == torch.device("cuda") and Linear.compute_dtype == (torch.bfloat16 if want else None)
         with pytest.raises(InputError, match="--device gpu"):
             run_py.setup(SimpleNamespace(seed=0, device="gpu", dtype="auto"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -457,7 +457,7 @@ def test_state_of_model_and_optimizer_goes_round(dialect, rank, n_steps, monkeyp
     without their trunk."""
     def fresh():
         gpt = small(dialect)
-        gpt = with_lora(frozen(gpt), rank) if rank else gpt
+        gpt = with_lora(freeze(gpt), rank) if rank else gpt
         torch.manual_seed(5)
         with torch.no_grad():
             for name, p in gpt.named_parameters():
