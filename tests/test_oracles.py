@@ -291,9 +291,11 @@ def test_sft_loss_does_not_depend_on_batching(dialect, monkeypatch):
     """Otherwise micro_batch, the padding or the order of the examples change what SFT learns."""
     model, rng = tiny(dialect), random.Random(0)
     rows = ragged(rng, 7, 4, 17)
-    examples = [(ids, [rng.random() < 0.6 for _ in ids][:-1] + [1]) for ids in rows]
-    examples[0][1][0] = 1   # nothing predicts token 0, so it may not count
-    n = sum(sum(mask[1:]) for _, mask in examples)
+    rendered = [(ids, [rng.random() < 0.6 for _ in ids][:-1] + [1]) for ids in rows]
+    rendered[0][1][0] = 1   # nothing predicts token 0, so it may not count
+    tok = SimpleNamespace(render=lambda messages: messages)
+    examples, _, _ = sft.encode([{"messages": pair} for pair in rendered], tok, 99)
+    n = sum(sum(mask[1:]) for _, mask in rendered)
 
     def run(name, examples, micro, pad_id=30):
         parts = [sft.nll(model, examples[i: i + micro], SimpleNamespace(pad_id=pad_id))
@@ -1146,7 +1148,7 @@ def test_a_sampling_copy_gives_the_same_numbers(dialect, rank, compute, monkeypa
     """Bit for bit, also after the model has moved on, in the same memory, and the model itself is left
     alone: otherwise answers come from another policy than the trained one, or CUDA graphs replay an old
     one."""
-    monkeypatch.setattr(model_py.Linear, "compute", compute)
+    monkeypatch.setattr(model_py.Linear, "compute_dtype", compute)
     model = with_lora(freeze(tiny(dialect)), rank) if rank else tiny(dialect)
     before, ids = {k: v.clone() for k, v in model.state_dict().items()}, torch.randint(V, (3, 11))
     trained, sampler = names_of_trained(model), sampling_copy(model)
@@ -1179,7 +1181,7 @@ def test_a_sampling_copy_gives_the_same_numbers(dialect, rank, compute, monkeypa
 @both
 def test_a_frozen_model_in_bf16_gives_the_same_numbers(dialect, monkeypatch):
     """Bit for bit: otherwise the KL to the reference would not start at 0."""
-    monkeypatch.setattr(model_py.Linear, "compute", torch.bfloat16)
+    monkeypatch.setattr(model_py.Linear, "compute_dtype", torch.bfloat16)
     model = tiny(dialect)
     half, ids = freeze(copy.deepcopy(model)), torch.randint(V, (3, 11))
     everywhere = torch.ones_like(ids, dtype=torch.bool)

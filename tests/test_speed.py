@@ -235,7 +235,7 @@ def test_a_padded_vocabulary_changes_nothing(dialect, monkeypatch):
     """In bf16 the head has rows of 0 up to a multiple of 64: none is drawn, none has a share in a
     probability, no gradient leaves them, also in a sampling copy and after the weights have moved on under
     it."""
-    monkeypatch.setattr(Linear, "compute", torch.bfloat16)
+    monkeypatch.setattr(Linear, "compute_dtype", torch.bfloat16)
     gpt, (ids, mask), prompts = small(dialect), batch(), [[1, 2, 3], [4, 5]]
     sampler = sampling_copy(gpt)
     alone = lambda self: (self.wte if self.cfg.tie else self.lm_head).weight.bfloat16()   # noqa: E731
@@ -265,7 +265,7 @@ def test_a_padded_vocabulary_changes_nothing(dialect, monkeypatch):
 def test_packed_weights_change_no_bit(dialect, copied, how, monkeypatch):
     """Sampling with weights in oneDNN's order gives the bits of plain products, uses them for every layer and
     the head of a sampling copy, and leaves none behind. LoRA's trunk is packed like any layer."""
-    monkeypatch.setattr(Linear, "compute", torch.bfloat16)
+    monkeypatch.setattr(Linear, "compute_dtype", torch.bfloat16)
     gpt = with_lora(freeze(small(dialect)), rank=2)
     sampler, prompts = sampling_copy(gpt) if copied else gpt, [[1, 2, 3], [4, 5], [7]] * 3
     used, product = [], torch.ops.mkldnn._linear_pointwise
@@ -307,7 +307,7 @@ def pretend_gpu(monkeypatch, capability):
 def test_bf16_is_chosen_where_the_hardware_has_it(capability, bf16, monkeypatch):
     """Not on a V100 or T4, which emulate it many times slower than fp32."""
     pretend_gpu(monkeypatch, capability)
-    monkeypatch.setattr(Linear, "compute", None)
+    monkeypatch.setattr(Linear, "compute_dtype", None)
     state, precision = random.getstate(), torch.get_float32_matmul_precision()
     try:
         for dtype, want in (("auto", bf16), ("float32", False), ("bfloat16", True)):
@@ -507,7 +507,7 @@ def test_gpu_against_float64(dialect, monkeypatch):
     got = token_logprobs(gpt, ids, mask)
     torch.testing.assert_close(got.double().cpu(), want.double(), atol=1e-3, rtol=1e-3)
     close(gradients(gpt, got.sum()), grad, 1e-3)
-    monkeypatch.setattr(Linear, "compute", torch.bfloat16)
+    monkeypatch.setattr(Linear, "compute_dtype", torch.bfloat16)
     half = token_logprobs(gpt, ids, mask)
     close(half.double().cpu(), want.double(), 0.05)
     close(gradients(gpt, half.sum()), grad, 0.1)
