@@ -303,9 +303,6 @@ def main(cfg):
     if ns and not reward_path:
         raise InputError(f"--best_of {cfg.best_of} needs a reward model: --reward")
 
-    folder = Path(cfg.out)
-    folder.mkdir(parents=True, exist_ok=True)
-
     # Prompts that leave room for an answer in the context of every model.
     data = cfg.data or world.TINY / "test.jsonl"
     rows, dropped = formats.load(data, "prompt", cfg.prompts)
@@ -332,6 +329,8 @@ def main(cfg):
                          "context")
 
     # Every model answers; the control says the same to everybody.
+    folder = Path(cfg.out)
+    folder.mkdir(parents=True, exist_ok=True)
     texts, metrics = {}, {}
     for name, path in zip(names, paths):
         texts[name], metrics[name] = answer_and_measure(*loaded[path], loaded[reference], rows, cfg)

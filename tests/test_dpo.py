@@ -405,13 +405,13 @@ def test_the_known_optimum_is_reached(loss):
     flat = [(x, y) for x in PROMPTS for y in answers]
     with torch.no_grad():
         known = logps(ref, flat, tok).view(2, -1)
-    optimizer, n_steps = adamw(policy), 900
+    optimizer, n_steps = adamw(policy), 200
     for step in range(n_steps):
         logp = logps(policy, flat, tok).view(2, -1)                 # every answer once, then every pair
         take = lambda t: torch.stack((t[k, i], t[k, j]))   # noqa: E731
         out = dpo.pair_loss(config(loss=loss, beta=beta), take(logp), take(known), torch.stack((n[i], n[j])), label)[0]
         out.mean().backward()
-        set_lr(optimizer, 5e-3 * (1 - step / n_steps))
+        set_lr(optimizer, 1e-2 * (1 - step / n_steps))
         optimizer.step()
         optimizer.zero_grad()
     for x, q, s in zip(PROMPTS, p_ref, p_star):
