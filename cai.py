@@ -400,8 +400,8 @@ def measure_critic(cfg, setting):
     for name, value in figures.items():
         print(f"{name:38} {value:.4g}")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    told = json.dumps(figures | {"critic": critic.name}, indent=1)
-    write_atomic(Path(cfg.out) / "critic.json", told.encode())
+    text = json.dumps(figures | {"critic": critic.name}, indent=1)
+    write_atomic(Path(cfg.out) / "critic.json", text.encode())
 
 
 def main(cfg):

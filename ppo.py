@@ -367,11 +367,11 @@ def main(cfg):
         refresh(sampler, policy)
         asked = pick(len(rows), cfg.rollouts // cfg.group, rng)
         row_of = torch.tensor(asked).repeat_interleave(cfg.group).tolist()
-        ids, mask, sampled_logp, said = rollout(sampler, tok, [prompts[i] for i in row_of], cfg, it)
-        texts, batch_rows = [tok.decode(answer) for answer in said], [rows[i] for i in row_of]
+        ids, mask, sampled_logp, answers = rollout(sampler, tok, [prompts[i] for i in row_of], cfg, it)
+        texts, batch_rows = [tok.decode(answer) for answer in answers], [rows[i] for i in row_of]
         last = last_token(mask)                                                                  # (B,)
         is_last = torch.arange(ids.shape[1], device=device) == last[:, None]                     # (B, T)
-        ended = torch.tensor([answer[-1] in tok.eos_ids for answer in said], device=device)      # (B,)
+        ended = torch.tensor([answer[-1] in tok.eos_ids for answer in answers], device=device)   # (B,)
 
         # 2. Score, by all models before any is updated. An unfinished answer gets -eos_penalty instead.
         scores = rewards.score(batch_rows, texts, ids, mask, cfg.micro_batch)                    # (B, T)
@@ -437,7 +437,7 @@ def main(cfg):
         #    reference; the reward model trains on that.
         if relabelling and not over_budget and (it + 1) % cfg.relabel == 0:
             _, _, _, others = rollout(ref_sampler, tok, [prompts[i] for i in asked], cfg, RELABEL + it)
-            groups = [said[k * cfg.group: (k + 1) * cfg.group] + [other] for k, other in enumerate(others)]
+            groups = [answers[k * cfg.group: (k + 1) * cfg.group] + [other] for k, other in enumerate(others)]
             sums |= relabelling.step(it, [rows[i] for i in asked], groups, cfg.reward_lr * decay)
 
         # Log; keep the first, the middle and the last iteration for the page; adapt beta; save.
@@ -470,15 +470,15 @@ def main(cfg):
         return
     # The closing figures. First and last answers are both scored by the final reward model.
     refresh(sampler, policy)
-    after, answers = measure("after")
-    after["kl"], after["entropy"] = report.mean_kl(policy, reference, tok, answers.prompt_ids, answers.ids)
-    for figures, scored in ((before, first_answers), (after, answers.scored)):
+    after, closing = measure("after")
+    after["kl"], after["entropy"] = report.mean_kl(policy, reference, tok, closing.prompt_ids, closing.ids)
+    for figures, scored in ((before, first_answers), (after, closing.scored)):
         report.add_rewards(figures, scored, rewards.score_texts(tests.rows, [x["answer"] for x in scored]))
     if relabelling:
         save(Path(cfg.out) / "reward", reward_models[0], tok)
     write_atomic(run.folder / "inspect.json", json.dumps(inspected).encode())
     run.finish(before, after, chain_columns(cfg, "PPO", before, after),
-               report.answer_rows(tests, first_answers, answers.scored))
+               report.answer_rows(tests, first_answers, closing.scored))
 
 
 if __name__ == "__main__":

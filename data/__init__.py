@@ -7,7 +7,7 @@
     run, parallel            one run: device, folder, log, resume; several processes
     sample, comparisons      answers of a policy; pairs of them, from people, from the annotator, as ids
     rewards, relabel         what scores answers; asking the annotator again
-    process                  the steps of an answer, and what is said of each
+    process                  the steps of an answer, and a score for each
     report, page             measures, tables, health; out/index.html
     pretrain, chat, vote, evaluate     commands: `python -m data.pretrain`, ...
     principles, endpoint     constitutions, and critics behind a URL (cai.py)

@@ -26,13 +26,13 @@ def answer_prompts(run, path, device):
             f"room for --max_new {cfg.max_new} tokens")
 
     # Some prompts at a time, so that something can be said in between.
-    generator, answers, spoke = seeded(cfg.seed, 0), [], time.time()
+    generator, answers, last_message = seeded(cfg.seed, 0), [], time.time()
     for start in range(0, len(fitting), 64):
         part = fitting[start: start + 64]
         answers += sample.different_answers(policy, tok, part, cfg.k, cfg.max_new, generator,
                                             cfg.temperature)
-        if time.time() - spoke > 4:
-            spoke = time.time()
+        if time.time() - last_message > 4:
+            last_message = time.time()
             run.say(f"... {len(answers):,} of {len(fitting):,} prompts answered")
 
     n_answers = sum(len(texts) for texts in answers)
@@ -92,15 +92,16 @@ def read_examples(run, path, kind, tok, max_len):
 
     # What is there now, and what is missing.
     n_ties = len(rows) - len(decided)
-    told = (f"{len(train):,} to train on, {len(held):,} held out; left out: {n_ties:,} ties, "
-            f"{counts['long']:,} with prompts of more than {max_prompt} tokens (--max_prompt), "
-            f"{counts['equal']:,} with equal answers; {counts['cut']:,} cut at {max_len} tokens (--max_len)")
+    message = (f"{len(train):,} to train on, {len(held):,} held out; left out: {n_ties:,} ties, "
+               f"{counts['long']:,} with prompts of more than {max_prompt} tokens (--max_prompt), "
+               f"{counts['equal']:,} with equal answers; {counts['cut']:,} cut at {max_len} tokens "
+               "(--max_len)")
     if not train or not held:
-        raise InputError(f"{path}: {told}; both need at least one (--held_out)")
-    run.say(told)
+        raise InputError(f"{path}: {message}; both need at least one (--held_out)")
+    run.say(message)
     if kind == "kto":
         if len({label for *_, label in train}) < 2:
-            raise InputError(f"{path}: {told}; kto needs good and bad answers to train on")
+            raise InputError(f"{path}: {message}; kto needs good and bad answers to train on")
         held = mismatch(held + train, cfg.seed, max_len)[: len(held)]    # one held-out prompt may do
         train = mismatch(train, cfg.seed, max_len)
     return train, held, held_rows + train_rows

@@ -69,11 +69,11 @@ def each(read, paths):
     found = []
     for path in paths:
         try:
-            told = finite(read(path))
+            value = finite(read(path))
         except Exception:
             continue
-        if told:
-            found.append(told)
+        if value:
+            found.append(value)
     return found
 
 
@@ -119,13 +119,13 @@ def run(folder):
     if not result and not log:
         return None
     # What the page asks for without asking whether it is there has a value here.
-    told = {"stage": folder.name, "before": {}, "after": {}}
+    run = {"stage": folder.name, "before": {}, "after": {}}
     for key in ("stage", "seed", "seconds", "device", "config", "before", "after"):
         if result and key in result[0]:
-            told[key] = result[0][key]
+            run[key] = result[0][key]
     # A PPO run whose reward model went on learning (--relabel) has saved it beside the policy.
-    relabelled = (folder / "reward").is_dir() and bool((told.get("config") or {}).get("relabel", True))
-    return {**told, "name": folder.name, "finished": bool(result), "relabelled": relabelled, "log": log}
+    relabelled = (folder / "reward").is_dir() and bool((run.get("config") or {}).get("relabel", True))
+    return {**run, "name": folder.name, "finished": bool(result), "relabelled": relabelled, "log": log}
 
 
 def curves(folder):
@@ -196,8 +196,8 @@ def constitutional_round(folder):
 def climb(folder):
     """A run of tests/hacking.py without a cure, and the best-of-N points of the model that it began with."""
     best = []
-    for told in each(read_json, sorted(folder.parent.glob("evaluate_*/result.json"))):
-        best += told["best_of"]
+    for result in each(read_json, sorted(folder.parent.glob("evaluate_*/result.json"))):
+        best += result["best_of"]
     return {"name": folder.parent.name, "log": curves(folder), "best": best}
 
 

@@ -157,7 +157,7 @@ def in_shares(f, lengths, size, say=None):
     share. f takes a list of row numbers and returns (.., n), the rows last. The result is the same with all N
     rows, (.., N), in fp32 and without gradients, on every rank. say: prints how far it is, now and then."""
     mine = even_share(lengths)
-    total, counts, spoke = None, None, time.time()
+    total, counts, last_message = None, None, time.time()
     for start in range(0, len(mine), size):
         rows = mine[start: start + size]
         part = f(rows).float()                                                     # (.., n)
@@ -166,8 +166,8 @@ def in_shares(f, lengths, size, say=None):
             counts = part.new_zeros(len(lengths))
         total[..., rows] = part
         counts[rows] = 1.0
-        if say and time.time() - spoke > 4:
-            spoke = time.time()
+        if say and time.time() - last_message > 4:
+            last_message = time.time()
             say(f"... {(start + len(rows)) * WORLD:,} of {len(lengths):,}")
     return all_sum(total) / all_sum(counts)
 

@@ -1,11 +1,11 @@
-"""Process rewards: what is said of each step of an answer (arXiv:2211.14275, arXiv:2305.20050).
+"""Process rewards: a score for each step of an answer (arXiv:2211.14275, arXiv:2305.20050).
 
 A step is a line of the answer or, where the answer is one line, a sentence. Its last token is the one that
 holds its last character, even if that token begins the next step; the answer's own last token, its EOS, is
 the last one of the last step.
 
-What is said are logits (B, T) at the last tokens of the steps: sigmoid(logit) is the score of a step, the
-chance that it is right. At all other tokens `step_logits` and `implicit_logits` give +inf, "right for sure",
+Scores are logits (B, T) at the last tokens of the steps: sigmoid(logit) is the chance that a step is right.
+At all other tokens `step_logits` and `implicit_logits` give +inf, "right for sure",
 so that a product, a sum of logs or a minimum over all tokens of a row is that over its steps.
 """
 import math
@@ -64,10 +64,10 @@ def last_tokens(tok, answer, ends):
 def step_mask(tok, ids, mask):
     """(B, T), True at the last token of each step of the answers: ids (B, T) where mask (B, T) is True."""
     found = torch.zeros(mask.shape, dtype=torch.bool)
-    for b, (row, said) in enumerate(zip(ids.cpu(), mask.cpu())):
-        answer = row[said].tolist()
+    for b, (row, on) in enumerate(zip(ids.cpu(), mask.cpu())):
+        answer = row[on].tolist()
         data = b"".join(tok.bytes_of.get(i, b"") for i in answer)
-        places = said.nonzero()[:, 0]                                                              # (R,)
+        places = on.nonzero()[:, 0]                                                              # (R,)
         found[b, places[last_tokens(tok, answer, ends_of_steps(data))]] = True
     return found.to(ids.device)
 
@@ -179,7 +179,7 @@ def batch_of_steps(groups, tok, device):
 def show_steps(model, tok, rows, n, cfg):
     """No rows for a file, and [(prompt, text)] for samples.txt of the first n process rows: what the steps of
     an answer score, and their labels."""
-    told = []
+    texts = []
     for row in rows[:n]:
         groups, _ = group_steps([row], tok, min(cfg.max_len, model.cfg.max_len))
         lines = []
@@ -187,5 +187,5 @@ def show_steps(model, tok, rows, n, cfg):
             z = all_logits(model, *pad_batch(answers, tok.pad_id, model.wte.weight.device))[0]
             for (_, t, label), text in zip(steps, row["completions"]):
                 lines.append(f"score {z[t].sigmoid():.2f}, label {label:.2f}  {text.strip()}")
-        told.append((row["prompt"], "\n       ".join(lines)))
-    return [], told
+        texts.append((row["prompt"], "\n       ".join(lines)))
+    return [], texts

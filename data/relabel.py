@@ -54,8 +54,8 @@ class Relabelling:
         the loss, and the accuracy on the new comparisons, before the steps that learn from them."""
         set_lr(self.optimizer, lr)
         draw, texts = random.Random(f"{self.run.cfg.seed} {it}"), []
-        for said in answers:
-            finished = [self.tok.decode(ids).strip() for ids in said if ended(self.tok, ids)]
+        for group in answers:
+            finished = [self.tok.decode(ids).strip() for ids in group if ended(self.tok, ids)]
             texts.append([text for text in dict.fromkeys(finished) if text])
         new = encode_pairs(annotated(all_pairs(rows, texts), self.annotator, draw), self.tok)
         old = self.first_pairs + self.later_pairs

@@ -56,10 +56,10 @@ def what_came_out(name, folder, after):
     family, failure = "helpful", "imitates careless people"
     if name == "base":
         family, failure = "harmless", "explains harm"
-    for prompt, said in answers_in(folder).items():
-        if said["family"] == family and said.get(family) == 0:
+    for prompt, scored in answers_in(folder).items():
+        if scored["family"] == family and scored.get(family) == 0:
             return (f"{name}: gold {after['gold']:.2f} of 1. It {failure}, for example:\n    {prompt}\n"
-                    f"    -> {said['answer']}")
+                    f"    -> {scored['answer']}")
     return f"{name}: gold {after['gold']:.2f} of 1"
 
 
@@ -69,11 +69,11 @@ def side_by_side(folders):
     answers = {title: answers_in(folder) for title, folder in folders.items()}
     first, *_, last = answers.values()
     lines, shown = [], set()
-    for prompt, said in last.items():
+    for prompt, best in last.items():
         was = first.get(prompt, {}).get("gold", 1.0)
-        if said["family"] in shown or was > 0 or said.get("gold", 0) < 0.9:
+        if best["family"] in shown or was > 0 or best.get("gold", 0) < 0.9:
             continue
-        shown.add(said["family"])
+        shown.add(best["family"])
         lines.append(f"\n{prompt}")
         for title in answers:
             scored = answers[title].get(prompt)
@@ -301,45 +301,45 @@ def health(history, cfg=None):
     twenty). No advice names what cfg has on already."""
     if len(history) < 10:
         return {}
-    old, now, said = means(history[:5]), means(history[-5:]), {}
+    old, now, warnings = means(history[:5]), means(history[-5:]), {}
     if now["kl"] < -0.1:
-        said["negative KL"] = (
+        warnings["negative KL"] = (
             f"the KL is estimated at {now['kl']:.2f}, and no KL is negative: the log-probs are not those of "
             "what was sampled from; see the checks before the first update, try --dtype float32")
     if now["eos_rate"] < min(0.9, old["eos_rate"] - 0.1):
-        said["EOS rate"] = (
+        warnings["EOS rate"] = (
             f"only {now['eos_rate']:.2f} of the responses end, it was {old['eos_rate']:.2f}: rambling pays; "
             "try a larger --eos_penalty, or a larger --max_new if good answers need it")
     if now["entropy"] < 0.05 * old["entropy"]:
-        said["entropy"] = (
+        warnings["entropy"] = (
             f"it fell from {old['entropy']:.3f} to {now['entropy']:.3f} nats per token: the policy has "
             "stopped exploring; try --entropy_coef 0.01, a larger --kl_coef or a smaller --lr")
     if now.get("unique", 1) < 0.3 * old.get("unique", 1):
-        said["identical responses"] = (
+        warnings["identical responses"] = (
             f"only {now['unique']:.2f} of them differ, it was {old['unique']:.2f}: one answer pays for many "
             "prompts; read the samples, try a larger --kl_coef or --entropy_coef 0.01")
     if now["length"] > 1.5 * old["length"]:
-        said["length"] = (
+        warnings["length"] = (
             f"it grew from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for talk; try "
             "a larger --kl_coef, or a --reward function that takes something off for length")
     if now["length"] < 0.5 * old["length"]:
-        said["length"] = (
+        warnings["length"] = (
             f"it shrank from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for brevity; "
             "read the samples, try a larger --kl_coef or a smaller --eos_penalty")
     if now.get("clipfrac", 0) > 0.3 or now.get("approx_kl", 0) > 0.1:
-        said["ratio"] = (
+        warnings["ratio"] = (
             f"{now['clipfrac']:.2f} of the ratios are clipped and approx_kl is {now['approx_kl']:.3f}: the "
             "steps are too large; try a smaller --lr or fewer --epochs")
     if len(history) >= 20 and "value_loss" in now and now["explained_var"] <= 0:
-        said["value model"] = (
+        warnings["value model"] = (
             f"it explains {now['explained_var']:.2f} of the variance of the returns, where a constant "
             "explains 0: try a larger --value_lr or --value_warmup, or do without a value model: "
             "--advantage rloo --group 4")
     if "gold" in now:
         hacking = reward_hacking(history, now, cfg)
         if hacking:
-            said["reward hacking"] = hacking
-    return said
+            warnings["reward hacking"] = hacking
+    return warnings
 
 
 def reward_hacking(history, now, cfg):
@@ -366,14 +366,14 @@ def reward_hacking(history, now, cfg):
 INSPECTED = 3     # responses, to as many prompts
 
 
-def inspection(policy, value, tok, rows, said, numbers, cfg):
+def inspection(policy, value, tok, rows, batch, numbers, cfg):
     """The numbers of a response to each of the first prompts of an iteration, for inspect.json. rows: the
-    prompt rows of all B responses; said: (ids, mask), (B, T) each. numbers: {"score": (B,), and (B, T)
+    prompt rows of all B responses; batch: (ids, mask), (B, T) each. numbers: {"score": (B,), and (B, T)
     tensors of before the update: "logp", "ref_logp", "reward", "value", "advantage", "whitened", "return"};
     the models are those of after the update."""
-    raw = numbers["advantage"][said[1]]     # of all response tokens
+    raw = numbers["advantage"][batch[1]]     # of all response tokens
     some = slice(0, INSPECTED * cfg.group, cfg.group)     # the answers to a prompt follow one another
-    ids, mask, rows = said[0][some], said[1][some], rows[some]
+    ids, mask, rows = batch[0][some], batch[1][some], rows[some]
     numbers = {name: x[some] for name, x in numbers.items()}
     with torch.no_grad():
         logp = token_logprobs(policy, ids, mask, cfg.temperature)                     # (n, T)

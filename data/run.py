@@ -189,13 +189,13 @@ class Run:
         flags = {name: value for name, value in asdict(cfg).items() if name not in FREE}
         if begun != "state.pt":      # a run of several scripts: where one of them stops, others begin
             flags["max_steps"] = cfg.max_steps
-        told = {"stage": stage, "config": asdict(cfg), "flags": flags,
-                "inputs": {str(path): fingerprint(path) for path in inputs}}
+        record = {"stage": stage, "config": asdict(cfg), "flags": flags,
+                  "inputs": {str(path): fingerprint(path) for path in inputs}}
         # The first process looks. Where it ends, the others end too: 1 stands for success, 2 for an error.
         ends = 0
         try:
             if RANK == 0 and not dry:
-                self.open_folder(told)
+                self.open_folder(record)
         except BaseException as e:
             ends = 1 if isinstance(e, SystemExit) else 2
             raise
@@ -208,22 +208,22 @@ class Run:
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.stop)
 
-    def open_folder(self, told):
+    def open_folder(self, record):
         """Lock the folder and make it ready. Ends the program if the run is finished; InputError if it may
         not begin."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock()
         finish_save(self.folder)      # a save that was cut off after its commit still counts
-        goes_on = self.what_is_there(told)
+        goes_on = self.what_is_there(record)
         replaced = [self.folder / name for name in (["result.json"] if goes_on else LEFT_BY_A_RUN)]
-        read = {Path(path).resolve() for path in told["inputs"]}
+        read = {Path(path).resolve() for path in record["inputs"]}
         for path in replaced:
             if path.resolve() in read:
                 raise InputError(f"{path} is read by this run and would be replaced by it; choose another "
                                  "--out")
         for path in replaced:
             path.unlink(missing_ok=True)
-        write_atomic(self.folder / "run.json", json.dumps(told, indent=1).encode())
+        write_atomic(self.folder / "run.json", json.dumps(record, indent=1).encode())
 
     def lock(self):
         """InputError if another run is writing here. The system lets go of the lock when this process
@@ -238,14 +238,14 @@ class Run:
         except OSError as e:
             print(f"{self.folder}: no locks here ({e.strerror}); see that no other run writes there")
 
-    def what_is_there(self, told):
+    def what_is_there(self, record):
         """Whether the folder holds an unfinished run with the same flags. Ends the program if it is
         finished."""
         result, old = result_of(self.folder), run_of(self.folder)
         is_started = (self.folder / self.begun).exists() or bool(result)
         if not is_started or self.cfg.overwrite:
             return False
-        other = self.difference(old, told)
+        other = self.difference(old, record)
         if other:
             raise InputError(f"{self.folder} holds a run of its own ({other}); choose another --out, or "
                              "--overwrite it")
@@ -257,17 +257,17 @@ class Run:
             sys.exit(0)
         return True
 
-    def difference(self, old, told):
+    def difference(self, old, record):
         """What tells two run.json apart, as a phrase; "" if nothing does."""
         if not old:
             return "no run.json says how it was made"
-        if old["stage"] != told["stage"]:
+        if old["stage"] != record["stage"]:
             return f"{old['stage']} made it"
-        for name, value in told["flags"].items():
+        for name, value in record["flags"].items():
             if old["flags"].get(name) != value:
                 return f"--{name} was {old['flags'].get(name)!r}, now {value!r}"
         # By content: where a file lies is told by the flags, and the whole folder may have moved since.
-        for (path, value), before in zip(told["inputs"].items(), old["inputs"].values()):
+        for (path, value), before in zip(record["inputs"].items(), old["inputs"].values()):
             if before != value:
                 return f"{path} has changed since"
         return ""

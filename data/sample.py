@@ -47,11 +47,11 @@ def read_prompts(run, path, tok, longest):
     rows, dropped = formats.load(path, "prompt")
     run.say(formats.describe(rows, dropped, path))
     fitting = short_enough(tok, rows, longest)
-    told = (f"{len(fitting):,} prompts to answer; {len(rows) - len(fitting):,} left out, of more than "
-            f"{longest} tokens (--max_prompt, --max_new)")
+    message = (f"{len(fitting):,} prompts to answer; {len(rows) - len(fitting):,} left out, of more than "
+               f"{longest} tokens (--max_prompt, --max_new)")
     if not fitting:
-        raise InputError(f"{path}: {told}")
-    run.say(told)
+        raise InputError(f"{path}: {message}")
+    run.say(message)
     return fitting
 
 
@@ -101,16 +101,16 @@ def annotated(pairs, annotator, rng):
 def annotated_steps(rows, answers, annotator, rng):
     """Process rows (data/formats.py) of the different answers (lists of texts) to each row's prompt: the tiny
     world's annotator says of each step whether it is better than 1/2, half way between wrong and right."""
-    felt = []
+    judged = []
     for row, texts in zip(rows, answers):
         for text in texts:
             steps = steps_of(text)
-            felt.append((row, steps, annotator.step_utilities(row, steps)))
+            judged.append((row, steps, annotator.step_utilities(row, steps)))
     gaps = []
-    for _, _, utilities in felt:
+    for _, _, utilities in judged:
         gaps += [u - 0.5 for u in utilities]
     noise, out = annotator.noise_for(gaps), []
-    for row, steps, utilities in felt:
+    for row, steps, utilities in judged:
         labels = [world.annotate(u, 0.5, noise, rng) for u in utilities]
         out.append({"prompt": row["prompt"], "completions": steps, "labels": labels})
     return out
@@ -131,14 +131,14 @@ def read_texts(read, tok, prompts, texts, device, longest, batch=64):
         ids, real = pad_batch([rows[i] for i in part], tok.pad_id, device)
         prompt = torch.tensor([before[i] for i in part], device=device)[:, None]
         mask = real & (torch.arange(ids.shape[1], device=device) >= prompt)                        # (B, T)
-        for i, said in zip(part, read(ids, mask).cpu()):
-            out[i] = said
+        for i, values in zip(part, read(ids, mask).cpu()):
+            out[i] = values
     return out
 
 
 def rewards(model, tok, prompts, texts, batch=64):
     """Rewards (list of floats) of one answer (str) to each prompt (messages) by a reward model."""
     read = partial(rewards_at_tokens, model, tok)
-    said = read_texts(read, tok, prompts, texts, model.wte.weight.device, model.cfg.max_len, batch)
-    return [x.sum().item() for x in said]
+    values = read_texts(read, tok, prompts, texts, model.wte.weight.device, model.cfg.max_len, batch)
+    return [x.sum().item() for x in values]
 
