@@ -1,4 +1,4 @@
-"""Everything that is neither the model nor the lesson of a stage.
+"""Everything that is neither the model nor the algorithm of a stage.
 
     world, facts             the tiny world: corpus, demonstrations, prompts, annotator, gold judge
     formats                  the data sets people bring
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """Something the user can mend: the message is one sentence that names the file, line, flag or tensor."""
+    """Something the user can fix: the message is one sentence that names the file, line, flag or tensor."""
 
 
 def write_atomic(path, data):

@@ -5,8 +5,8 @@ holds its last character, even if that token begins the next step; the answer's 
 the last one of the last step.
 
 Scores are logits (B, T) at the last tokens of the steps: sigmoid(logit) is the chance that a step is right.
-At all other tokens `step_logits` and `implicit_logits` give +inf, "right for sure",
-so that a product, a sum of logs or a minimum over all tokens of a row is that over its steps.
+At all other tokens `step_logits` and `implicit_logits` give +inf, "right for sure", so that a product, a sum
+of logs or a minimum over all tokens of a row is that over its steps.
 """
 import math
 import re
