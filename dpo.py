@@ -126,7 +126,8 @@ class Config(RunFlags):
     lora: int = 0                 # rank of adapters on a frozen trunk, the reference (0: train all)
     # Loss
     loss: typing.Literal[tuple(LOSSES)] = "dpo"   # see the equations above
-    beta: float = 0.0             # strength of the pull to the reference (0: what suits the loss, see LOSSES)
+    beta: float = 0.0             # strength of the pull to the reference, for orpo the weight of the odds (0:
+                                  # what suits the loss, see LOSSES)
     label_smoothing: float = 0.0  # cDPO: chance that a label is wrong, below 0.5
     flip_rate: float = 0.0        # rDPO: the same, but undone
     sft_coef: float = 0.2         # weight of - log pi(w|x) / |w|, added to every loss but kto (0: the paper's
@@ -136,7 +137,7 @@ class Config(RunFlags):
     undesirable_weight: float = 1.0   # KTO: weight of bad answers
     # Online
     online: bool = False          # sample two answers to each prompt of a step and compare those
-    judge: str = "annotator"      # annotator (of the tiny world), a reward model, or module:function
+    judge: str = "annotator"      # annotator or gold (of the tiny world), a reward model, or module:function
     noise: float = 0.05           # of the annotator: 0 always picks the better answer (see reward.py)
     online_steps: int = 150       # steps, each of --batch_size prompts
     # Training

@@ -306,7 +306,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """Next-token logits (..., V) of hidden states (..., C)."""
-        if not self.cfg.tie:
+        if not self.cfg.tie and self.lm_head.packed is not None:     # see packed_weights
             return self.lm_head(hidden)[..., : self.cfg.vocab_size]
         w = self.head()
         return F.linear(hidden.to(w.dtype), w)[..., : self.cfg.vocab_size]
@@ -473,7 +473,8 @@ def decode(model, token, cache, S, pos):
 
 
 # Whether `decode` is compiled to CUDA graphs. A graph belongs to one pair (n, S) and to the addresses of its
-# tensors: the cache is kept from call to call and rows move inside it; n is a power of two, S whole blocks.
+# tensors: the cache is kept from call to call and rows move inside it; n is B, then powers of two; S is whole
+# blocks.
 GRAPHS = False
 
 

@@ -76,7 +76,7 @@ class Config(RunFlags):
     # Reward and advantage
     kl_coef: float = 0.1          # beta
     kl_target: float = 0.0        # nats per response, to which beta is steered (0: beta stays as it is)
-    kl_horizon: float = 10000.0   # responses over which it may then change by a fifth
+    kl_horizon: float = 10000.0   # with --kl_target: responses over which beta may change by a fifth
     kl_budget: float = 0.0        # stop where the exact KL reaches so many nats per response (0: no limit)
     eos_penalty: float = 4.0      # a response that does not end gets minus this instead of its score
     advantage: typing.Literal["gae", "rloo", "grpo"] = "gae"   # rloo and grpo compare --group answers

@@ -194,7 +194,8 @@ def function_of(name, flag):
     finally:
         del sys.path[0]
     if not callable(getattr(module, function, None)):
-        raise InputError(f"{flag} {name}: {getattr(module, '__file__', where)} has no function {function!r}")
+        found = getattr(module, "__file__", None) or where
+        raise InputError(f"{flag} {name}: {found} has no function {function!r}")
     return getattr(module, function)
 
 

@@ -73,7 +73,8 @@ def prepare(model, cfg, device):
     optimizer."""
     model.recompute = cfg.recompute
     if cfg.compile:
-        # Each shape, with or without gradients, is compiled once; past this limit torch runs eagerly.
+        # Fixed or dynamic shapes, with or without gradients, frozen or not: each is compiled once. Past this
+        # limit torch runs eagerly.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in model.h:
             block.compile()          # in place: no tensor changes its name

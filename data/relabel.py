@@ -76,7 +76,8 @@ class Relabelling:
         for start in range(0, len(pairs), size):
             batch = pairs[start: start + size]
             batch = batch[: len(batch) // WORLD * WORLD]
-            # Sorted by prompt, so that the pairs of one share a micro-batch, which scores each answer once.
+            # By length of the prompt, which keeps the pairs of a prompt side by side: a micro-batch scores
+            # each answer once.
             lengths = [len(prompt) for prompt, *_ in batch]
             for part in micro_batches(range(len(batch)), lengths, cfg.micro_batch):
                 # Every different answer is scored once, r (N,); i and j say which are compared.

@@ -186,13 +186,13 @@ def add_up(parts, n):
 
 
 @torch.no_grad()
-def held_out_figures(losses, model, held, known, tok, cfg):
-    """Mean figures of held-out examples. losses: pair_losses or kto_losses of dpo.py; known (2, N): see its
-    known_of."""
+def held_out_figures(losses, model, held, ref_logp, tok, cfg):
+    """Mean figures of held-out examples. losses: from losses_of_step of dpo.py; ref_logp (2, N): log-probs of
+    both answers under the reference."""
     parts = []
     for i in range(0, len(held), cfg.micro_batch):
         part = slice(i, i + cfg.micro_batch)
-        parts.append(losses(model, held[part], known[:, part], tok, cfg)[1])
+        parts.append(losses(model, held[part], ref_logp[:, part], tok, cfg)[1])
     return add_up(parts, len(held))
 
 

@@ -4,11 +4,12 @@ line, save and resume.
     device = setup(cfg)                  seeds, precision, processes
     run = Run(cfg, "sft", [data])        locks the folder; an unfinished run with the same flags goes on
     run.begin(n_steps, tok, policy=(model, optimizer))
+    before, answers = run.before(measure)
     for step in run.steps():
         ...
         run.log(step, loss=..., tokens=...)
         if run.due(step):
-            run.save(step, before=before)
+            run.save(step)
     run.finish(before, after)
 """
 import ctypes

@@ -105,6 +105,8 @@ def write_safetensors(path, tensors):
         f.write(len(head).to_bytes(8, "little") + head)
         for name in names:
             f.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def sync(path):

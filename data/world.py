@@ -14,8 +14,8 @@ it:
     tiny.tiktoken     a byte-level BPE of 1,022 ranks + 2 special tokens, trained on corpus.txt
 
 `judge` is the gold reward: exact rules, behind the annotator's labels and the reports. No policy trains on it
-directly, except with `--reward gold`. `annotate` is the simulated human: Bradley-Terry choices on gold with
-noise and, on demand, biases. """
+directly, except with `ppo.py --reward gold` and `dpo.py --online --judge gold`. `annotate` is the simulated
+human: Bradley-Terry choices on gold with noise and, on demand, biases. """
 import base64
 import hashlib
 import json

@@ -13,7 +13,7 @@ from data import InputError
 def benchmark(monkeypatch, capsys):
     """benchmark(flags by name) -> (what it printed, its rows, what it ended with)."""
     monkeypatch.setattr(bench, "limits", lambda device: (1e12, 1e10))    # takes seconds
-    monkeypatch.setattr(model_py.Linear, "compute_dtype", None)                # the program changes this and that;
+    monkeypatch.setattr(model_py.Linear, "compute_dtype", None)          # the program changes this and that;
     precision = torch.get_float32_matmul_precision()                     # afterwards both are as before
 
     def call(**flags):

@@ -84,8 +84,8 @@ def test_pair_losses_against_numpy(loss, extra):
     beta = 0.3 if loss != "simpo" else 2.0
     cfg = config(loss=loss, beta=beta, simpo_gamma=0.7, **extra)
     got, rewards = dpo.pair_loss(cfg, *(torch.from_numpy(x) for x in (logp, ref, n, p)))
-    want = oracle(loss, logp, ref, n, p, beta, 0.7, beta, extra.get("label_smoothing", 0.0), extra.get("flip_rate", 0.0),
-                  extra.get("sft_coef", 0.0))
+    want = oracle(loss, logp, ref, n, p, beta, 0.7, beta, extra.get("label_smoothing", 0.0),
+                  extra.get("flip_rate", 0.0), extra.get("sft_coef", 0.0))
     assert np.abs(got.numpy() - want).max() < 1e-10 * max(1, np.abs(want).max())
     assert rewards.shape == (2, 50)
     if loss == "dpo":

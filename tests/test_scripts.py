@@ -288,7 +288,8 @@ OWN_FLAGS = {"data.pretrain": [("--size huge", "--size"), ("--steps 1.5", "--ste
              "dpo.py": [("--loss dppo", "--loss"), ("--label_smoothing 1.5", "--label_smoothing"),
                         ("--beta=-1", "--beta"), ("--online_steps 0", "--online_steps"),
                         ("--sft_coeff 1", "did you mean --sft_coef?")],
-             "ppo.py": [("--advantage sarsa", "--advantage"), ("--ensemble max", "--ensemble"), ("--rollouts 0", "--rollouts"),
+             "ppo.py": [("--advantage sarsa", "--advantage"), ("--ensemble max", "--ensemble"),
+                        ("--rollouts 0", "--rollouts"),
                         ("--iterations 1e3", "--iterations"), ("--lam 1.1", "--lam"), ("--clip=-0.1", "--clip"),
                         ("--klcoef 1", "did you mean --kl_coef?")]}
 
@@ -471,6 +472,8 @@ BAD_INPUT = [   # script, flags, what the message must hold
     ("data.pretrain", "--data {bad}/empty.jsonl", "{bad}/empty.jsonl"),
     ("data.pretrain", "--data {bad}/latin.txt", "{bad}/latin.txt"),
     ("data.pretrain", "--length 257", "context of 256"),
+    ("data.pretrain", "--length 15", "is not between 16 and"),
+    ("ppo.py", PPO + "--kl_target 1 --kl_horizon 0", "--kl_horizon above 0"),
     ("sft.py", INIT + "--data {bad}/empty.jsonl", "{bad}/empty.jsonl"),
     ("reward.py", INIT + "--data {bad}/empty.jsonl", "{bad}/empty.jsonl"),
     ("ppo.py", PPO + "--data {bad}/empty.jsonl", "{bad}/empty.jsonl"),
