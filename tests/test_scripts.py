@@ -688,7 +688,7 @@ def test_where_a_function_is_found(suite, chain, tmp_path):
         assert r.rc == 0 and r.err == "" and f"asked {path}" in r.out, r
     fails(nothing, "--reward mine:nothing", tmp_path / "mine.py", "has no function 'nothing'")
     fails(broken, "--reward broken:score", "cannot be imported: SyntaxError")
-    fails(nosuch, "--reward ./nosuch.py:score", "cannot be imported: ModuleNotFoundError")
+    fails(nosuch, "--reward ./nosuch.py:score", "cannot be imported: FileNotFoundError")
 
 
 def test_a_function_of_a_file_is_that_files(tmp_path, monkeypatch):
