@@ -494,17 +494,25 @@ def test_the_script(suite, chain):
     assert told == {name: (folder / name).read_text() for name in told}
 
 
-@needs_fork
-def test_stages_on_several_processes(suite, chain, tmp_path):
-    """--nproc_per_node 2: two processes train each stage, to the losses of one."""
-    demos = tmp_path / "demos.jsonl"
+def by_two_processes(suite, chain, folder):
+    """A stage trained by one process, and by two as cai.py starts them."""
+    demos = folder / "demos.jsonl"
     demos.write_text("".join(json.dumps({"prompt": f"What is {i}?", "completion": f"It is {i}."}) + "\n"
                              for i in range(81)))   # of which 74 are trained on, so that no batch is odd
     flags = ["--init", chain / "base", "--data", demos, "--max_new", 4, "--max_steps", 2, "--dtype", "float32"]
-    suite.ok("sft.py", "--out", tmp_path / "one", *flags)
-    cfg = cai.Config(nproc_per_node=2, device="cpu", out=str(tmp_path / "cai"))
-    cai.train(cfg, SimpleNamespace(stopping=False, say=print), "sft.py", tmp_path / "two", flags)
-    one, two = ([json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+    suite.ok("sft.py", "--out", folder / "one", *flags)
+    cfg = cai.Config(nproc_per_node=2, device="cpu", out=str(folder / "cai"))
+    cai.train(cfg, SimpleNamespace(stopping=False, say=print), "sft.py", folder / "two", flags)
+
+
+EARLY = {"test_stages_on_several_processes": by_two_processes}      # see the chain in conftest.py
+
+
+@needs_fork
+def test_stages_on_several_processes(early):
+    """--nproc_per_node 2: two processes train each stage, to the losses of one."""
+    folder, _ = early
+    one, two = ([json.loads(line) for line in (folder / n / "log.jsonl").read_text().splitlines()]
                 for n in ("one", "two"))
     assert len(one) == 2 and [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=2e-6)
 

@@ -430,20 +430,28 @@ def rows_of(path):
     return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "kto"])
-def test_every_loss_learns_its_comparisons(suite, chain, tmp_path, loss):
-    """A rule that a small model can learn at once, politeness, is learnt by each of them: training accuracy rises."""
+def learn_politeness(suite, chain, folder, loss):
+    """What dpo.py prints while it learns a rule that a small model can learn at once; its run is folder/x."""
     rows = [{"prompt": f"Question number {i}", "chosen": f"Yes, please, number {i}.", "rejected": f"Go away, {i}!"}
             for i in range(60)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    r = suite.ok("dpo.py", "--init", chain / "sft", "--data", tmp_path / "pairs.jsonl", "--loss", loss,
-                 "--out", tmp_path / "x", "--batch_size", 16, "--epochs", 4, "--warmup", 2, "--max_new", 8,
-                 "--held_out", 0.2, "--sft_coef", 0.1)
-    log = rows_of(tmp_path / "x")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return suite.ok("dpo.py", "--init", chain / "sft", "--data", folder / "pairs.jsonl", "--loss", loss,
+                    "--out", folder / "x", "--batch_size", 16, "--epochs", 4, "--warmup", 2, "--max_new", 8,
+                    "--held_out", 0.2, "--sft_coef", 0.1)
+
+
+EARLY = {"test_every_loss_learns_its_comparisons": learn_politeness}      # see the chain in conftest.py
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "kto"])
+def test_every_loss_learns_its_comparisons(early, loss):
+    """Politeness is learnt by each of them: training accuracy rises."""
+    folder, r = early
+    log = rows_of(folder / "x")
     assert log[-1]["accuracy"] >= 0.95 and log[-1]["loss"] < log[0]["loss"] and log[-1]["margin"] > log[0]["margin"]
     if loss == "dpo":
         assert log[0]["margin"] == 0 and "instead of a second model" in r.out
-    result = json.loads((tmp_path / "x" / "result.json").read_text())
+    result = json.loads((folder / "x" / "result.json").read_text())
     assert result["stage"] == "dpo" and result["after"]["kl"] > 0.01 and result["after"]["accuracy"] >= 0.95
 
 
@@ -451,8 +459,9 @@ def test_adapters_train_alone_and_resume(suite, chain, tmp_path):
     """--lora: the checkpoint is a plain one; a run cut in two ends as the whole one does."""
     flags = ["--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl", "--lora", 2, "--batch_size", 8,
              "--warmup", 1, "--max_new", 8, "--dtype", "float32"]
-    suite.ok("dpo.py", *flags, "--out", tmp_path / "a", "--max_steps", 4)
-    suite.ok("dpo.py", *flags, "--out", tmp_path / "b", "--max_steps", 2)
+    for r in suite.run_all([["dpo.py", *flags, "--out", tmp_path / "a", "--max_steps", 4],
+                            ["dpo.py", *flags, "--out", tmp_path / "b", "--max_steps", 2]]):
+        assert r.rc == 0 and r.err == "", r.err
     suite.ok("dpo.py", *flags, "--out", tmp_path / "b", "--max_steps", 4, "--resume")
     files = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
     assert files[0] == files[1] and len(files[0]) == len((chain / "sft" / "model.safetensors").read_bytes())

@@ -274,19 +274,26 @@ def adds_up(page, advantage, digits):
             assert after.clipped[t] == outside
 
 
+def inspect(suite, chain, folder, flags):
+    """What --inspect prints, of a trained model where there are no flags; nothing is written."""
+    if not flags:
+        shutil.copytree(chain / "ppo", folder / "ppo")
+    before = snapshot(folder)
+    r = suite.ok("ppo.py", "--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 16, "--max_new", 12,
+                 "--out", folder / "ppo", "--inspect", "--lr", 0.01, *flags)
+    assert snapshot(folder) == before and (folder / "ppo").exists() == (not flags)
+    return r.out
+
+
+EARLY = {"test_inspect_adds_up": inspect}      # see the chain in conftest.py
+
+
 @needs_fork
 @pytest.mark.parametrize("flags", [[], ["--lam", 0.8, "--gamma", 0.9, "--kl_coef", 0.3, "--clip", 0.01],
                                    ["--advantage", "rloo", "--group", 4]], ids=["trained", "fresh", "rloo"])
-def test_inspect_adds_up(suite, chain, tmp_path, flags):
-    """Everything in the tables follows from the columns before it, by the equations printed above them; nothing is
-    written."""
-    if not flags:
-        shutil.copytree(chain / "ppo", tmp_path / "ppo")
-    before = snapshot(tmp_path)
-    r = suite.ok("ppo.py", "--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 16, "--max_new", 12,
-                 "--out", tmp_path / "ppo", "--inspect", "--lr", 0.01, *flags)
-    assert snapshot(tmp_path) == before and (tmp_path / "ppo").exists() == (not flags)
-    page = read_inspection(r.out)
+def test_inspect_adds_up(early, flags):
+    """Everything in the tables follows from the columns before it, by the equations printed above them."""
+    page = read_inspection(early[1])
     adds_up(page, "rloo" if "rloo" in flags else "gae", 5)
     [response] = page["responses"]
     assert page["iteration"] == (2 if flags else 4)         # the one after three, or the second of a new run

@@ -26,17 +26,15 @@ TIMES = int(os.environ.get("FAULTS", 1))   # a factor on how often
 KILLS = 2 if TIMES == 1 else 20            # of each script
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_at_any_moment_and_resumed(suite, chain, tmp_path, script):
-    """SIGKILL at random moments, a checkpoint after every step, so that many fall into a write: the resumed run ends
-    with the weights and the log of a run that nobody killed."""
+def kill_and_resume(suite, chain, folder, script):
+    """Kill runs of a script, resume them and compare them with a whole one. Returns how many kills and runs it took."""
     flags = [*TRAIN[script][0], *links(script, chain), "--dtype", "float32", "--save_every", 1,
              "--max_steps", 3 if TIMES == 1 else TRAIN[script][1]]
     start = time.time()
-    suite.ok(script, *flags, "--out", tmp_path / "whole")
+    suite.ok(script, *flags, "--out", folder / "whole")
     seconds, rng, killed, runs = time.time() - start, random.Random(script), 0, 0
     while killed < KILLS:
-        out, done, runs = tmp_path / f"cut{runs}", False, runs + 1
+        out, done, runs = folder / f"cut{runs}", False, runs + 1
         while not done:   # each life ends sooner or later in the run; the last one is let be
             job = suite.start(script, *flags, "--out", out, *rng.choice([[], ["--resume"]]))
             wait, born = rng.uniform(0.1, 0.9) * seconds if killed < KILLS else 999, time.time()
@@ -46,12 +44,24 @@ def test_killed_at_any_moment_and_resumed(suite, chain, tmp_path, script):
             killed += not done
         r = suite.finish(job)
         assert r.rc == 0 and r.err == "", r.err
-        same(tmp_path / "whole", out)
-        a, b = (json.loads((tmp_path / x / "result.json").read_text()) for x in ("whole", out.name))
+        same(folder / "whole", out)
+        a, b = (json.loads((folder / x / "result.json").read_text()) for x in ("whole", out.name))
         assert (a["before"], a["after"], a["columns"]) == (b["before"], b["after"], b["columns"])
-        answers = [(tmp_path / x / "answers.jsonl").read_text() for x in ("whole", out.name)]
+        answers = [(folder / x / "answers.jsonl").read_text() for x in ("whole", out.name)]
         assert answers[0] == answers[1]
         shutil.rmtree(out)
+    return killed, runs
+
+
+EARLY = {"test_killed_at_any_moment_and_resumed": kill_and_resume}      # see the chain in conftest.py
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_at_any_moment_and_resumed(early, script):
+    """SIGKILL at random moments, a checkpoint after every step, so that many fall into a write: the resumed run ends
+    with the weights and the log of a run that nobody killed."""
+    _, (killed, runs) = early
+    assert killed >= KILLS
     print(f"{script}: {killed} kills in {runs} runs")
 
 

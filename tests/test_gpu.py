@@ -19,24 +19,32 @@ NEVER_WAITS = {"decode", "draw", "forward", "attention", "rotate", "logits", "he
                "value_loss", "gae", "whiten", "preference_loss", "pair_loss"}
 
 
+def on_both(suite, chain, folder, script, flags):
+    """A script on the CPU and on the pretended GPU, both finished."""
+    flags = [*flags.format(chain).split(), "--max_steps", 2, "--dtype", "float32"]
+    return list(suite.run_all([
+        [script, *flags, "--device", "cpu", "--out", folder / "cpu"],
+        [PRETENDED, suite.root / script, *flags, "--device", "cuda", "--out", folder / "cuda"]], 120))
+
+
+EARLY = {} if why_not() else {"test_on_a_pretended_gpu": on_both}      # see the chain in conftest.py
+
+
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 @pytest.mark.parametrize("script, flags", [
     ("sft.py", "--init {}/base"),
     ("ppo.py", "--init {0}/sft --reward {0}/reward --rollouts 16 --minibatches 2 --value_warmup 0 "
                "--max_new 8 --recompute --entropy_coef 0.01 --ptx_coef 0.5"),
 ], ids=["sft", "ppo"])
-def test_on_a_pretended_gpu(suite, chain, tmp_path, script, flags):
-    flags = [*flags.format(chain).split(), "--max_steps", 2, "--dtype", "float32"]
-    on_cpu, on_gpu = suite.run_all([
-        [script, *flags, "--device", "cpu", "--out", tmp_path / "cpu"],
-        [PRETENDED, suite.root / script, *flags, "--device", "cuda", "--out", tmp_path / "cuda"]], 120)
+def test_on_a_pretended_gpu(early, script, flags):
+    folder, (on_cpu, on_gpu) = early
     assert on_cpu.rc == 0 and on_cpu.err == "", on_cpu.err
     assert on_gpu.rc == 0 and on_gpu.err == "", on_gpu.err
-    assert json.loads((tmp_path / "cuda" / "result.json").read_text())["device"].startswith("cuda")
+    assert json.loads((folder / "cuda" / "result.json").read_text())["device"].startswith("cuda")
 
     logs = []
     for device in ("cpu", "cuda"):
-        lines = (tmp_path / device / "log.jsonl").read_text().splitlines()
+        lines = (folder / device / "log.jsonl").read_text().splitlines()
         logs.append([json.loads(line) for line in lines])
     for a, b in zip(*logs, strict=True):
         del a["tok_s"], b["tok_s"]
