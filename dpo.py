@@ -46,7 +46,7 @@ from torch.nn.utils import clip_grad_norm_
 from data import InputError, report, world
 from data.chain import chain_columns, need
 from data.checkpoint import load
-from data.comparisons import length_of, online_pairs, read_examples
+from data.comparisons import lengths_of, online_pairs, read_examples
 from data.flags import RunFlags, program
 from data.parallel import WORLD, all_sum, in_shares, micro_batches, prepare
 from data.rewards import judge_of
@@ -211,7 +211,7 @@ def all_logps(model, examples, tok, size, say=None):
     def of(rows):
         return pair_logps(model, [examples[i] for i in rows], tok)
 
-    return in_shares(of, [length_of(example) for example in examples], size, say)
+    return in_shares(of, lengths_of(examples), size, say)
 
 
 def pair_losses(model, examples, ref_logp, tok, cfg):
@@ -257,7 +257,7 @@ def kto_z(model, examples, ref_logp, tok, cfg):
     def of(rows):
         return answer_logps(model, [examples[i] for i in rows], 2, tok)
 
-    logp = in_shares(of, [length_of(example) for example in examples], cfg.micro_batch)     # (B,)
+    logp = in_shares(of, lengths_of(examples), cfg.micro_batch)     # (B,)
     return (logp - ref_logp).mean().clamp(min=0.0)
 
 
@@ -335,7 +335,7 @@ def main(cfg):
         kind = "kto" if cfg.loss == "kto" else "preference"
         train, held, rows = read_examples(run, data, kind, tok, min(cfg.max_len, context))
         for epoch in range(cfg.epochs):
-            plan += batches([length_of(example) for example in train], cfg.batch_size, cfg.seed, epoch)
+            plan += batches(lengths_of(train), cfg.batch_size, cfg.seed, epoch)
     tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, data)
 
     # The policy on its device and its optimizer. With adapters, its frozen trunk is the reference. Else the
@@ -383,7 +383,7 @@ def main(cfg):
 
         # 3. Loss: a mean over the whole step, micro-batch by micro-batch.
         losses = losses_of_step(policy, examples, ref_logp, tok, cfg)
-        lengths, parts = [length_of(example) for example in examples], []
+        lengths, parts = lengths_of(examples), []
         for part in micro_batches(range(len(examples)), lengths, cfg.micro_batch):
             loss, figures = losses(policy, [examples[i] for i in part], ref_logp[:, part], tok, cfg)
             (loss.sum() / len(examples)).backward()

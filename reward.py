@@ -170,7 +170,7 @@ def evaluate_pairs(model, groups, tok):
         ceiling = pairs.ceiling[choice].mean().item()
         if ceiling < 1:     # else nobody knows it, or the annotator never errs
             figures["ceiling"] = ceiling
-        figures["margin"] = (d * (p - 0.5).sign())[choice].mean().item()
+        figures["margin"] = d[choice].mean().item()     # a is what most prefer (data/formats.py)
     figures["calibration_error"] = report.calibration_error(d, p)
     return figures, r.mean().item()
 

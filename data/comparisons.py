@@ -148,11 +148,10 @@ def mismatch(examples, seed, max_len):
     return out
 
 
-def length_of(example):
-    """Tokens of an example with its longer answer: what batches are sorted by (an estimate, where a row of a
-    pair holds both answers)."""
-    prompt, first, second, _ = example
-    return len(prompt) + max(len(first), len(second))
+def lengths_of(examples):
+    """Tokens of each example with its longer answer: what batches are sorted by (an estimate, where a row of
+    a pair holds both answers)."""
+    return [len(prompt) + max(len(first), len(second)) for prompt, first, second, _ in examples]
 
 
 # ------------------------------------------------------------------------------------------------------------

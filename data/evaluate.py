@@ -320,7 +320,8 @@ def main(cfg):
     reference = cfg.reference or next((p for p in paths if result_of(p).get("stage") == "sft"), paths[0])
     loaded, n_all = {}, len(rows)
     for path in dict.fromkeys([reference, *paths]):
-        loaded[path] = model, tok = load_sampler(path, device)
+        model, tok = load_sampler(path, device)
+        loaded[path] = (model, tok)
         rows = short_enough(tok, rows, model.cfg.max_len - cfg.max_new)
     n_long = n_all - len(rows)
     print(f"{len(rows)} prompts, {n_long} too long for a model's context left out; KL to {reference}")

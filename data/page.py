@@ -119,13 +119,13 @@ def run(folder):
     if not result and not log:
         return None
     # What the page asks for without asking whether it is there has a value here.
-    run = {"stage": folder.name, "before": {}, "after": {}}
+    found = {"stage": folder.name, "before": {}, "after": {}}
     for key in ("stage", "seed", "seconds", "device", "config", "before", "after"):
         if result and key in result[0]:
-            run[key] = result[0][key]
+            found[key] = result[0][key]
     # A PPO run whose reward model went on learning (--relabel) has saved it beside the policy.
-    relabelled = (folder / "reward").is_dir() and bool((run.get("config") or {}).get("relabel", True))
-    return {**run, "name": folder.name, "finished": bool(result), "relabelled": relabelled, "log": log}
+    relabelled = (folder / "reward").is_dir() and bool((found.get("config") or {}).get("relabel", True))
+    return {**found, "name": folder.name, "finished": bool(result), "relabelled": relabelled, "log": log}
 
 
 def curves(folder):

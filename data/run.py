@@ -285,13 +285,8 @@ class Run:
         folder. They are given their state if the run goes on."""
         self.n_steps, self.tok, self.trained = min(n_steps, self.cfg.max_steps or n_steps), tok, trained
         self.step_start = self.loop_start = time.time()
-        for name, (model, optimizer) in trained.items() if self.first else ():
-            wanted = {part for part, p in model.named_parameters() if p.requires_grad}
-            if not wanted <= self.state["models"].get(name, {}).keys():
-                raise InputError(f"{self.folder}: its run trained {', '.join(self.state['models'])}, and not "
-                                 f"the {name} of these flags; give --inspect the flags of that run")
-            load_full_state(model, self.state["models"][name])
-            load_optimizer_state(model, optimizer, self.state["optimizers"][name])
+        if self.first:
+            self.load_trained()
         if self.dry:
             self.n_steps = self.first + (1 if self.first else 2)  # in the very first the KL is still 0
             return
@@ -305,6 +300,16 @@ class Run:
                 self.write_row(row)
         if self.first:
             self.say(f"{self.folder}: going on after step {self.first}")
+
+    def load_trained(self):
+        """Give all that is trained its state in the checkpoint. InputError: that is of other models."""
+        for name, (model, optimizer) in self.trained.items():
+            wanted = {part for part, p in model.named_parameters() if p.requires_grad}
+            if not wanted <= self.state["models"].get(name, {}).keys():
+                raise InputError(f"{self.folder}: its run trained {', '.join(self.state['models'])}, and not "
+                                 f"the {name} of these flags; give --inspect the flags of that run")
+            load_full_state(model, self.state["models"][name])
+            load_optimizer_state(model, optimizer, self.state["optimizers"][name])
 
     def steps(self):
         """The numbers of the steps that are left, from 0 on."""

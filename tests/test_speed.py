@@ -24,7 +24,6 @@ V = 97
 DIALECTS = {"gpt2": {},
             "llama": dict(norm="rmsnorm", pos="rope", mlp="swiglu", bias=False, n_kv_head=1, tie=False)}
 both = pytest.mark.parametrize("dialect", DIALECTS)
-llama = pytest.mark.parametrize("dialect", ["llama"])    # where compiling takes seconds and no dialect is special
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -119,7 +118,7 @@ def test_ten_lengths_compile_at_most_twice(dialect, counter):
     assert 1 <= counter.frame_count <= 2
 
 
-@llama
+@both
 def test_compiled_models_of_ppo_are_never_run_eagerly(dialect, counter, monkeypatch):
     """Policy, reference, value and reward model, trained and asked, over many shapes and a single row: more
     than the eight variants that the compiler allows by itself, after which it gives up without a word."""
@@ -185,7 +184,7 @@ def test_decoding_is_one_graph_per_shape(dialect, request, counter):
     assert {n for n, _ in calls} <= {37, 32, 16, 8, 4, 2, 1} and {S for _, S in calls} == {64, 128}
 
 
-@llama
+@both
 def test_many_prompts_need_few_graphs(dialect, shapes, counter):
     """Whatever the prompts' lengths; and the cache stays where it is once it is large enough, also for
     calls of which one has more rows and another more positions: else graphs are recorded anew in each, and
@@ -207,7 +206,7 @@ def test_many_prompts_need_few_graphs(dialect, shapes, counter):
     assert counter.frame_count < 32                                    # half of what compile_decoding allows
 
 
-@llama
+@both
 def test_compiled_decoding_writes_into_the_cache_in_place(dialect):
     """In what Inductor would compile, no buffer is as large as a layer's keys: it copied the whole cache,
     once a layer."""
