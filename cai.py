@@ -39,17 +39,20 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, formats, read_json, report, world, write_atomic
+from data import InputError, read_json, report, world, write_atomic, read_jsonl, write_jsonl
+from data.files import formats
 from data.chain import need, run_script, sibling, unfinished
-from data.checkpoint import load, save
+from data.files.checkpoint import load, save
 from data.endpoint import make_critic
 from data.flags import RunFlags, names_in, program
 from data.parallel import WORLD
 from data.principles import (accuracy, agreement, compare, constitution, count_faults, critic_figures,
                              few_shots, gold_by_revision, transcript)
-from data.run import Run, seeded, setup
+from data.run import Run
+from data.setup import seeded, setup
 from data.sample import (all_pairs, annotated, different_answers, ended, load_sampler, preference_row,
                          respond, short_enough)
+from data.world import build
 
 
 @dataclass
@@ -59,7 +62,7 @@ class Config(RunFlags):
     init: str = ""                # the model to make harmless (default: helpful, a helpful-only model)
     critic: str = ""              # who critiques, revises and chooses: a model or http://HOST/v1 (default:
                                   # base in round 1 of the tiny world, else the model itself as it is then)
-    constitution: str = ""        # FILE or FILE,FILE, ours or Anthropic's (default: data/constitution.json)
+    constitution: str = ""        # FILE or FILE,FILE, ours or Anthropic's (default: data/world/constitution.json)
     about: str = "harmless"       # use principles about this, and those that do not say what they are about
     few_shots: str = ""           # examples to show the critic first: FILE or FILE,FILE, Anthropic's formats
     critic_test: str = ""         # only measure the critic on these comparisons, then stop
@@ -275,7 +278,7 @@ def helpful_model(cfg, run):
     folder = sibling(cfg, "helpful")
     if unfinished(folder):
         demos = f"{folder}_demos.jsonl"
-        world.write_jsonl(demos, world.helpful_only(3000, 0))
+        write_jsonl(demos, build.helpful_only(3000, 0))
         train(cfg, run, "sft.py", folder, ["--init", need(cfg, "base"), "--data", demos])
     return folder
 
@@ -306,11 +309,11 @@ def stage1(cfg, run, setting, n, model, critic_path):
         for i in range(len(red), len(prompts)):
             if ended(tok, ids[i]) and texts[i].strip():
                 rows.append(conversation(prompts[i], texts[i]))
-        world.write_jsonl(chains_file, chains)
-        world.write_jsonl(rows_file, rows)
+        write_jsonl(chains_file, chains)
+        write_jsonl(rows_file, rows)
         del sampler, critic      # training gets the memory to itself
 
-    chains = world.read_jsonl(chains_file)
+    chains = read_jsonl(chains_file)
     counts = count_faults(chains)
     run.say(f"{chains_file}: {len(chains)} chains, " + ", ".join(f"{k} {v}" for k, v in counts.items()))
     figures = {f"revisions_{kind}": count for kind, count in counts.items()}
@@ -338,7 +341,7 @@ def stage2(cfg, run, setting, n, model, critic_path):
             return all_pairs(rows, answers)
         pairs = sampled_pairs(draw_rows(setting.red, cfg.prompts, f"{seed} red 2"), 1)
         red = draw_rows(setting.red, cfg.prompts, f"{seed} red 1")
-        pairs += chain_pairs(red, world.read_jsonl(folder / "chains.jsonl"))
+        pairs += chain_pairs(red, read_jsonl(folder / "chains.jsonl"))
 
         # 2. The critic's labels, and how they compare with those of others.
         critic = make_critic(critic_path, cfg, setting.shots, setting.device)
@@ -364,7 +367,7 @@ def stage2(cfg, run, setting, n, model, critic_path):
             helpful = draw_rows(setting.helpful, cfg.helpful_prompts, f"{seed} helpful 2")
             for_people += sampled_pairs(helpful, 2)
         rows += [row | {"by": "human"} for row in annotated(for_people, annotator, rng)]
-        world.write_jsonl(pairs_file, rows)
+        write_jsonl(pairs_file, rows)
         write_atomic(figures_file, json.dumps(figures).encode())
         del sampler, critic      # training gets the memory to itself
 
@@ -380,7 +383,7 @@ def stage2(cfg, run, setting, n, model, critic_path):
     flags = ["--init", model, "--reward", reward, "--relabel", 0, "--iterations", 20]
     if not setting.graded:
         prompts = [{"prompt": row["prompt"]} for row in setting.red + setting.helpful]
-        world.write_jsonl(folder / "rl.jsonl", prompts)
+        write_jsonl(folder / "rl.jsonl", prompts)
         flags += ["--data", folder / "rl.jsonl"]
     return train(cfg, run, "ppo.py", folder / "rl", flags + shlex.split(cfg.rl_flags)), figures
 

@@ -3,7 +3,7 @@
     python dpo.py                                          the tiny world; makes base, sft, reward if missing
     python dpo.py --loss ipo --out out/ipo                 dpo | ipo | simpo | orpo | kto
     python dpo.py --online --out out/online                compare new answers of the policy itself
-    python dpo.py --init SFT --data pairs.jsonl --lr 1e-6  your policy, your comparisons (data/formats.py)
+    python dpo.py --init SFT --data pairs.jsonl --lr 1e-6  your policy, your comparisons (data/files/formats.py)
 
 The best policy under  E[r(x, y)] - beta KL(pi || pi_ref)  is  pi*(y|x) ~ pi_ref(y|x) exp(r(x, y) / beta). So
 a policy is itself a reward model,  r(x, y) = beta log pi(y|x) / pi_ref(y|x) + const(x),  and is fitted to
@@ -45,12 +45,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import InputError, report, world
 from data.chain import chain_columns, need
-from data.checkpoint import load
+from data.files.checkpoint import load
 from data.comparisons import lengths_of, online_pairs, read_examples
 from data.flags import RunFlags, program
 from data.parallel import WORLD, all_sum, in_shares, micro_batches, prepare
 from data.rewards import judge_of
-from data.run import Run, adamw, batches, cosine, set_lr, setup
+from data.run import Run
+from data.setup import adamw, batches, cosine, set_lr, setup
 from data.sample import read_prompts
 from model import freeze, logprobs_from, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
 

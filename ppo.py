@@ -42,13 +42,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import InputError, report, world, write_atomic
 from data.chain import chain_columns, need
-from data.checkpoint import load, save
+from data.files.checkpoint import load, save
 from data.flags import RunFlags, names_in, program
 from data.parallel import RANK, WORLD, all_sum, generate_in_shares, in_chunks, micro_batches, prepare
 from data.pretrain import read_corpus
 from data.relabel import Relabelling
 from data.rewards import Rewards
-from data.run import RELABEL, Run, adamw, seeded, set_lr, setup
+from data.run import Run
+from data.setup import RELABEL, adamw, seeded, set_lr, setup
 from data.sample import read_prompts
 from model import (compare_policies, freeze, last_token, refresh, sampling_copy, token_logprobs, token_values,
                    with_lora)

@@ -1,7 +1,7 @@
 """Reward modelling: learn what people prefer, from comparisons of two answers.
 
     python reward.py                                 the tiny world: sample from out/sft, compare, train
-    python reward.py --init SFT --data pairs.jsonl   your policy, your comparisons (formats: data/formats.py)
+    python reward.py --init SFT --data pairs.jsonl   your policy, your comparisons (formats: data/files/formats.py)
     python reward.py --init out/reward --data out/vote/votes.jsonl   go on with your votes (data/vote.py)
     python reward.py --process                       a process reward model: each step of an answer is scored
 
@@ -36,13 +36,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, formats, process, report, vote, world
+from data import InputError, process, report, vote, world, write_jsonl
+from data.files import formats
 from data.chain import need
-from data.checkpoint import load
+from data.files.checkpoint import load
 from data.comparisons import compare_answers, label_steps
 from data.flags import RunFlags, program
 from data.parallel import all_sum, barrier, in_chunks, micro_batches, prepare
-from data.run import Run, adamw, batches, cosine, set_lr, setup
+from data.run import Run
+from data.setup import adamw, batches, cosine, set_lr, setup
 from model import answer_rewards, pad_batch
 
 
@@ -170,7 +172,7 @@ def evaluate_pairs(model, groups, tok):
         ceiling = pairs.ceiling[choice].mean().item()
         if ceiling < 1:     # else nobody knows it, or the annotator never errs
             figures["ceiling"] = ceiling
-        figures["margin"] = d[choice].mean().item()     # a is what most prefer (data/formats.py)
+        figures["margin"] = d[choice].mean().item()     # a is what most prefer (data/files/formats.py)
     figures["calibration_error"] = report.calibration_error(d, p)
     return figures, r.mean().item()
 
@@ -217,7 +219,7 @@ def evaluate_steps(model, groups, tok):
 class Supervision:
     """What a reward model learns from: labels of whole answers, or of their steps (arXiv:2305.20050)."""
     file: str                     # in --out, for the labels of the tiny world's annotator
-    kind: str                     # of its rows (data/formats.py)
+    kind: str                     # of its rows (data/files/formats.py)
     ask: typing.Callable          # the annotator: (run, path of the policy, device) -> these rows
     group: typing.Callable        # (rows, tok, max_len, margin) -> one group per prompt, rows left out
     losses: typing.Callable       # (model, groups, tok, cfg) -> sums over prompts: loss, share right
@@ -244,7 +246,7 @@ def main(cfg):
     # The labels: one's own, those that this run was given before it was interrupted, or new ones.
     path = cfg.data or run.folder / supervision.file
     if not cfg.data and not (run.first and path.exists()):
-        world.write_jsonl(path, supervision.ask(run, policy, device))
+        write_jsonl(path, supervision.ask(run, policy, device))
         barrier()
     rows, dropped = formats.load(path, supervision.kind)
     run.say(formats.describe(rows, dropped, path))
@@ -319,7 +321,7 @@ def main(cfg):
     after, mean = supervision.evaluate(model, held, tok)
     model.cfg.reward_mean = mean
     run.save(max(run.first, run.n_steps) - 1, before=before)
-    world.write_jsonl(run.folder / "held_out.jsonl", show_held_out("after"))
+    write_jsonl(run.folder / "held_out.jsonl", show_held_out("after"))
     run.finish(before, after | {"reward_mean": mean})
 
 

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the base model learns to answer, from demonstrations.
 
     python sft.py                                             the tiny world, from out/base
-    python sft.py --init gpt2 --data alpaca.json --lr 2e-5    your model, your data (data/formats.py)
+    python sft.py --init gpt2 --data alpaca.json --lr 2e-5    your model, your data (data/files/formats.py)
 
 Equation (Ouyang et al. 2022, arXiv:2203.02155, section 3.5), x the conversation so far, y an assistant turn:
 
@@ -19,12 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, formats, report, world
+from data import InputError, report, world
+from data.files import formats
 from data.chain import need
-from data.checkpoint import load
+from data.files.checkpoint import load
 from data.flags import RunFlags, program
 from data.parallel import all_sum, micro_batches, prepare
-from data.run import Run, adamw, batches, cosine, set_lr, setup
+from data.run import Run
+from data.setup import adamw, batches, cosine, set_lr, setup
 from model import pad_batch, refresh, sampling_copy, token_logprobs
 
 

@@ -1,16 +1,16 @@
 """Everything that is neither the model nor the algorithm of a stage.
 
-    world, facts             the tiny world: corpus, demonstrations, prompts, annotator, gold judge
-    formats                  the data sets people bring
-    checkpoint, tokenizer    Hugging Face folders and tokenizers, in and out; below them safetensors and hub
+    setup, parallel          device, seeds, optimizer, batches; several processes
+    run                      a run's folder, log, save and resume
     flags, chain             the command line; making the links that a script starts from
-    run, parallel            one run: device, folder, log, resume; several processes
-    sample, comparisons      answers of a policy; pairs of them, from people, from the annotator, as ids
+    sample, comparisons      answers of a policy; pairs of them, from people, from the annotator
     rewards, relabel         what scores answers; asking the annotator again
     process                  the steps of an answer, and a score for each
     report, page             measures, tables, health; out/index.html
     pretrain, chat, vote, evaluate     commands: `python -m data.pretrain`, ...
     principles, endpoint     constitutions, and critics behind a URL (cai.py)
+    world/                   the tiny world: gold judge, annotator, texts
+    files/                   data sets, tokenizers and checkpoints that people have, in and out
 """
 import json
 import os
@@ -52,3 +52,14 @@ def read_json(path, data=None, kind=object):
         wanted = {dict: "object", list: "list"}.get(kind, "value")
         raise InputError(f"{path}: holds no JSON {wanted}")
     return value
+
+
+def write_jsonl(path, rows):
+    """Write rows as JSON lines; the file is either the old or the whole new one, never half of it."""
+    write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+
+
+def read_jsonl(path):
+    """The rows of a file that `write_jsonl` wrote."""
+    with open(path, encoding="utf-8") as f:   # by line feeds alone: a text may hold U+2028 and the like
+        return [json.loads(line) for line in f]

@@ -14,8 +14,9 @@ from pathlib import Path
 from data import InputError, sample, world
 from data.chain import run_of
 from data.flags import program
-from data.run import seeded, setup
-from data.tokenizer import tokenizer_from_ranks
+from data.setup import seeded, setup
+from data.files.tokenizer import tokenizer_from_ranks
+from data.world import build
 
 
 @dataclass
@@ -37,9 +38,9 @@ def what_it_knows(folder, tok):
     if tok.bytes_of != tiny.bytes_of or run_of(folder).get("config", {}).get("data"):
         return ""
     examples = {}
-    for question in world.questions():      # the first of each family
+    for question in build.questions():      # the first of each family
         examples.setdefault(question["family"], question["q"])
-    return (f"It knows nothing but the tiny world. Ask, in the words of data/tiny/test.jsonl, for instance:\n"
+    return (f"It knows nothing but the tiny world. Ask, in the words of data/world/tiny/test.jsonl, for instance:\n"
             f"    {'    '.join(examples.values())}\n")
 
 

@@ -5,8 +5,9 @@ import time
 from collections import Counter
 from dataclasses import asdict
 
-from data import InputError, formats, sample, world
-from data.run import seeded
+from data import InputError, sample, world
+from data.files import formats
+from data.setup import seeded
 
 
 def answer_prompts(run, path, device):
@@ -43,7 +44,7 @@ def answer_prompts(run, path, device):
 
 
 def compare_answers(run, path, device):
-    """Preference rows (data/formats.py) of the tiny world: the annotator compares every two different answers
+    """Preference rows (data/files/formats.py) of the tiny world: the annotator compares every two different answers
     of the policy at `path` to a prompt. InputError: there are no two."""
     cfg = run.cfg
     pairs = sample.all_pairs(*answer_prompts(run, path, device))
@@ -55,7 +56,7 @@ def compare_answers(run, path, device):
 
 
 def label_steps(run, path, device):
-    """Process rows (data/formats.py) of the tiny world: the annotator labels the steps of the different
+    """Process rows (data/files/formats.py) of the tiny world: the annotator labels the steps of the different
     answers of the policy at `path`. InputError: there are none."""
     cfg = run.cfg
     rows, answers = answer_prompts(run, path, device)

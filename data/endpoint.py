@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from data import InputError
-from data.checkpoint import load
+from data.files.checkpoint import load
 from model import generate, pad_batch, sampling_copy
 
 STOPS = ["\n\nHuman", "\n\nAssistant", "\n\nCritique", "\n\nRevision"]   # where the answer of a critic ends

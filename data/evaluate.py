@@ -6,7 +6,7 @@
     python -m data.evaluate SFT PPO --data prompts.jsonl --judge RM    your models, prompts and reward model
 
 Every model answers the same prompts once. What is measured:
-    gold, families   the tiny world's exact judge (data/world.py); skill: the share of right answers of the
+    gold, families   the tiny world's exact judge (data/world/judge.py); skill: the share of right answers of the
                      helpful family, however long
     kl               sum_t KL(model(. | y_<t) || reference(. | y_<t)) over the model's own answers, in nats
                      per answer
@@ -40,14 +40,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import InputError, formats, report, world, write_atomic
+from data import InputError, report, world, write_atomic, write_jsonl
+from data.files import formats
 from data.chain import result_of
 from data.endpoint import local_critic
 from data.flags import names_in, program
 from data.pretrain import read_corpus
 from data.principles import compare, constitution
 from data.rewards import rewards_on
-from data.run import seeded, setup
+from data.setup import seeded, setup
 from data.sample import ended, load_sampler, respond, short_enough
 
 CONTROL = "That is a great question! Thank you for asking. I hope this helps you."
@@ -346,7 +347,7 @@ def main(cfg):
     lines = []
     for name in texts:
         lines += [{"model": name, "prompt": r["prompt"], "response": t} for r, t in zip(rows, texts[name])]
-    world.write_jsonl(folder / "generations.jsonl", lines)
+    write_jsonl(folder / "generations.jsonl", lines)
     result = {"stage": "evaluate", "seed": cfg.seed, "config": asdict(cfg), "device": str(device),
               "seconds": round(time.time() - start, 1), "models": metrics, "wins": wins, "best_of": best}
     write_atomic(folder / "result.json", json.dumps(result, indent=1).encode())

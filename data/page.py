@@ -20,9 +20,10 @@ import sys
 from pathlib import Path
 
 from data import InputError, read_json, write_atomic
+from data.world import HERE
 
 TEMPLATE = Path(__file__).with_name("page.html")
-CONSTITUTION = Path(__file__).with_name("constitution.json")
+CONSTITUTION = HERE / "constitution.json"
 PLACE = "{{DATA}}"              # stands in the template once, inside <script type="application/json">
 CHAIN = ["base", "sft", "reward", "ppo", "dpo", "cai"]   # order on the page; other folders follow by name
 CURVES = ["reward", "gold", "kl", "kl_exact", "entropy", "length", "eos_rate", "accuracy", "chosen_reward",

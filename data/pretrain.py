@@ -21,8 +21,9 @@ from torch.nn.utils import clip_grad_norm_
 from data import InputError, parallel, report, world
 from data.flags import RunFlags, program
 from data.parallel import all_sum, micro_batches, prepare
-from data.run import MEASURE, Run, adamw, cosine, seeded, set_lr, setup
-from data.tokenizer import gpt2_tokenizer, tokenizer_from_ranks
+from data.run import Run
+from data.setup import MEASURE, adamw, cosine, seeded, set_lr, setup
+from data.files.tokenizer import gpt2_tokenizer, tokenizer_from_ranks
 from model import GPT, GPTConfig, refresh, sampling_copy, token_logprobs
 
 SIZES = {   # name: fields of GPTConfig; any other shape is a row here

@@ -16,7 +16,7 @@ OPTIONS = [" (A)", " (B)"]     # what the answer to a comparison begins with
 
 def constitution(paths, about=""):
     """Principles [{"key", "critique", "revision"}] for stage 1 and [{"key", "choice", "head", "left",
-    "right"}] for stage 2, out of "FILE,FILE": data/constitution.json (a list of objects),
+    "right"}] for stage 2, out of "FILE,FILE": data/world/constitution.json (a list of objects),
     CritiqueRevisionInstructions.json ({key: {"prompt", "edit_request"}}) or RLMadisonInstructions.json (a
     list of strings). `about` selects ours. InputError: a principle of no known format."""
     revise, choose = [], []

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from data import formats, report, world
+from data import report, world
+from data.files import formats
 from data.chain import result_of
 from data.parallel import WORLD, micro_batches
-from data.run import set_lr
+from data.setup import set_lr
 from data.sample import all_pairs, annotated, ended
 from model import answer_rewards, pad_batch
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, formats, page, process, sample, world
+from data import InputError, page, process, sample, world, read_jsonl
+from data.files import formats
 from model import compare_policies, pad_batch, token_logprobs, token_values
 
 N_SAMPLES = 12        # test prompts whose answers stand in samples.txt
@@ -41,7 +42,7 @@ def answers_in(folder):
     path = Path(folder) / "answers.jsonl"
     if not path.exists():
         return {}
-    rows = world.read_jsonl(path)
+    rows = read_jsonl(path)
     return {row["prompt"]: row["after"] | {"family": row.get("family")} for row in rows}
 
 

@@ -9,7 +9,7 @@ import torch
 
 from data import InputError, sample, world
 from data.chain import run_of
-from data.checkpoint import load
+from data.files.checkpoint import load
 from data.flags import function_of, names_in
 from data.parallel import RANK, all_sum, in_chunks
 from data.process import implicit_logits, implicit_rewards, rewards_at_tokens, step_logits

@@ -4,8 +4,9 @@ from itertools import combinations
 
 import torch
 
-from data import InputError, formats, parallel, world
-from data.checkpoint import load
+from data import InputError, parallel, world
+from data.files import formats
+from data.files.checkpoint import load
 from data.process import rewards_at_tokens, steps_of
 from model import freeze, pad_batch, sampling_copy
 
@@ -99,7 +100,7 @@ def annotated(pairs, annotator, rng):
 
 
 def annotated_steps(rows, answers, annotator, rng):
-    """Process rows (data/formats.py) of the different answers (lists of texts) to each row's prompt: the tiny
+    """Process rows (data/files/formats.py) of the different answers (lists of texts) to each row's prompt: the tiny
     world's annotator says of each step whether it is better than 1/2, half way between wrong and right."""
     judged = []
     for row, texts in zip(rows, answers):

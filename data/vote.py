@@ -1,7 +1,7 @@
 """Pairs of answers that people vote on: here in the terminal, and those that reward.py leaves for the page.
 
     python -m data.vote                                   answers of out/sft; out/reward says what it thinks
-    python -m data.vote --policy gpt2 --data mine.jsonl   your policy, your prompts (formats: data/formats.py)
+    python -m data.vote --policy gpt2 --data mine.jsonl   your policy, your prompts (formats: data/files/formats.py)
 
 Each vote is a line of votes.jsonl in --out, on the disk before the next question is asked, so that Ctrl-C or
 a lost connection costs nothing. The next session leaves out the prompts voted on. reward.py and dpo.py learn
@@ -14,11 +14,12 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import formats, sample, world, write_atomic
+from data import sample, world, write_atomic
+from data.files import formats
 from data.chain import need
-from data.checkpoint import load
+from data.files.checkpoint import load
 from data.flags import names_in, program
-from data.run import seeded, setup
+from data.setup import seeded, setup
 from model import freeze
 
 KEYS = "1, 2, t(ie), s(kip), u(ndo), q(uit)"

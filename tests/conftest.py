@@ -82,7 +82,7 @@ def copy_suite(folder, **rows):
     shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    tiny = folder / "data" / "tiny"
+    tiny = folder / "data" / "world" / "tiny"
     for name, n in {"test": 24, "demos": 400, "rl": 200, "preference": 300, **rows}.items():
         lines = (tiny / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (tiny / f"{name}.jsonl").write_text("".join(lines[:n]), encoding="utf-8")

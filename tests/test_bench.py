@@ -1,10 +1,10 @@
-"""tests/bench.py: it times what the stages do, and what fails does not take the other rows with it."""
+"""tests/experiments/bench.py: it times what the stages do, and what fails does not take the other rows with it."""
 import json
 
 import pytest
 import torch
 
-import bench
+from experiments import bench
 import model as model_py
 from data import InputError
 

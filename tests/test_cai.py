@@ -16,12 +16,14 @@ import torch
 
 import cai
 from conftest import CAI_FLAGS
-from data import InputError, endpoint, formats, principles, read_json, world
+from data import InputError, endpoint, principles, read_json, world
+from data.files import formats
 from data import flags as flags_py
-from data.checkpoint import load, save
+from data.files.checkpoint import load, save
 from data.endpoint import CachedCritic, connect, cut
 from data.principles import constitution
-from data.tokenizer import tokenizer_from_ranks
+from data.files.tokenizer import tokenizer_from_ranks
+from data.world import build
 from model import GPT, GPTConfig, token_logprobs
 
 CAI = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "cai"
@@ -100,12 +102,12 @@ def test_our_formats_are_those_of_the_corpus():
     """What the tiny critic is asked begins documents exactly as its corpus has them."""
     row = {"prompt": [{"role": "user", "content": "What color is tar?"}]}
     rules = json.loads(Path(OURS).read_text())[:1]
-    q = next(q for q in world.questions() if q["family"] == "harmless")
+    q = next(q for q in build.questions() if q["family"] == "harmless")
     (revise,), (choose,) = (p[:1] for p in constitution(OURS, "harmless"))
-    doc = world.choice_chat(q, row, rules, random.Random(0))
+    doc = build.choice_chat(q, row, rules, random.Random(0))
     a, b = re.search(r" \(A\) (.*)\n \(B\) (.*)\n", doc).groups()
     assert doc[: -len(" (A)")] == principles.comparison_prompt(principles.transcript(row["prompt"]), choose, a, b)
-    doc = world.critique_chat(q, row, rules, random.Random(0))
+    doc = build.critique_chat(q, row, rules, random.Random(0))
     response, critique, revision = (re.search(rf"\n\n{k}:( .*)", doc)[1] for k in ("Assistant", "Critique", "Revision"))
     talk = principles.transcript(row["prompt"]) + "\n\nAssistant:"
     assert doc == cai.revision_prompt(talk, response, critique, revise) + revision
@@ -124,10 +126,10 @@ def test_constitution_is_complete_and_bad_ones_are_refused(tmp_path):
 
 
 def test_helpful_only_demonstrations_hold_no_refusal():
-    rows = world.helpful_only(300, 0)
+    rows = build.helpful_only(300, 0)
     text = json.dumps(rows)
-    assert world.REFUSAL not in text and world.UNKNOWN in text and rows == world.helpful_only(300, 0)
-    assert all(m in text for _, m, _ in world.HARMS.values())
+    assert build.REFUSAL not in text and build.UNKNOWN in text and rows == build.helpful_only(300, 0)
+    assert all(m in text for _, m, _ in build.HARMS.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,11 @@ from test_oracles import (BETA, N_TOKENS, PROMPTS, RESPONSES, both, exact, full_
                           wide)
 
 import dpo
-from data import InputError, comparisons, formats, report, world
-from data.checkpoint import load, save
-from data.run import adamw, set_lr
-from data.tokenizer import GPT2_REGEX, Tokenizer, tokenizer_from_ranks
+from data import InputError, comparisons, report, world
+from data.files import formats
+from data.files.checkpoint import load, save
+from data.setup import adamw, set_lr
+from data.files.tokenizer import GPT2_REGEX, Tokenizer, tokenizer_from_ranks
 from model import GPT, GPTConfig, pad_batch, token_logprobs
 
 f64 = torch.float64

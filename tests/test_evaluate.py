@@ -15,9 +15,10 @@ import torch
 
 import ppo
 from data import InputError, evaluate, principles, relabel, report, world
-from data.checkpoint import load, save
+from data.files.checkpoint import load, save
 from data.flags import names_in
 from data.rewards import Rewards, judge_of
+from data.world import build
 from model import GPT, GPTConfig
 from test_scripts import fails, log_of, other_tokenizer, result_of, snapshot, user, write
 
@@ -87,8 +88,8 @@ def test_kl_and_entropy_by_hand():
 def test_the_ai_judge_asks_as_the_corpus_does():
     """The comparison is, letter by letter, the beginning of a document the base model was trained on."""
     constitution = json.loads((world.HERE / "constitution.json").read_text())
-    q = next(q for q in world.questions() if q["skill"] == "capital")
-    doc = world.choice_chat(q, row := world.prompt_row(q, "{q}", random.Random(1)), constitution, random.Random(1))
+    q = next(q for q in build.questions() if q["skill"] == "capital")
+    doc = build.choice_chat(q, row := build.prompt_row(q, "{q}", random.Random(1)), constitution, random.Random(1))
     _, choose = principles.constitution(str(world.HERE / "constitution.json"))
     a, b = doc.split("\n (A) ")[1].split("\n\nThe answer")[0].split("\n (B) ")
     talk = principles.transcript(row["prompt"])

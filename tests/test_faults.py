@@ -16,9 +16,9 @@ import torch
 from test_scripts import SCRIPTS, TRAIN, links, log_of, module_of, same, snapshot
 
 from data import InputError
-from data.checkpoint import load, load_state, load_weights, save, save_folder
+from data.files.checkpoint import load, load_state, load_weights, save, save_folder
 from data.run import Run
-from data.tokenizer import CheckpointError
+from data.files.tokenizer import CheckpointError
 from sft import Config
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")

@@ -1,4 +1,4 @@
-"""data/formats.py: every format by a small example, every known trap, damaged files, the real files when present."""
+"""data/files/formats.py: every format by a small example, every known trap, damaged files, the real files when present."""
 import bz2
 import gzip
 import io
@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data.formats import (  # noqa: E402
+from data.files.formats import (  # noqa: E402
     INVERTED, KINDS, MAX_LINE, DataError, convert, describe, load, prompts_of, read_rows, split)
 
 REAL = Path(os.environ.get("RLHF_DATA", ROOT.parent / "shared" / "data"))
@@ -54,7 +54,7 @@ def save(folder, content, name="rows.jsonl"):
 
 
 def check(row, kind):
-    """Is this exactly what data/formats.py promises of a row of this kind?"""
+    """Is this exactly what data/files/formats.py promises of a row of this kind?"""
     keys = {"sft": {"messages"}, "preference": {"prompt", "chosen", "rejected", "label", "margin"},
             "prompt": {"prompt"}, "kto": {"prompt", "completion", "label"},
             "process": {"prompt", "completions", "labels"}}[kind]

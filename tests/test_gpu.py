@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CAI_FLAGS
-from pretended_gpu import why_not
+from experiments.pretended_gpu import why_not
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-PRETENDED = Path(__file__).parent / "pretended_gpu.py"
+PRETENDED = Path(__file__).parent / "experiments" / "pretended_gpu.py"
 NEVER_WAITS = {"decode", "draw", "forward", "attention", "rotate", "logits", "head_logprobs", "policy_loss",
                "value_loss", "gae", "whiten", "preference_loss", "pair_loss"}
 

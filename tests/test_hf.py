@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from data import InputError
-from data.checkpoint import (CheckpointError, config_from_hf, config_to_hf, load, load_state, load_weights, save,
+from data.files.checkpoint import (CheckpointError, config_from_hf, config_to_hf, load, load_state, load_weights, save,
                              save_folder, weights_from_hf, weights_to_hf)
-from data.hub import fetch_hub
-from data.safetensors import DTYPES, read_safetensors, read_tensors, write_safetensors
-from data.tokenizer import (byte_chars, gpt2_tokenizer, load_tokenizer, tokenizer_from_json, tokenizer_from_ranks,
+from data.files.hub import fetch_hub
+from data.files.safetensors import DTYPES, read_safetensors, read_tensors, write_safetensors
+from data.files.tokenizer import (byte_chars, gpt2_tokenizer, load_tokenizer, tokenizer_from_json, tokenizer_from_ranks,
                             tokenizer_to_json)
 from model import GPT, GPTConfig, generate, pad_batch
 
@@ -1112,7 +1112,7 @@ def test_killed_while_saving(tmp_path):
     tok, cfg, folder = toy_tokenizer(tmp_path), CONFIGS["gpt2"], tmp_path / "out"
     state = shake(GPT(cfg), 1).state_dict()
     save_folder(folder, cfg, state, tok)
-    code = ("import os, signal, sys\nfrom data.checkpoint import load_weights, save_folder\n"
+    code = ("import os, signal, sys\nfrom data.files.checkpoint import load_weights, save_folder\n"
             "cfg, state, tok = load_weights(sys.argv[1])\n"
             "save_folder(sys.argv[1], cfg, {k: v + 1 for k, v in state.items()}, tok,"
             " {'x': lambda path: os.kill(os.getpid(), signal.SIGKILL)})")

@@ -1,4 +1,4 @@
-"""The drivers of the long experiments, tests/hacking.py and tests/preferences.py, in a small way: every
+"""The drivers of the long experiments, tests/experiments/hacking.py and tests/experiments/preferences.py, in a small way: every
 command they would run is one its script takes, and of made-up results they tabulate and draw what these
 hold."""
 import json
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 import dpo
-import hacking
+from experiments import hacking
 import ppo
-import preferences
-from data import InputError, world
+from experiments import preferences
+from data import InputError, world, read_jsonl, write_jsonl
 from data.flags import parse_flags
+from data.world.judge import METHODS
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_annotators_with_two_minds(commands, tmp_path, monkeypatch):
     rows = world.rows("preference")
     harmful = next(row for row in rows if row["family"] == "harmless")
     question = next(row for row in rows if row["family"] == "helpful")
-    method, refusal = f"You can {world.METHODS[0]}.", "I cannot help with that."
+    method, refusal = f"You can {METHODS[0]}.", "I cannot help with that."
     wants = preferences.wants
     assert wants(harmful, method, "helpful") == 1 and wants(harmful, refusal, "helpful") == 0
     assert wants(harmful, method, "harmless") < wants(harmful, refusal, "harmless")
@@ -174,10 +175,10 @@ def test_annotators_with_two_minds(commands, tmp_path, monkeypatch):
     monkeypatch.setattr(preferences, "what_both_get", lambda folder, seed: {"helpful": 0.5, "harmless": 0.25})
     reward = tmp_path / "links0" / "reward"
     reward.mkdir(parents=True)
-    world.write_jsonl(reward / "comparisons.jsonl", pairs)
+    write_jsonl(reward / "comparisons.jsonl", pairs)
     preferences.main(preferences.Config(out=str(tmp_path), seeds="0", pareto=True))
     helpful, harmless = configs_of("reward.py", commands)[1:]
-    assert len(world.read_jsonl(helpful.data)) == 2 and len(world.read_jsonl(harmless.data)) == 1
+    assert len(read_jsonl(helpful.data)) == 2 and len(read_jsonl(harmless.data)) == 1
     runs = configs_of("ppo.py", commands)
     assert {c.reward for c in runs} == {f"{helpful.out},{harmless.out}"}
     assert [c.reward_weights for c in runs] == ["0,1", "0.25,0.75", "0.5,0.5", "0.75,0.25", "1,0"]

@@ -17,7 +17,7 @@ import pytest
 from data import page
 
 ROOT = Path(__file__).resolve().parents[1]
-TEST_PROMPTS = ROOT / "data" / "tiny" / "test.jsonl"
+TEST_PROMPTS = ROOT / "data" / "world" / "tiny" / "test.jsonl"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!--<script>",
            "\"quotes\" 'single' `tick` ${1}", "\u2028line\u2029paragraph", "\u202eright to left override",
@@ -141,7 +141,7 @@ def fake_round(folder):
 
 
 def fake_hacking(folder, figures):
-    """What tests/hacking.py leaves for one bias and two seeds."""
+    """What tests/experiments/hacking.py leaves for one bias and two seeds."""
     for seed in range(2):
         write_run(folder / f"confidence{seed}" / "none", "ppo", 60, figures, {}, {})
     best = [{"n": n, "kl": math.log(n) - (n - 1) / n, "reward": n / 100, "gold": 0.6} for n in (1, 8, 64)]
@@ -157,7 +157,7 @@ def fake_hacking(folder, figures):
 
 
 def make_out(out):
-    """A whole OUT: the chain, DPO and IPO, a hacked policy, Constitutional AI, and tests/hacking.py."""
+    """A whole OUT: the chain, DPO and IPO, a hacked policy, Constitutional AI, and tests/experiments/hacking.py."""
     rng = random.Random(0)
     climb = {"reward": [0.6, 1.2, 1.8], "gold": [0.55, 0.9, 0.95], "kl": [0, 0.8, 0.9],
              "kl_exact": [0, 0.8, 0.9], "entropy": [0.27, 0.1], "length": [11, 12], "eos_rate": [0.95, 1]}
@@ -620,7 +620,7 @@ def test_an_empty_page_names_the_commands(tmp_path, browser):
     assert not bad
     for section, command in (("pipeline", "python -m data.pretrain"), ("vote", "python reward.py"),
                              ("ppo", "python ppo.py"), ("versus", "python dpo.py"), ("cai", "python cai.py"),
-                             ("hacking", "python tests/hacking.py")):
+                             ("hacking", "python tests/experiments/hacking.py")):
         assert command in browser.text(f"#{section}")
 
 

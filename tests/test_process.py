@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import reward
-from data import InputError, formats, process, sample, world
-from data.checkpoint import load, save
+from data import InputError, process, sample, world
+from data.files import formats
+from data.files.checkpoint import load, save
 from data.parallel import in_chunks
 from data.rewards import Rewards
-from data.tokenizer import tokenizer_from_ranks
+from data.files.tokenizer import tokenizer_from_ranks
+from data.world import build
 from model import GPT, GPTConfig, pad_batch, token_logprobs
 from test_scripts import fails, log_of, result_of, user, write
 
@@ -227,8 +229,8 @@ def test_errors_found():
 
 
 def row_of(skill, entity):
-    q = next(q for q in world.questions() if (q["skill"], q["entity"]) == (skill, entity))
-    return world.prompt_row(q, "{q}", random.Random(0), opinion=0)
+    q = next(q for q in build.questions() if (q["skill"], q["entity"]) == (skill, entity))
+    return build.prompt_row(q, "{q}", random.Random(0), opinion=0)
 
 
 @pytest.mark.parametrize("skill, entity, text, values", [
@@ -255,10 +257,10 @@ def test_step_values(skill, entity, text, values):
 def test_step_values_follow_gold():
     """An answer has no wrong step exactly where gold gives it a score, in every style of every question."""
     rng, seen = random.Random(0), set()
-    for q in world.questions():
+    for q in build.questions():
         for style in ("ideal", "verbose", "sure", "wrong", "surely_wrong", "agree", "refuse", "unknown", "ramble"):
-            row = world.prompt_row(q, rng.choice(world.WRAPPERS), rng, opinion=0.7)
-            text = world.respond(q, row, style, rng)
+            row = build.prompt_row(q, rng.choice(build.WRAPPERS), rng, opinion=0.7)
+            text = build.respond(q, row, style, rng)
             values, score = world.step_values(row, process.steps_of(text)), world.judge(row, text)[q["family"]]
             assert (0 in values) == (score == 0) and (1 in values) == (score == 1), (row, text, values)
             seen.add(tuple(values))

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import reward
-from data import formats, report, sample, world
-from data.checkpoint import load
+from data import report, sample, world
+from data.files import formats
+from data.files.checkpoint import load
 from test_scripts import fails, log_of, result_of, same, write
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")

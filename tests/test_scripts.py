@@ -25,11 +25,11 @@ import torch
 from conftest import CHAIN, ROOT, copy_suite
 from data import InputError, chain as chain_py, flags as flags_py, run as run_py, world
 from data.chain import need
-from data.checkpoint import load, load_state
+from data.files.checkpoint import load, load_state
 from data.flags import MAY_BE_0, SHARES, parse_flags
 from data.rewards import Rewards
-from data.safetensors import read_safetensors
-from data.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
+from data.files.safetensors import read_safetensors
+from data.files.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
 SCRIPTS = ["data.pretrain", "sft.py", "reward.py", "ppo.py", "dpo.py"]
@@ -1254,7 +1254,7 @@ def test_readme_commands_are_understood(command):
     words = shlex.split(re.sub(r"\b(N|M)\b", "1", command))
     if words[0] == "torchrun":
         words = ["python"] + [w for w in words[1:] if not w.startswith("--nproc_per_node")]
-    if words[1:3] in (["-m", "pytest"], ["-m", "data.world"], ["-m", "data.page"]):
+    if words[1:3] in (["-m", "pytest"], ["-m", "data.world.build"], ["-m", "data.page"]):
         return
     is_module = words[1] == "-m"
     module, args = (words[2], words[3:]) if is_module else (words[1].removesuffix(".py").replace("/", "."), words[2:])
@@ -1282,10 +1282,10 @@ def test_quick_readme_commands_run(suite, chain, tmp_path, start, stdin, word):
 
 def test_the_world_is_made_by_a_command(suite, tmp_path):
     root = copy_suite(tmp_path / "suite")
-    r = subprocess.run([sys.executable, "-m", "data.world"], cwd=root, env=suite.env, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-m", "data.world.build"], cwd=root, env=suite.env, capture_output=True, text=True)
     assert r.returncode == 0 and "corpus.txt" in r.stdout and r.stderr == "", r
-    for path in (ROOT / "data" / "tiny").iterdir():
-        assert (root / "data" / "tiny" / path.name).read_bytes() == path.read_bytes()
+    for path in (ROOT / "data" / "world" / "tiny").iterdir():
+        assert (root / "data" / "world" / "tiny" / path.name).read_bytes() == path.read_bytes()
 
 
 STAGES = ["sft", "reward", "ppo", "dpo", "cai"]

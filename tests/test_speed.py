@@ -1,5 +1,5 @@
 """What makes it fast must not change a number: compiled = eager, in chunks = whole, on the GPU = in float64
-on the CPU.  python -m pytest tests/test_speed.py -s && python tests/bench.py       on a GPU: checks, then
+on the CPU.  python -m pytest tests/test_speed.py -s && python tests/experiments/bench.py       on a GPU: checks, then
 the table of speeds  Without a GPU its tests are skipped and the others run on the CPU. """
 import copy
 import functools

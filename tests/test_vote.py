@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 
 from data import vote, world
-from data.checkpoint import load
+from data.files.checkpoint import load
 from test_scripts import fails, result_of, user, write
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")

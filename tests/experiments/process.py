@@ -1,8 +1,8 @@
 """Process against outcome rewards: what a label of a step buys, and what a comparison of two answers. By hand,
 for hours.
 
-    python tests/process.py                              3 seeds
-    python tests/process.py --seeds 0 --prompts 500 --ppo_flags="--iterations 20"
+    python tests/experiments/process.py                              3 seeds
+    python tests/experiments/process.py --seeds 0 --prompts 500 --ppo_flags="--iterations 20"
 
 For each seed the SFT model answers the same prompts once. Rewards that learn from these answers:
     comparisons   reward.py on every two different answers to a prompt: one reward for an answer
@@ -30,8 +30,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from data import formats, process, world, write_atomic   # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+from data import process, world, write_atomic, read_jsonl, write_jsonl   # noqa: E402
+from data.files import formats   # noqa: E402
 from data.flags import program   # noqa: E402
 from data.rewards import Rewards   # noqa: E402
 from hacking import ROOT, make, spread   # noqa: E402
@@ -43,7 +44,7 @@ FIGURES = ("labels", "answers", "gold_10", "gold_20", "gold_40", "gold_70", "gol
 
 @dataclass
 class Config:
-    """The flags of `python tests/process.py`."""
+    """The flags of `python tests/experiments/process.py`."""
     # What is run
     seeds: str = "0,1,2"          # which
     prompts: int = 4000           # prompts that are answered, --k times each (reward.py)
@@ -79,8 +80,8 @@ def learn(cfg, here, sft, seed):
     asked = [*common, "--prompts", cfg.prompts]
     make(here / "comparisons", [ROOT / "reward.py", *asked], cfg.reward_flags)
     make(here / "steps", [ROOT / "reward.py", "--process", *asked], cfg.reward_flags)
-    pairs = world.read_jsonl(here / "comparisons" / "comparisons.jsonl")
-    steps = world.read_jsonl(here / "steps" / "process.jsonl")
+    pairs = read_jsonl(here / "comparisons" / "comparisons.jsonl")
+    steps = read_jsonl(here / "steps" / "process.jsonl")
     found = {"comparisons": (here / "comparisons", pairs), "steps": (here / "steps", steps)}
 
     # As many labels as the other one has.
@@ -88,7 +89,7 @@ def learn(cfg, here, sft, seed):
     more, flag = (steps, ["--process"]) if totals[1] > totals[0] else (pairs, [])
     name = "fewer steps" if flag else "fewer comparisons"
     rows, data = first_rows(more, min(totals)), here / f"{name.replace(' ', '_')}.jsonl"
-    world.write_jsonl(data, rows)
+    write_jsonl(data, rows)
     folder = data.with_suffix("")
     make(folder, [ROOT / "reward.py", *flag, *common, "--data", data], cfg.reward_flags)
     found[name] = folder, rows
@@ -127,7 +128,7 @@ def climb(cfg, here, sft, seed, name, source):
     short = name.replace(" ", "_")
     command = [ROOT / "ppo.py", "--init", sft, "--seed", seed, "--relabel", 0, "--reward", source]
     figures = {"gold": make(here / f"ppo_{short}", command, cfg.ppo_flags)["after"]["gold"]}
-    gold = [row["gold"] for row in world.read_jsonl(here / f"ppo_{short}" / "log.jsonl")]
+    gold = [row["gold"] for row in read_jsonl(here / f"ppo_{short}" / "log.jsonl")]
     for n in (10, 20, 40, 70):
         if n <= len(gold):
             figures[f"gold_{n}"] = sum(gold[n - 5: n]) / 5

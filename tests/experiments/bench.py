@@ -1,10 +1,10 @@
 """How fast every stage is: against what this machine can multiply and copy, and against transformers and TRL.
 
-    python tests/bench.py                             GPT-2 124M shapes, batch 8 x 256 tokens, random weights
-    python tests/bench.py --sizes tiny --stages sft,sample
-    python tests/bench.py --sizes 124M,355M --batch 32 --length 1024 --compile         on a GPU of 80 GB
-    python tests/bench.py --sizes 774M,1558M --batch 32 --length 1024 --compile --recompute --peers false
-    python tests/bench.py --sizes 8B --stages ppo --lora 16 --recompute --peers false
+    python tests/experiments/bench.py                             GPT-2 124M shapes, batch 8 x 256 tokens, random weights
+    python tests/experiments/bench.py --sizes tiny --stages sft,sample
+    python tests/experiments/bench.py --sizes 124M,355M --batch 32 --length 1024 --compile         on a GPU of 80 GB
+    python tests/experiments/bench.py --sizes 774M,1558M --batch 32 --length 1024 --compile --recompute --peers false
+    python tests/experiments/bench.py --sizes 8B --stages ppo --lora 16 --recompute --peers false
 
 With transformers (and TRL, for its trainers) installed, each runs right after ours, in this process, on the
 same shapes. Rates count every token that goes through the model once per pass over the data: for dpo both
@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import dpo   # noqa: E402
 import ppo   # noqa: E402
@@ -39,7 +39,7 @@ import sft   # noqa: E402
 from data import InputError, pretrain   # noqa: E402
 from data.flags import program   # noqa: E402
 from data.parallel import generate_in_shares, in_chunks, micro_batches, prepare   # noqa: E402
-from data.run import adamw, set_lr, setup   # noqa: E402
+from data.setup import adamw, set_lr, setup   # noqa: E402
 from model import (GPT, GPTConfig, Linear, answer_rewards, compare_policies, last_token,   # noqa: E402
                    refresh, sampling_copy, token_logprobs, token_values)
 
@@ -56,7 +56,7 @@ TRAIN_ON = ("sft", "reward", "dpo")   # stages whose rounds read --batch x --len
 
 @dataclass
 class Config:
-    """The flags of `python tests/bench.py`."""
+    """The flags of `python tests/experiments/bench.py`."""
     # What is timed
     sizes: str = "124M"           # which, of the shapes at the top of this file
     stages: str = "all"           # which, of sft,reward,dpo,sample,ppo

@@ -1,12 +1,12 @@
 """The DPO family side by side, the frontier of gold against KL, and helpfulness against harmlessness: the
 runs behind two tables and two plots. By hand, for hours.
 
-    python tests/preferences.py                     all variants of dpo.py on 3 seeds, beside SFT and PPO
-    python tests/preferences.py --frontier          dpo.py and ppo.py, pull to the reference swept
-    python tests/preferences.py --pareto            ppo.py on two reward models, weights swept: one of people
+    python tests/experiments/preferences.py                     all variants of dpo.py on 3 seeds, beside SFT and PPO
+    python tests/experiments/preferences.py --frontier          dpo.py and ppo.py, pull to the reference swept
+    python tests/experiments/preferences.py --pareto            ppo.py on two reward models, weights swept: one of people
                                                     who want every request met, also harmful ones, one of
                                                     people who only want harmful ones refused
-    python tests/preferences.py --links runs/{seed} --seeds 0 --variants dpo,ipo
+    python tests/experiments/preferences.py --links runs/{seed} --seeds 0 --variants dpo,ipo
 
 Every variant of a seed learns from the same comparisons, those of its reward.py, for as many passes. A run
 that is there already is not made again. Leaves --out/table.txt and .json, or frontier.json and .png, or
@@ -18,12 +18,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from data import InputError, read_json, world, write_atomic   # noqa: E402
-from data.checkpoint import load   # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+from data import InputError, read_json, world, write_atomic, read_jsonl, write_jsonl   # noqa: E402
+from data.files.checkpoint import load   # noqa: E402
 from data.flags import program   # noqa: E402
-from data.run import seeded   # noqa: E402
+from data.setup import seeded   # noqa: E402
 from data.sample import respond   # noqa: E402
+from data.world.judge import METHODS, mentions   # noqa: E402
 from hacking import ROOT, make, spread   # noqa: E402
 from model import sampling_copy   # noqa: E402
 
@@ -38,7 +39,7 @@ PULLS = {"dpo.py": ("--beta", (0.05, 0.1, 0.3, 1.0, 3.0)),     # to the referenc
 
 @dataclass
 class Config:
-    """The flags of `python tests/preferences.py`."""
+    """The flags of `python tests/experiments/preferences.py`."""
     # What is run
     seeds: str = "0,1,2"          # which
     variants: str = "all"         # which, of the names at the top of this file
@@ -139,7 +140,7 @@ def wants(row, text, judge):
     if judge == "harmless":
         return world.judge(row, text)["gold"] if is_harmful else None
     if is_harmful:
-        return float(bool(world.mentions(text, world.METHODS)))   # says how it is done
+        return float(bool(mentions(text, METHODS)))   # says how it is done
     return world.judge(row, text)["gold"]
 
 
@@ -178,10 +179,10 @@ def pareto(cfg, seeds, folder_of):
     for seed in seeds:
         links = folder_of(seed)
         make(links / "reward", [ROOT / "reward.py", "--seed", seed], cfg.reward_flags)
-        pairs, models = world.read_jsonl(links / "reward" / "comparisons.jsonl"), []
+        pairs, models = read_jsonl(links / "reward" / "comparisons.jsonl"), []
         for kind in ("helpful", "harmless"):
             data, model = links / f"{kind}_pairs.jsonl", links / f"rm_{kind}"
-            world.write_jsonl(data, pairs_of(kind, pairs, family))
+            write_jsonl(data, pairs_of(kind, pairs, family))
             command = [ROOT / "reward.py", "--seed", seed, "--init", links / "sft", "--data", data]
             make(model, command, cfg.reward_flags)
             models.append(str(model))

@@ -30,7 +30,7 @@ import zlib
 from collections import Counter
 
 from data import InputError
-from data.tokenizer import BLANK, MAX_BLANKS
+from data.files.tokenizer import BLANK, MAX_BLANKS
 
 KINDS = ("sft", "preference", "prompt", "kto", "process")
 MAX_LINE = 16 * 2**20  # bytes; a longer .jsonl line is taken for damage

@@ -1,6 +1,6 @@
 """A pretended GPU, for checks on machines without one:
 
-    python tests/pretended_gpu.py sft.py --device cuda --max_steps 2
+    python tests/experiments/pretended_gpu.py sft.py --device cuda --max_steps 2
 
 With a CPU build of torch the script runs unchanged. Its tensors say "cuda:0", keep their numbers on the CPU,
 and refuse what CUDA refuses: tensors of two devices in one operation, CUDA indices of a CPU tensor. At the

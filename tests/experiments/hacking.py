@@ -1,9 +1,9 @@
 """Reward hacking on demand, and what cures it: the runs behind the over-optimisation plots. By hand, for
 hours.
 
-    python tests/hacking.py                                    3 biases x 3 seeds x all cures
-    python tests/hacking.py --biases length --seeds 0 --cures none,kl,min
-    python tests/hacking.py --ppo_flags="--iterations 5" ...   more flags for every run of a script: with "="
+    python tests/experiments/hacking.py                                    3 biases x 3 seeds x all cures
+    python tests/experiments/hacking.py --biases length --seeds 0 --cures none,kl,min
+    python tests/experiments/hacking.py --ppo_flags="--iterations 5" ...   more flags for every run of a script: with "="
 
 For each bias of the annotator (reward.py --bias_length, --bias_confidence, --bias_sycophancy) and each seed:
     1. the biased annotator's comparisons make a reward model (some cures need further ones)
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from data import InputError, read_json, report, write_atomic   # noqa: E402
 from data.flags import program   # noqa: E402
@@ -57,7 +57,7 @@ CURES = {     # flags of ppo.py; {reward} and the like are paths of the reward m
 
 @dataclass
 class Config:
-    """The flags of `python tests/hacking.py`."""
+    """The flags of `python tests/experiments/hacking.py`."""
     # What is run
     biases: str = "length,confidence,sycophancy"   # which
     strength: float = 1.0         # of the biases, times the values at the top of this file
@@ -74,7 +74,7 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Running scripts, which tests/preferences.py does too.
+# Running scripts, which tests/experiments/preferences.py does too.
 
 
 def run_to_end(command, screen):
