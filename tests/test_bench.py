@@ -87,3 +87,23 @@ def test_a_row_that_fails_is_marked_and_the_others_are_there(benchmark, monkeypa
 def test_unknown_names_and_odd_batches_are_told(benchmark):
     assert benchmark(sizes="124M,125M")[2].startswith("no such stage or size: 125M; there are sft, ")
     assert benchmark(batch=3)[2] == "--batch 3: pairs need an even number of sequences"
+
+
+def test_parties_take_turns_and_the_least_round_counts(monkeypatch):
+    """Otherwise another job that wakes up while one party runs would decide the ratio."""
+    order = []
+    took = {"ours": iter([9, 9, 5, 3, 4]), "theirs": iter([9, 9, 6, 9, 7])}     # two warm-up rounds each
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def party(who):
+        def go():
+            order.append(who)
+            now[0] += next(took[who])
+        return lambda: bench.Work(go)
+
+    cfg = bench.Config(rounds=3, batch=2, length=6)
+    rows = bench.in_turns({who: party(who) for who in took}, "sft", cfg, torch.device("cpu"))
+    assert order == ["ours"] * 2 + ["theirs"] * 2 + ["ours", "theirs"] * 3
+    assert rows["ours"]["seconds"] == 3 and rows["theirs"]["seconds"] == 6
+    assert rows["ours"]["tokens_per_second"] == 2 * 6 / 3

@@ -6,22 +6,23 @@
     python tests/experiments/bench.py --sizes 774M,1558M --batch 32 --length 1024 --compile --recompute --peers false
     python tests/experiments/bench.py --sizes 8B --stages ppo --lora 16 --recompute --peers false
 
-With transformers (and TRL, for its trainers) installed, each runs right after ours, in this process, on the
-same shapes. Rates count every token that goes through the model once per pass over the data: for dpo both
+With transformers (and TRL, for its trainers) installed, they do the same work in this process, on the same
+shapes. All take turns, round by round, and the least round of each counts: what else the machine does then
+costs nobody more than the others. Rates count every token that goes through the model once per pass over the data: for dpo both
 answers, for sample and ppo new tokens.
     mfu   (6 N + 12 L C T) x tokens/s over the best rate seen here for large matrix products
           (arXiv:2204.02311, app. B); what --recompute computes again does not count
     mbu   bytes of weights read per decoding step over the best rate seen here for copying
-Nothing is timed before two warm-up rounds; the figure is the median round. A row that fails, as a size does
-that needs more memory than there is, is marked, and the others go on. The last line is JSON. Run nothing
-beside it.
+Nothing is timed before two warm-up rounds. A row that fails, as a size does that needs more memory than there
+is, is marked, and the others go on. Peak memory is that of the two warm-up rounds, less what was there before.
+The last line is JSON. Run nothing beside it.
 """
 import functools
 import gc
 import json
-import statistics
 import sys
 import tempfile
+import threading
 import time
 import typing
 from dataclasses import dataclass
@@ -85,25 +86,27 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def seconds(f, rounds, device):
-    """Median wall time of f(), after two calls that do not count."""
-    times = []
-    for _ in range(rounds + 2):
-        start = time.perf_counter()
-        f()
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+def seconds(f, device):
+    """Wall time of one call of f()."""
+    start = time.perf_counter()
+    f()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def least(f, device, calls=15):
+    """The shortest of several calls of f()."""
+    return min(seconds(f, device) for _ in range(calls))
 
 
 def limits(device):
     """The best rates seen: FLOP/s of a large product of matrices in the dtype of ours, bytes/s of a copy."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=Linear.compute_dtype or torch.float32)
-    flops = 2 * n ** 3 / min(seconds(lambda: a @ a, 3, device) for _ in range(5))
+    flops = 2 * n ** 3 / least(lambda: a @ a, device)
     x = torch.empty(2 ** 28 if device.type == "cuda" else 2 ** 26, device=device)
     y = torch.empty_like(x)
-    return flops, 2 * x.nbytes / min(seconds(lambda: y.copy_(x), 3, device) for _ in range(5))
+    return flops, 2 * x.nbytes / least(lambda: y.copy_(x), device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -113,9 +116,9 @@ def limits(device):
 @dataclass
 class Work:
     """What a row of the table times."""
-    go: typing.Callable | None = None     # does one round
-    measured: float = 0.0                 # or the seconds of one, where a trainer runs by itself
+    go: typing.Callable                   # does one round
     parts: dict | None = None             # {part of a round: seconds, one number a round}, filled by go
+    end: typing.Callable | None = None    # lets a trainer that waits for its turn come to its end
 
 
 class NoTokenizer:
@@ -387,20 +390,38 @@ def trl_pairs(config, n, sizes):
 
 
 def trl_timed(trainer):
-    """Work of a trainer, which runs by itself: the median time between its steps, without the first two."""
+    """Work of a trainer. It runs in a thread of its own, which waits for its turn after every step."""
     import transformers
-    marks = []
+    its_turn, stepped, failed = threading.Semaphore(0), threading.Semaphore(0), []
+    n_threads = torch.get_num_threads()
 
-    class Marks(transformers.TrainerCallback):
-        """Notes when a step ends."""
+    class TakeTurns(transformers.TrainerCallback):
+        """Waits between two steps."""
 
         def on_step_end(self, *args, **more):
             """Called by the trainer."""
-            marks.append(time.perf_counter())
-    trainer.add_callback(Marks())
-    trainer.train()
-    gaps = [end - start for start, end in zip(marks[1:], marks[2:])]
-    return Work(measured=statistics.median(gaps))
+            stepped.release()
+            its_turn.acquire()
+
+    def train():
+        torch.set_num_threads(n_threads)     # a new thread starts with another number
+        its_turn.acquire()
+        try:
+            trainer.train()
+        except Exception as e:
+            failed.append(e)
+        stepped.release()
+
+    def go():
+        its_turn.release()
+        stepped.acquire()
+        if failed:
+            raise failed[0]
+
+    trainer.add_callback(TakeTurns())
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    return Work(go, end=its_turn.release)
 
 
 def trl_scorer(config):
@@ -472,35 +493,67 @@ HEAD = (f"{'size':8}{'stage':8}{'who':14}{'tokens/s':>12}{'s/round':>10}{'mfu':>
         "   peak GB")
 
 
-def measured(make, stage, cfg, device):
-    """Figures of a row, {name: number}: make() gives the Work."""
+def warmed_up(make, cfg, device):
+    """(Work, peak GB or None) of what make() gives, after the two rounds that do not count."""
     gc.collect()
-    if cfg.compile:
-        torch.compiler.reset()     # lets go of the last model's graphs
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     torch.manual_seed(cfg.seed)
     work = make()
-    t = work.measured or seconds(work.go, cfg.rounds, device)
+    for _ in range(2):
+        work.go()
+    if device.type != "cuda":
+        return work, None
+    return work, (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def why(e):
+    """A reason for the table, of an exception."""
+    text = str(e).strip() or type(e).__name__
+    if "out of memory" in text or "can't allocate memory" in text:
+        return "out of memory"
+    return f"{type(e).__name__}: {text.splitlines()[0]}"
+
+
+def in_turns(makers, stage, cfg, device):
+    """{who: row} of the parties {who: function that makes its Work}: {name: number}, or {"failed": why} of
+    what does not fit, or does not run. The other rows are still wanted."""
+    if cfg.compile:
+        torch.compiler.reset()     # lets go of the last model's graphs
+    rows, works, times = {who: {} for who in makers}, {}, {}
+    for who, make in makers.items():
+        try:
+            works[who], gb = warmed_up(make, cfg, device)
+            times[who] = []
+            if gb is not None:
+                rows[who]["gb"] = gb
+        except Exception as e:
+            rows[who] = {"failed": why(e)}
+
+    # Each does one round, then each the next one.
+    for _ in range(cfg.rounds):
+        for who, work in works.items():
+            if "failed" in rows[who]:
+                continue
+            try:
+                times[who].append(seconds(work.go, device))
+            except Exception as e:
+                rows[who] = {"failed": why(e)}
+
     tokens = cfg.batch * (cfg.length if stage in TRAIN_ON else cfg.new)
-    row = {"tokens_per_second": tokens / t, "seconds": t}
-    if device.type == "cuda":
-        row["gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if work.parts:
-        row["split"] = {part: statistics.median(times[2:]) for part, times in work.parts.items()}
-    return row
-
-
-def tried(make, stage, cfg, device):
-    """The same, or {"failed": why} of what does not fit, or does not run: the other rows are still wanted."""
-    try:
-        return measured(make, stage, cfg, device)
-    except Exception as e:
-        why = str(e).strip() or type(e).__name__
-        if "out of memory" in why or "can't allocate memory" in why:
-            return {"failed": "out of memory"}
-        return {"failed": f"{type(e).__name__}: {why.splitlines()[0]}"}
+    for who, work in works.items():
+        if work.end:
+            work.end()
+        if "failed" in rows[who]:
+            continue
+        best = min(times[who])
+        rows[who] |= {"tokens_per_second": tokens / best, "seconds": best}
+        if work.parts:
+            at = times[who].index(best) + 2     # the same round
+            rows[who]["split"] = {part: took[at] for part, took in work.parts.items()}
+    return rows
 
 
 def shares(row, size, stage, cfg, best):
@@ -560,15 +613,13 @@ def main(cfg):
         for stage in stages:
             ours = functools.partial(STAGES[stage], size, cfg, device)
             makers = {"ours": ours} | (peers_of(size, stage, cfg, device) if cfg.peers else {})
-            rate = None      # of ours
-            for who, make in makers.items():
-                row = {"size": size, "stage": stage, "who": who} | tried(make, stage, cfg, device)
+            rows = in_turns(makers, stage, cfg, device)
+            for who, row in rows.items():
+                row = {"size": size, "stage": stage, "who": who} | row
                 if "failed" not in row:
                     row |= shares(row, size, stage, cfg, best)
-                    if who == "ours":
-                        rate = row["tokens_per_second"]
-                    elif rate:
-                        row["ratio"] = rate / row["tokens_per_second"]
+                    if who != "ours" and "failed" not in rows["ours"]:
+                        row["ratio"] = row["seconds"] / rows["ours"]["seconds"]
                 table.append(row)
                 print(as_text(row), flush=True)
     print(json.dumps({"device": machine, "flops": best[0], "bytes_per_second": best[1], "rows": table}))
