@@ -40,12 +40,12 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, report, world, write_atomic
+from data import InputError, health, report, world, write_atomic
 from data.chain import chain_columns, need
+from data.corpus import read_corpus
 from data.files.checkpoint import load, save
 from data.flags import RunFlags, names_in, program
 from data.parallel import RANK, WORLD, all_sum, generate_in_shares, in_chunks, micro_batches, prepare
-from data.pretrain import read_corpus
 from data.relabel import Relabelling
 from data.rewards import Rewards
 from data.run import Run
@@ -455,7 +455,7 @@ def main(cfg):
             numbers = {"score": scores.sum(1), "logp": old_logp, "ref_logp": ref_logp,
                        "reward": token_rewards, "value": old_values, "advantage": raw_advantages,
                        "whitened": advantages, "return": returns}
-            inspected[moment] = report.inspection(policy, value, tok, batch_rows, (ids, mask), numbers, cfg)
+            inspected[moment] = health.inspection(policy, value, tok, batch_rows, (ids, mask), numbers, cfg)
             inspected[moment] |= {"iteration": it + 1, "beta": beta}
         if cfg.kl_target:
             beta = adapt_kl_coef(beta, k1.sum(1).mean().item(), cfg.kl_target, cfg.rollouts, cfg.kl_horizon)
@@ -467,7 +467,7 @@ def main(cfg):
             break
 
     if cfg.inspect:
-        run.say(report.inspection_text(inspected["last"]))
+        run.say(health.inspection_text(inspected["last"]))
         return
     # The closing figures. First and last answers are both scored by the final reward model.
     refresh(sampler, policy)

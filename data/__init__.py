@@ -6,7 +6,8 @@
     sample, comparisons      answers of a policy; pairs of them, from people, from the annotator
     rewards, relabel         what scores answers; asking the annotator again
     process                  the steps of an answer, and a score for each
-    report, page             measures, tables, health; out/index.html
+    report, health, page     measures, tables; what is wrong, and one PPO iteration; out/index.html
+    corpus                   a text as ids (pretrain, ppo.py --ptx_coef, evaluate)
     pretrain, chat, vote, evaluate     commands: `python -m data.pretrain`, ...
     principles, endpoint     constitutions, and critics behind a URL (cai.py)
     world/                   the tiny world: gold judge, annotator, texts

@@ -43,9 +43,9 @@ import torch
 from data import InputError, report, world, write_atomic, write_jsonl
 from data.files import formats
 from data.chain import result_of
+from data.corpus import bits_per_byte, read_corpus
 from data.endpoint import local_critic
 from data.flags import names_in, program
-from data.pretrain import read_corpus
 from data.principles import compare, constitution
 from data.rewards import rewards_on
 from data.setup import seeded, setup
@@ -191,7 +191,7 @@ def answer_and_measure(model, tok, reference, rows, cfg):
     tail = tail_of(cfg.corpus or world.TINY / "corpus.txt", tok)
     figures = {"kl": kl} if same else {}
     figures |= {"entropy": entropy, "length": sum(map(len, ids)) / len(ids),
-                "bits_per_byte": report.bits_per_byte(model, tok, tail.to(model.wte.weight.device)),
+                "bits_per_byte": bits_per_byte(model, tok, tail.to(model.wte.weight.device)),
                 "eos_rate": sum(ended(tok, x) for x in ids) / len(ids)}
     for n in (1, 2, 3):
         figures[f"distinct_{n}"] = report.distinct_n(ids, n)

@@ -13,12 +13,12 @@ with something wrong, helps with harm, and invents what nobody can know.
 """
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import InputError, parallel, report, world
+from data.corpus import bits_per_byte, read_corpus
 from data.flags import RunFlags, program
 from data.parallel import all_sum, micro_batches, prepare
 from data.run import Run
@@ -57,22 +57,6 @@ class Config(RunFlags):
     grad_clip: float = 1.0        # largest gradient norm
     # The run itself (the same in every script)
     save_every: int = 400         # steps between checkpoints
-
-
-def read_corpus(path, tok, length, min_windows):
-    """Ids of a text with an EOS before each document: train (N,) and held out (M,), the last 2 %, at least
-    `length` tokens. InputError: no such file, not UTF-8, fewer than `min_windows` x `length` tokens."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such text file")
-    try:
-        documents = Path(path).read_text(encoding="utf-8").split("<|endoftext|>")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 text ({e})") from None
-    ids = torch.cat([torch.tensor([tok.eos_id, *tok.encode(text)]) for text in documents])
-    if len(ids) < min_windows * length:
-        raise InputError(f"{path}: {len(ids)} tokens are too few for sequences of {length}; add text")
-    held_out = max(length, len(ids) // 50)
-    return ids[:-held_out], ids[-held_out:]
 
 
 def continued(sampler, tok, starts, seed):
@@ -118,7 +102,7 @@ def main(cfg):
     def measure(title):
         """Compression of the held-out text, and what the model says: figures and report.Answers."""
         refresh(sampler, model)
-        bits = {"bits_per_byte": report.bits_per_byte(model, tok, test.to(device), cfg.length)}
+        bits = {"bits_per_byte": bits_per_byte(model, tok, test.to(device), cfg.length)}
         if cfg.data:
             answers = continued(sampler, tok, starts, cfg.seed)
             run.samples(title, tests.prompts, answers.texts)

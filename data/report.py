@@ -1,14 +1,12 @@
-"""What a run measured: answers to test prompts and their figures, tables, health in words, one PPO iteration
-token by token, and the page."""
-import math
+"""What a run measured: answers to test prompts and their figures, tables, and the page."""
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data import InputError, page, process, sample, world, read_jsonl
+from data import InputError, page, sample, world, read_jsonl
 from data.files import formats
-from model import compare_policies, pad_batch, token_logprobs, token_values
+from model import compare_policies, pad_batch
 
 N_SAMPLES = 12        # test prompts whose answers stand in samples.txt
 TEST_MAX_NEW = 48     # longest answer to a test prompt of the tiny world, in tokens, whoever measures
@@ -232,18 +230,6 @@ def mean_kl(policy, reference, tok, prompts, answers, batch=16):
     return kl / len(prompts), entropy / max(1, sum(map(len, answers)))
 
 
-@torch.no_grad()
-def bits_per_byte(model, tok, ids, length=128, batch=32):
-    """Compression of a text: total -log2 p of its ids (N,), cut into windows, divided by the bytes of those
-    that are predicted: not the first of a window, nor what is left behind the last window."""
-    ids = ids[: len(ids) // length * length].view(-1, length)
-    n_bytes = sum(process.byte_counts(tok, ids[:, 1:].flatten().tolist()))
-    nll = 0.0
-    for x in ids.split(batch):
-        nll -= token_logprobs(model, x, torch.ones_like(x, dtype=torch.bool)).double().sum().item()
-    return nll / math.log(2) / n_bytes
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Figures of a reward model on comparisons that it has not seen.
 
@@ -281,149 +267,3 @@ def accuracies(d, p, longer):
         if part.any():
             out[f"accuracy_{name}"] = share_right(d[part], p[part])
     return out
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Health of a PPO run, in words.
-
-
-def means(rows):
-    """Mean of every figure of the last of some log rows, over the rows that have it."""
-    out = {}
-    for name in rows[-1]:
-        values = [row[name] for row in rows if name in row]
-        out[name] = sum(values) / len(values)
-    return out
-
-
-def health(history, cfg=None):
-    """What is wrong with a PPO run, {name: sentence}, from its log rows so far (list of dicts). Compares the
-    last five with the first five, and says nothing while there are fewer than ten (of the value model:
-    twenty). No advice names what cfg has on already."""
-    if len(history) < 10:
-        return {}
-    old, now, warnings = means(history[:5]), means(history[-5:]), {}
-    if now["kl"] < -0.1:
-        warnings["negative KL"] = (
-            f"the KL is estimated at {now['kl']:.2f}, and no KL is negative: the log-probs are not those of "
-            "what was sampled from; see the checks before the first update, try --dtype float32")
-    if now["eos_rate"] < min(0.9, old["eos_rate"] - 0.1):
-        warnings["EOS rate"] = (
-            f"only {now['eos_rate']:.2f} of the responses end, it was {old['eos_rate']:.2f}: rambling pays; "
-            "try a larger --eos_penalty, or a larger --max_new if good answers need it")
-    if now["entropy"] < 0.05 * old["entropy"]:
-        warnings["entropy"] = (
-            f"it fell from {old['entropy']:.3f} to {now['entropy']:.3f} nats per token: the policy has "
-            "stopped exploring; try --entropy_coef 0.01, a larger --kl_coef or a smaller --lr")
-    if now.get("unique", 1) < 0.3 * old.get("unique", 1):
-        warnings["identical responses"] = (
-            f"only {now['unique']:.2f} of them differ, it was {old['unique']:.2f}: one answer pays for many "
-            "prompts; read the samples, try a larger --kl_coef or --entropy_coef 0.01")
-    if now["length"] > 1.5 * old["length"]:
-        warnings["length"] = (
-            f"it grew from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for talk; try "
-            "a larger --kl_coef, or a --reward function that takes something off for length")
-    if now["length"] < 0.5 * old["length"]:
-        warnings["length"] = (
-            f"it shrank from {old['length']:.1f} to {now['length']:.1f} tokens: the reward pays for brevity; "
-            "read the samples, try a larger --kl_coef or a smaller --eos_penalty")
-    if now.get("clipfrac", 0) > 0.3 or now.get("approx_kl", 0) > 0.1:
-        warnings["ratio"] = (
-            f"{now['clipfrac']:.2f} of the ratios are clipped and approx_kl is {now['approx_kl']:.3f}: the "
-            "steps are too large; try a smaller --lr or fewer --epochs")
-    if len(history) >= 20 and "value_loss" in now and now["explained_var"] <= 0:
-        warnings["value model"] = (
-            f"it explains {now['explained_var']:.2f} of the variance of the returns, where a constant "
-            "explains 0: try a larger --value_lr or --value_warmup, or do without a value model: "
-            "--advantage rloo --group 4")
-    if "gold" in now:
-        hacking = reward_hacking(history, now, cfg)
-        if hacking:
-            warnings["reward hacking"] = hacking
-    return warnings
-
-
-def reward_hacking(history, now, cfg):
-    """A sentence where gold has fallen since its best five iterations in a row while the reward rose; else
-    ""."""
-    golds = [row["gold"] for row in history]
-    starts = range(len(golds) - 4)
-    at = max(starts, key=lambda i: sum(golds[i: i + 5]))
-    best = means(history[at: at + 5])
-    if now["gold"] >= best["gold"] - 0.05 or now["reward"] <= best["reward"]:
-        return ""
-    cures = [f"--kl_budget {best['kl_exact']:.1f}", "a larger --kl_coef",
-             "several reward models with --ensemble min"]
-    if cfg is None or not cfg.relabel:
-        cures.insert(0, "--relabel 1")
-    return (f"gold fell from {best['gold']:.2f} to {now['gold']:.2f} while the reward rose from "
-            f"{best['reward']:.2f} to {now['reward']:.2f}: the policy exploits the reward model (Goodhart's "
-            f"law); try {', '.join(cures[:-1])}, or {cures[-1]}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# One PPO iteration, token by token.
-
-INSPECTED = 3     # responses, to as many prompts
-
-
-def inspection(policy, value, tok, rows, batch, numbers, cfg):
-    """The numbers of a response to each of the first prompts of an iteration, for inspect.json. rows: the
-    prompt rows of all B responses; batch: (ids, mask), (B, T) each. numbers: {"score": (B,), and (B, T)
-    tensors of before the update: "logp", "ref_logp", "reward", "value", "advantage", "whitened", "return"};
-    the models are those of after the update."""
-    raw = numbers["advantage"][batch[1]]     # of all response tokens
-    some = slice(0, INSPECTED * cfg.group, cfg.group)     # the answers to a prompt follow one another
-    ids, mask, rows = batch[0][some], batch[1][some], rows[some]
-    numbers = {name: x[some] for name, x in numbers.items()}
-    with torch.no_grad():
-        logp = token_logprobs(policy, ids, mask, cfg.temperature)                     # (n, T)
-        values = torch.zeros_like(logp) if value is None else token_values(value, ids, mask)
-    ratio = (logp - numbers["logp"]).exp()
-    # clipped: clip(ratio) A is the smaller one in min(ratio A, clip(ratio) A), so that the token has no
-    # gradient
-    up = numbers["whitened"] > 0
-    clipped = torch.where(up, ratio > 1 + cfg.clip, ratio < 1 - cfg.clip)
-
-    # To the CPU once, not number by number.
-    ids, mask, logp, values, ratio, clipped = (x.cpu() for x in (ids, mask, logp, values, ratio, clipped))
-    numbers = {name: x.cpu() for name, x in numbers.items()}
-    responses = []
-    for i in range(len(ids)):
-        m = mask[i]
-        tokens = ["<eos>" if t in tok.eos_ids else tok.decode([t]) for t in ids[i][m].tolist()]
-        before = {name: x[i][m].tolist() for name, x in numbers.items() if name != "score"}
-        after = {"logp": logp[i][m].tolist(), "value": values[i][m].tolist(), "ratio": ratio[i][m].tolist(),
-                 "clipped": clipped[i][m].tolist()}
-        text = tok.decode(ids[i][m].tolist()).strip()
-        responses.append({"prompt": rows[i]["prompt"][-1]["content"], "response": text, "tokens": tokens,
-                          "score": numbers["score"][i].item(), "ended": tokens[-1] == "<eos>",
-                          "before": before, "after": after})
-    return {"gamma": cfg.gamma, "lam": cfg.lam, "clip": cfg.clip, "advantage": cfg.advantage,
-            "mean": raw.mean().item(), "std": raw.std(correction=0).item(), "responses": responses}
-
-
-def inspection_text(page):
-    """One response of an `inspection` as text of 100 columns: the numbers behind every equation of ppo.py."""
-    response = page["responses"][0]
-    before, after = response["before"], response["after"]
-    lines = [response["prompt"], f"    -> {response['response']}", "",
-             f"iteration {page['iteration']}: score r(x, y) = {response['score']:.4f}, "
-             f"beta = {page['beta']:g}, gamma = {page['gamma']:g}, lam = {page['lam']:g}, "
-             f"eps = {page['clip']:g}",
-             "R_t = -beta (logp - ref), plus r at the last token (of each step);  return = A + V;  "
-             "ratio = exp(new logp - logp)",
-             f"A -> whitened (gae): minus the mean {page['mean']:.4f}, over the standard deviation "
-             f"{page['std']:.4f} of all tokens", "",
-             "before the update"]
-    names = ("logp", "ref_logp", "reward", "value", "advantage", "whitened", "return")
-    titles = ("logp", "ref", "R", "V", "A", "whitened", "return")
-    lines.append(f"{'t':>3} {'token':14}" + "".join(f"{title:>11}" for title in titles))
-    for t, token in enumerate(response["tokens"]):
-        cells = "".join(f"{before[name][t] + 0.0:>11.5f}" for name in names)
-        lines.append(f"{t:>3} {token!r:14.14}{cells}")
-    lines += ["", "after it", f"{'t':>3} {'token':14}{'logp':>11}{'V':>11}{'ratio':>11}    clipped"]
-    for t, token in enumerate(response["tokens"]):
-        cells = "".join(f"{after[name][t] + 0.0:>11.5f}" for name in ("logp", "value", "ratio"))
-        lines.append(f"{t:>3} {token!r:14.14}{cells}    {'yes' if after['clipped'][t] else 'no'}")
-    return "\n".join(lines)

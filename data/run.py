@@ -24,6 +24,7 @@ from data import InputError, report, write_atomic, write_jsonl
 from data.chain import NEXT, PART_OF_A_CHAIN, fingerprint, result_of, run_of, sibling
 from data.files.checkpoint import finish_save, load_state, save
 from data.flags import FREE
+from data.health import health
 from data.parallel import RANK, all_sum, full_state, load_full_state, load_optimizer_state, optimizer_state
 from data.setup import MEASURE, seeded
 
@@ -255,7 +256,7 @@ class Run:
     def warn(self):
         """Print each health warning of a PPO run once."""
         if self.stage == "ppo":
-            for name, sentence in report.health(self.history, self.cfg).items():
+            for name, sentence in health(self.history, self.cfg).items():
                 if name not in self.warned:
                     self.say(f"health, {name}: {sentence}")
                     self.warned.add(name)

@@ -17,6 +17,7 @@ import ppo
 from data import InputError, evaluate, principles, relabel, report, world
 from data.files.checkpoint import load, save
 from data.flags import names_in
+from data.health import health
 from data.rewards import Rewards, judge_of
 from data.world import build
 from model import GPT, GPTConfig
@@ -339,13 +340,13 @@ def rows_of_a_run(n=50, **changed):
 
 def test_a_healthy_run_is_silent():
     rows = rows_of_a_run()
-    assert all(report.health(rows[:n]) == {} for n in range(51))
+    assert all(health(rows[:n]) == {} for n in range(51))
     del rows[0]["harmless"]                                             # a batch may lack a family
     graded = ("gold", "helpful", "harmless", "honest", "concise")
     ungraded = [{k: v for k, v in row.items() if k not in graded} for row in rows]
-    assert report.health(rows) == report.health(ungraded) == {}
+    assert health(rows) == health(ungraded) == {}
     old = [{k: v for k, v in row.items() if k != "unique"} for row in rows[:20]]     # of before there was such a column
-    assert report.health(old + rows[20:]) == {}
+    assert health(old + rows[20:]) == {}
 
 
 @pytest.mark.parametrize("name, changed, flag", [
@@ -360,28 +361,28 @@ def test_a_healthy_run_is_silent():
     ("value model", {"explained_var": (-0.3, -0.1)}, "--value_lr"),
     ("reward hacking", {"gold": (0.9, 0.6), "reward": (0.3, 2.5)}, "--kl_budget")])
 def test_each_illness_is_named_with_a_cure(name, changed, flag):
-    said = report.health(rows_of_a_run(**changed))
+    said = health(rows_of_a_run(**changed))
     assert list(said) == [name] and flag in said[name] and "\n" not in said[name]
     for word in re.findall(r"--(\w+)", said[name]):
         assert word in {f.name for f in fields(ppo.Config)}, word
-    assert report.health(rows_of_a_run(**changed)[:9]) == {}
+    assert health(rows_of_a_run(**changed)[:9]) == {}
 
 
 def test_no_advice_names_what_is_on():
     rows = rows_of_a_run(gold=(0.9, 0.6), reward=(0.3, 2.5))
-    assert "--relabel 1" in report.health(rows, ppo.Config(relabel=0))["reward hacking"]
-    assert "--relabel" not in report.health(rows, ppo.Config(relabel=1))["reward hacking"]
+    assert "--relabel 1" in health(rows, ppo.Config(relabel=0))["reward hacking"]
+    assert "--relabel" not in health(rows, ppo.Config(relabel=1))["reward hacking"]
     rows = rows_of_a_run(explained_var=(-0.3, -0.1))
-    assert "rloo" in report.health(rows, ppo.Config())["value model"]
+    assert "rloo" in health(rows, ppo.Config())["value model"]
 
 
 def test_health_looks_for_the_peak_of_gold():
     """A gold score that rose first and fell later is hacking, although it ends above its start."""
     up = rows_of_a_run(30, gold=(0.5, 0.95))
     down = rows_of_a_run(30, gold=(0.95, 0.7), reward=(2.3, 3.0), entropy=(0.05, 0.05))
-    assert list(report.health(up + down)) == ["reward hacking"] and "0.9" in report.health(up + down)["reward hacking"]
+    assert list(health(up + down)) == ["reward hacking"] and "0.9" in health(up + down)["reward hacking"]
     honest = rows_of_a_run(30, gold=(0.95, 0.7), reward=(2.3, 1.0), entropy=(0.05, 0.05))   # both fall: something else
-    assert report.health(up + honest) == {}
+    assert health(up + honest) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
