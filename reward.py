@@ -36,11 +36,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, process, report, vote, world, write_jsonl
+from data import InputError, comparisons, process, report, world, write_jsonl
 from data.files import formats
 from data.chain import need
 from data.files.checkpoint import load
-from data.comparisons import compare_answers, label_steps
 from data.flags import RunFlags, program
 from data.parallel import all_sum, barrier, in_chunks, micro_batches, prepare
 from data.run import Run
@@ -181,8 +180,9 @@ def show_pairs(model, tok, rows, n, cfg):
     """Some comparisons of preference rows with their rewards, and n of them as [(prompt, text)] for
     samples.txt."""
     max_len = min(cfg.max_len, model.cfg.max_len)
-    pairs = vote.scored(vote.some_pairs(rows, tok, max_len, cfg.seed), model, tok)
-    return pairs, [(pair["prompt"], vote.as_text(pair)) for pair in pairs[:n]]
+    pairs = comparisons.pairs_to_show(rows, tok, max_len, cfg.seed)
+    pairs = comparisons.with_rewards(pairs, model, tok)
+    return pairs, [(pair["prompt"], comparisons.pair_text(pair)) for pair in pairs[:n]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -227,9 +227,9 @@ class Supervision:
     show: typing.Callable         # (model, tok, rows, n, cfg) -> rows for held_out.jsonl, n (prompt, text)
 
 
-OUTCOME = Supervision("comparisons.jsonl", "preference", compare_answers, group_pairs, pair_losses,
-                      evaluate_pairs, show_pairs)
-PROCESS = Supervision("process.jsonl", "process", label_steps, process.group_steps, step_losses,
+OUTCOME = Supervision("comparisons.jsonl", "preference", comparisons.compare_answers, group_pairs,
+                      pair_losses, evaluate_pairs, show_pairs)
+PROCESS = Supervision("process.jsonl", "process", comparisons.label_steps, process.group_steps, step_losses,
                       evaluate_steps, process.show_steps)
 
 

@@ -70,6 +70,70 @@ def label_steps(run, path, device):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Pairs to look at, which reward.py shows and people vote on (data/vote.py). A pair is {"prompt": messages,
+# "a": str, "b": str}; it may have a "label", P(a over b).
+
+
+def fits(pair, tok, max_len):
+    """Whether both answers of a pair, each behind the prompt, are at most max_len tokens."""
+    for text in (pair["a"], pair["b"]):
+        prompt, answer = tok.render_answer(pair["prompt"], text)
+        if len(prompt) + len(answer) > max_len:
+            return False
+    return True
+
+
+def pairs_to_show(rows, tok, max_len, seed, n=60):
+    """Labelled pairs of preference rows: of each of the first n prompts the first comparison that fits into
+    max_len tokens. Which of its answers is a is drawn, so that one can vote on them."""
+    rng, seen, found = random.Random(seed), set(), []
+    for row in rows:
+        pair = {"prompt": row["prompt"], "a": row["chosen"], "b": row["rejected"], "label": row["label"]}
+        prompt = str(row["prompt"])
+        if len(found) == n:
+            break
+        if prompt in seen or not fits(pair, tok, max_len):
+            continue
+        seen.add(prompt)
+
+        # Half of them the other way round, or the preferred answer would always stand first.
+        if rng.random() < 0.5:
+            pair |= {"a": row["rejected"], "b": row["chosen"], "label": 1 - row["label"]}
+        found.append(pair)
+    return found
+
+
+def with_rewards(pairs, model, tok):
+    """The same pairs with a reward model's rewards "r_a" and "r_b" and, where the prompt is the tiny world's,
+    with its "family" and the gold "gold_a" and "gold_b"."""
+    prompts = [pair["prompt"] for pair in pairs]
+    r_a = sample.rewards(model, tok, prompts, [pair["a"] for pair in pairs])
+    r_b = sample.rewards(model, tok, prompts, [pair["b"] for pair in pairs])
+
+    # What gold judges by, such as the right answer, stands in the world's own rows.
+    known, out = {str(row["prompt"]): row for row in world.rows("preference")}, []
+    for i, pair in enumerate(pairs):
+        pair = pair | {"r_a": r_a[i], "r_b": r_b[i]}
+        row = known.get(str(pair["prompt"]))
+        if row:
+            gold_a, gold_b = world.gold([row, row], [pair["a"], pair["b"]])
+            pair |= {"family": row["family"], "gold_a": gold_a, "gold_b": gold_b}
+        out.append(pair)
+    return out
+
+
+def pair_text(pair):
+    """The answers of a scored and labelled pair with their rewards, the chosen one first, for samples.txt."""
+    sides = ("a", "b") if pair["label"] >= 0.5 else ("b", "a")
+    names = ("tie", "tie") if pair["label"] == 0.5 else ("chosen", "rejected")
+    lines = []
+    for side, name in zip(sides, names):
+        text = pair[side].strip().replace("\n", "\n" + " " * 24)
+        lines.append(f"{name:9}{pair['r_' + side]:+6.2f}  {text}")
+    return "\n       ".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # As ids, for dpo.py. An example is (prompt ids, first answer ids, second answer ids, label). Of a pair the
 # second answer is the rejected one and the label the share that prefers the first; for KTO the label says
 # whether the first answer is good (1) or bad (0), and the second one belongs to another prompt.

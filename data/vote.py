@@ -14,7 +14,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import sample, world, write_atomic
+from data import comparisons, sample, world, write_atomic
 from data.files import formats
 from data.chain import need
 from data.files.checkpoint import load
@@ -40,69 +40,6 @@ class Config:
     seed: int = 0                 # every random draw comes from it
     device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Pairs. A pair is {"prompt": messages, "a": str, "b": str}; it may have a "label", P(a over b).
-
-
-def fits(pair, tok, max_len):
-    """Whether both answers of a pair, each behind the prompt, are at most max_len tokens."""
-    for text in (pair["a"], pair["b"]):
-        prompt, answer = tok.render_answer(pair["prompt"], text)
-        if len(prompt) + len(answer) > max_len:
-            return False
-    return True
-
-
-def some_pairs(rows, tok, max_len, seed, n=60):
-    """Labelled pairs of preference rows: of each of the first n prompts the first comparison that fits into
-    max_len tokens. Which of its answers is a is drawn, so that one can vote on them."""
-    rng, seen, found = random.Random(seed), set(), []
-    for row in rows:
-        pair = {"prompt": row["prompt"], "a": row["chosen"], "b": row["rejected"], "label": row["label"]}
-        prompt = str(row["prompt"])
-        if len(found) == n:
-            break
-        if prompt in seen or not fits(pair, tok, max_len):
-            continue
-        seen.add(prompt)
-
-        # Half of them the other way round, or the preferred answer would always stand first.
-        if rng.random() < 0.5:
-            pair |= {"a": row["rejected"], "b": row["chosen"], "label": 1 - row["label"]}
-        found.append(pair)
-    return found
-
-
-def scored(pairs, model, tok):
-    """The same pairs with a reward model's rewards "r_a" and "r_b" and, where the prompt is the tiny world's,
-    with its "family" and the gold "gold_a" and "gold_b"."""
-    prompts = [pair["prompt"] for pair in pairs]
-    r_a = sample.rewards(model, tok, prompts, [pair["a"] for pair in pairs])
-    r_b = sample.rewards(model, tok, prompts, [pair["b"] for pair in pairs])
-
-    # What gold judges by, such as the right answer, stands in the world's own rows.
-    known, out = {str(row["prompt"]): row for row in world.rows("preference")}, []
-    for i, pair in enumerate(pairs):
-        pair = pair | {"r_a": r_a[i], "r_b": r_b[i]}
-        row = known.get(str(pair["prompt"]))
-        if row:
-            gold_a, gold_b = world.gold([row, row], [pair["a"], pair["b"]])
-            pair |= {"family": row["family"], "gold_a": gold_a, "gold_b": gold_b}
-        out.append(pair)
-    return out
-
-
-def as_text(pair):
-    """The answers of a scored and labelled pair with their rewards, the chosen one first, for samples.txt."""
-    sides = ("a", "b") if pair["label"] >= 0.5 else ("b", "a")
-    names = ("tie", "tie") if pair["label"] == 0.5 else ("chosen", "rejected")
-    lines = []
-    for side, name in zip(sides, names):
-        text = pair[side].strip().replace("\n", "\n" + " " * 24)
-        lines.append(f"{name:9}{pair['r_' + side]:+6.2f}  {text}")
-    return "\n       ".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -172,7 +109,7 @@ def opinion(pair, model, tok, agreed):
     """What a reward model thinks of a pair that has been voted on, as text. agreed: whether it did with the
     votes so far, None for ties; this one is appended."""
     # Nothing can be said of what it cannot read.
-    if not fits(pair, tok, model.cfg.max_len):
+    if not comparisons.fits(pair, tok, model.cfg.max_len):
         agreed.append(None)
         return f"(longer than the {model.cfg.max_len} tokens that the reward model reads)"
 

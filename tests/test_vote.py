@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import pytest
 
-from data import vote, world
+from data import comparisons, sample, world
 from data.files.checkpoint import load
 from test_scripts import fails, result_of, user, write
 
@@ -185,13 +185,14 @@ def test_pairs_to_show_are_one_a_prompt_with_sides_drawn(chain):
         for bad in ("no", "never", "word " * 40):
             rows.append({"prompt": user(f"Question {i}?"), "chosen": f"yes {i}", "rejected": bad, "label": 0.9})
     rows = rows[2:] + rows[:2]      # of the first prompt, the pair with the long answer comes first
-    pairs = vote.some_pairs(rows, tok, 40, seed=0, n=30)
+    pairs = comparisons.pairs_to_show(rows, tok, 40, seed=0, n=30)
     assert len({str(pair["prompt"]) for pair in pairs}) == len(pairs) == 30
     first = [pair for pair in pairs if pair["a"].startswith("yes")]
     assert 5 < len(first) < 25 and all(pair["label"] == 0.9 and pair["b"] == "no" for pair in first)
     for pair in pairs:
         assert pair in first or pair["label"] == pytest.approx(0.1) and pair["b"].startswith("yes")
-    assert vote.some_pairs(rows, tok, 40, seed=0, n=30) == pairs != vote.some_pairs(rows, tok, 40, seed=1, n=30)
+    assert comparisons.pairs_to_show(rows, tok, 40, seed=0, n=30) == pairs
+    assert comparisons.pairs_to_show(rows, tok, 40, seed=1, n=30) != pairs
 
 
 def test_scored_pairs_say_reward_and_gold(chain):
@@ -199,13 +200,13 @@ def test_scored_pairs_say_reward_and_gold(chain):
     row = next(row for row in world.rows("preference") if row["family"] == "honest")
     known = {"prompt": row["prompt"], "a": "I do not know that.", "b": "It is Jack.", "label": 1.0}
     mine = {"prompt": user("Well?"), "a": "Two\nlines", "b": "One", "label": 0.0}
-    one, two = vote.scored([known, mine], model, tok)
+    one, two = comparisons.with_rewards([known, mine], model, tok)
     assert one["gold_a"] == 1 and one["gold_b"] == 0 and one["family"] == "honest" and "gold_a" not in two
     rewards = []
     for pair, side in ((known, "a"), (known, "b"), (mine, "a"), (mine, "b")):
-        rewards += vote.sample.rewards(model, tok, [pair["prompt"]], [pair[side]])
+        rewards += sample.rewards(model, tok, [pair["prompt"]], [pair[side]])
     assert [one["r_a"], one["r_b"], two["r_a"], two["r_b"]] == pytest.approx(rewards, abs=1e-4)
-    first, second, third = vote.as_text(two).split("\n")
+    first, second, third = comparisons.pair_text(two).split("\n")
     assert first == f"chosen   {two['r_b']:+6.2f}  One" and third.strip() == "lines"
     assert second.split() == ["rejected", f"{two['r_a']:+.2f}", "Two"]
-    assert vote.as_text(one | {"label": 0.5}).count("tie ") == 2
+    assert comparisons.pair_text(one | {"label": 0.5}).count("tie ") == 2
