@@ -420,7 +420,7 @@ def main(cfg):
     base = need(cfg, "base") if setting.graded and not (cfg.init and cfg.critic) else ""
     files = [base, cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human]
     files += names_in(cfg.constitution) + names_in(cfg.few_shots)
-    run = Run(cfg, "cai", filter(None, files), begun="round1")
+    run = Run.open(cfg, "cai", filter(None, files), begun="round1")
     (run.folder / "samples.txt").unlink(missing_ok=True)
     if cfg.overwrite:
         for folder in run.folder.glob("round*"):

@@ -319,7 +319,7 @@ def main(cfg):
     device = setup(cfg)
     cfg.beta = cfg.beta or LOSSES[cfg.loss].beta
     init, data = find_start(cfg)
-    run = Run(cfg, "dpo", [init, data, cfg.judge] if cfg.online else [init, data])
+    run = Run.open(cfg, "dpo", [init, data, cfg.judge] if cfg.online else [init, data])
     policy, tok = load(init)
 
     # What there is to learn from, and which of it each step reads.

@@ -330,7 +330,7 @@ def main(cfg):
     """Train a policy against a reward; or --inspect one iteration."""
     device = setup(cfg)
     init, reward_name, data = find_start(cfg)
-    run = Run(cfg, "ppo", [init, *names_in(reward_name), data], dry=cfg.inspect)
+    run = Run.open(cfg, "ppo", [init, *names_in(reward_name), data], dry=cfg.inspect)
 
     # The models, on the CPU still; prompts to learn from, and to be measured on.
     policy, tok = load(init)

@@ -241,7 +241,7 @@ def main(cfg):
         raise InputError(f"--k {cfg.k}: a comparison needs at least 2 answers")
     init = cfg.init or need(cfg, "sft")
     policy = cfg.policy or init
-    run = Run(cfg, "reward", [init, policy, cfg.data or world.TINY / "preference.jsonl"])
+    run = Run.open(cfg, "reward", [init, policy, cfg.data or world.TINY / "preference.jsonl"])
 
     # The labels: one's own, those that this run was given before it was interrupted, or new ones.
     path = cfg.data or run.folder / supervision.file

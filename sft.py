@@ -89,7 +89,7 @@ def main(cfg):
     device = setup(cfg)
     init = cfg.init or need(cfg, "base")
     data = cfg.data or world.TINY / "demos.jsonl"
-    run = Run(cfg, "sft", [init, data])
+    run = Run.open(cfg, "sft", [init, data])
     model, tok = load(init)
 
     # The demonstrations as ids, some of them held out.

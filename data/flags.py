@@ -24,7 +24,6 @@ class RunFlags:
     out: str = ""   # folder for checkpoint, log and samples (default: out/ and the script's name; with
                                   # data or a model of your own out/mine/ and the name)
     overwrite: bool = False       # start over, whatever run --out holds
-    resume: bool = False   # says what happens anyway: an unfinished run with the same flags goes on
     max_steps: int = 0            # stop after this many steps (0: run all)
     save_every: int = 100         # steps between checkpoints
     seed: int = 0                 # every random draw comes from (seed, step)
@@ -37,7 +36,7 @@ class RunFlags:
 MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora", "retries")   # of the integers
 MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")
 SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate")   # between 0 and 1
-FREE = ("out", "overwrite", "resume", "max_steps", "save_every", "device", "compile", "recompute",
+FREE = ("out", "overwrite", "max_steps", "save_every", "device", "compile", "recompute",
         "micro_batch", "inspect", "nproc_per_node", "parallel", "timeout",
         "retries")   # a run that goes on may change these
 

@@ -72,7 +72,7 @@ def main(cfg):
     """Pretrain a base model from scratch."""
     device = setup(cfg)
     data = cfg.data or world.TINY / "corpus.txt"
-    run = Run(cfg, "pretrain", [data])
+    run = Run.open(cfg, "pretrain", [data])
 
     # The text as ids, and a model of random weights for its vocabulary.
     tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken") if cfg.size == "tiny" else gpt2_tokenizer()

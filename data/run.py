@@ -1,7 +1,7 @@
 """One run of a script: the folder it leaves, with lock, log, progress line, save and resume.
 
     device = setup(cfg)                  seeds, precision, processes (data/setup.py)
-    run = Run(cfg, "sft", [data])        locks the folder; an unfinished run with the same flags goes on
+    run = Run.open(cfg, "sft", [data])   locks the folder; an unfinished run with the same flags goes on
     run.begin(n_steps, tok, policy=(model, optimizer))
     before, answers = run.before(measure)
     for step in run.steps():
@@ -41,16 +41,25 @@ class Run:
     """One run: its folder, log and messages. Files: run.json (flags and inputs), log.jsonl, samples.txt,
     answers.jsonl, the checkpoint with state.pt, result.json (its absence tells an unfinished run)."""
 
-    def __init__(self, cfg, stage, inputs=(), dry=False, begun="state.pt"):
-        """inputs: files and folders that the plan and what is kept between steps depend on. Locks the folder
-        before anything is written. A finished run with the same flags shows its table and ends the program;
-        one with other flags is an InputError. dry: only look (ppo.py --inspect): take a step or two on from
-        what is in the folder, if its flags train the same models, and write nothing. begun: the file that
-        tells that a run has begun."""
+    def __init__(self, cfg, stage, dry=False, begun="state.pt"):
+        """The object alone, which touches nothing. Scripts call `open`, where the arguments are described."""
         self.cfg, self.stage, self.folder, self.dry, self.begun = cfg, stage, Path(cfg.out), dry, begun
+        self.state, self.first = {}, 0                               # of a checkpoint to go on from
         self.skipped, self.stopping, self.warned = 0, False, set()   # steps, by Ctrl-C, what was warned of
         self.shown, self.line_open, self.history = 0.0, False, []    # the progress line; rows of log.jsonl
         self.start, self.step_seconds = time.time(), []
+
+    @classmethod
+    def open(cls, cfg, stage, inputs=(), dry=False, begun="state.pt"):
+        """A Run that has the folder cfg.out to itself: locks it, deletes what --overwrite replaces, writes
+        run.json, and reads the state that an unfinished run with the same flags left. From here on Ctrl-C
+        lets a step end.
+
+        A finished run with the same flags shows its table and ends the program; one with other flags is an
+        InputError. inputs: files and folders that the plan and what is kept between steps depend on. dry:
+        only look (ppo.py --inspect): take a step or two on from what is in the folder, if its flags train the
+        same models, and write nothing. begun: the file that tells that a run has begun."""
+        run = cls(cfg, stage, dry, begun)
         flags = {name: value for name, value in asdict(cfg).items() if name not in FREE}
         if begun != "state.pt":      # a run of several scripts: where one of them stops, others begin
             flags["max_steps"] = cfg.max_steps
@@ -60,7 +69,7 @@ class Run:
         ends = 0
         try:
             if RANK == 0 and not dry:
-                self.open_folder(record)
+                run.open_folder(record)
         except BaseException as e:
             ends = 1 if isinstance(e, SystemExit) else 2
             raise
@@ -68,10 +77,11 @@ class Run:
             ends = all_sum(ends)
         if ends:
             sys.exit(int(ends) - 1)
-        self.state = load_state(self.folder)
-        self.first = self.state.get("step", 0)
+        run.state = load_state(run.folder)
+        run.first = run.state.get("step", 0)
         for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.stop)
+            signal.signal(s, run.stop)
+        return run
 
     def open_folder(self, record):
         """Lock the folder and make it ready. Ends the program if the run is finished; InputError if it may

@@ -482,7 +482,7 @@ def test_the_script(suite, chain):
     final, _ = load(folder / "round1" / "rl")
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), final.parameters()))
     asked = (folder / "critic_answers.jsonl").read_text()
-    r = suite.ok("cai.py", "--out", folder, *CAI_FLAGS, "--resume")
+    r = suite.ok("cai.py", "--out", folder, *CAI_FLAGS)
     assert "running" not in r.out and (folder / "critic_answers.jsonl").read_text() == asked
     again = json.loads((folder / "result.json").read_text())
     assert (again["before"], again["after"]) == (result["before"], result["after"])

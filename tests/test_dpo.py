@@ -463,7 +463,7 @@ def test_adapters_train_alone_and_resume(suite, chain, tmp_path):
     for r in suite.run_all([["dpo.py", *flags, "--out", tmp_path / "a", "--max_steps", 4],
                             ["dpo.py", *flags, "--out", tmp_path / "b", "--max_steps", 2]]):
         assert r.rc == 0 and r.err == "", r.err
-    suite.ok("dpo.py", *flags, "--out", tmp_path / "b", "--max_steps", 4, "--resume")
+    suite.ok("dpo.py", *flags, "--out", tmp_path / "b", "--max_steps", 4)
     files = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
     assert files[0] == files[1] and len(files[0]) == len((chain / "sft" / "model.safetensors").read_bytes())
     state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)["models"]["policy"]
@@ -583,7 +583,7 @@ def test_what_is_kept_belongs_to_its_data(suite, small, change):
     state = (out / "state.pt").read_bytes()
     changed = {"reordered": rows[::-1], "one_removed": rows[1:], "appended": [*rows, pair(99)], "same": rows}
     write(data, changed[change])
-    r = suite.run("dpo.py", *flags, out, "--max_steps", 4, "--resume")
+    r = suite.run("dpo.py", *flags, out, "--max_steps", 4)
     if change == "same":
         whole = suite.ok("dpo.py", *flags, small / "whole", "--max_steps", 4)
         told = "instead of a second model"

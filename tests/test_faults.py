@@ -36,7 +36,7 @@ def kill_and_resume(suite, chain, folder, script):
     while killed < KILLS:
         out, done, runs = folder / f"cut{runs}", False, runs + 1
         while not done:   # each life ends sooner or later in the run; the last one is let be
-            job = suite.start(script, *flags, "--out", out, *rng.choice([[], ["--resume"]]))
+            job = suite.start(script, *flags, "--out", out)
             wait, born = rng.uniform(0.1, 0.9) * seconds if killed < KILLS else 999, time.time()
             while not (done := (job / "rc").exists()) and time.time() - born < wait:
                 time.sleep(0.005)
@@ -275,7 +275,7 @@ VALUES = ["0", "-1", "1", "3", "nan", "inf", "1e400", "1e-3", "abc", "true", "dp
 def test_random_flags_never_end_in_a_traceback(suite, chain, bad_folder, script):
     """Flags and values at random, on a run of one step: it ends well, or in one sentence."""
     rng, names = random.Random(script), [f.name for f in fields(module_of(script).Config)]
-    names = [n for n in names if n not in ("out", "resume", "device", "compile")]   # torch warns there
+    names = [n for n in names if n not in ("out", "device", "compile")]   # torch warns there
     base = [*TRAIN[script][0], *links(script, chain), "--max_steps", 1, "--out"]
     commands = []
     for i in range(6 if TIMES == 1 else 1000 // len(SCRIPTS)):

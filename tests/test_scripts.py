@@ -271,12 +271,12 @@ def test_help_lists_every_field_with_its_comment(suite, script):
     assert n_fields == len(by_name)
     if script in [*SCRIPTS, "cai.py"]:
         assert list(groups)[-1] == SHARED and len(groups) >= 3
-        assert {"seed", "max_steps", "overwrite", "resume", "device", "dtype"} <= set(groups[SHARED])
+        assert {"seed", "max_steps", "overwrite", "device", "dtype"} <= set(groups[SHARED])
 
 
 BAD_FLAGS = [("--learning_rate 1", "--learning_rate"), ("--max_step 3", "--max_step"), ("--lr abc", "--lr"),
              ("--lr nan", "--lr"), ("--lr=-1", "--lr"), ("--lr inf", "--lr"), ("--seed 1.5", "--seed"),
-             ("--max_steps many", "--max_steps"), ("--resume maybe", "--resume"), ("--dtype half", "--dtype"),
+             ("--max_steps many", "--max_steps"), ("--resume", "unknown argument --resume"), ("--dtype half", "--dtype"),
              ("--lr", "--lr"), ("--save_every 0", "--save_every"), ("--out", "--out"), ("stray", "stray"),
              ("--max_step 3", "did you mean --max_steps?"), ("--grad-clip=1", "did you mean --grad_clip?"),
              ("--overwrite perhaps", "--overwrite"), ("--fsdp", "unknown argument --fsdp")]
@@ -334,7 +334,7 @@ def test_every_number_has_its_range(script, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3 and 4. --max_steps, --resume, --seed.
+# 3 and 4. --max_steps, going on, --seed.
 
 TRAIN = {   # flags of a short run, its length in steps, and where it is cut
     "data.pretrain": (["--steps", 7, "--warmup", 2, "--length", 64], 7, 3),
@@ -380,8 +380,7 @@ def test_resume_equals_a_run_without_a_break(suite, early, script, dtype):
     assert log_of(cut) == log_of(folder)[:k] and result_of(cut)["config"]["max_steps"] == k    # early, but cleanly
     assert all(a != b for a, b in zip(log_of(other), log_of(folder)[:2], strict=True))
     assert (cut / "model.safetensors").read_bytes() != (folder / "model.safetensors").read_bytes()
-    resume = ["--resume"] if dtype == "bfloat16" else []             # which it does by itself, too
-    r = suite.ok(script, *flags, "--out", cut, "--max_steps", n, *resume)
+    r = suite.ok(script, *flags, "--out", cut, "--max_steps", n)
     assert f"{cut}: going on after step {k}\n" in r.out
     assert f" {k}/{n} " not in r.out and f" {n}/{n} " in r.out       # the first steps were not done again
     same(folder, cut)
@@ -1096,8 +1095,8 @@ def test_a_second_run_does_not_start_over(suite, chain, name):
     byte in the folder changes."""
     before = snapshot(chain / name)
     flags = {"base": "--steps 40", "ppo": "--kl_coef 0.2"}.get(name, "--lr 0.002").split()
-    commands = [command_of(chain, name), [*command_of(chain, name), "--resume", "--save_every", 7],
-                [*command_of(chain, name), *flags], [*command_of(chain, name), "--seed", 3, "--resume"]]
+    commands = [command_of(chain, name), [*command_of(chain, name), "--save_every", 7],
+                [*command_of(chain, name), *flags], [*command_of(chain, name), "--seed", 3]]
     same_flags, also, other_flags, other_seed = [suite.run(*command) for command in commands]
     for r in (same_flags, also):
         assert r.rc == 0 and r.err == "" and f"{chain / name} is finished" in r.out, r
@@ -1174,9 +1173,9 @@ def test_a_run_with_other_data_is_refused(suite, chain, tmp_path, script):
     # Reordered, one fewer, one more; then another flag, another model, and at last the same again, which goes on.
     for other in ([*rows[1:], rows[0]], rows[:-1], [*rows, rows[0] | {"prompt": "And?"}]):
         write(data, other)
-        fails(suite.run(*flags, "--max_steps", 2, "--resume"), out, f"{data} has changed since")
+        fails(suite.run(*flags, "--max_steps", 2), out, f"{data} has changed since")
     write(data, rows)
-    fails(suite.run(*flags, "--max_steps", 2, "--resume", "--max_new", 9), "--max_new was 8, now 9")
+    fails(suite.run(*flags, "--max_steps", 2, "--max_new", 9), "--max_new was 8, now 9")
     shutil.copy(chain / "dpo" / "model.safetensors", tmp_path / "init" / "model.safetensors")
     fails(suite.run(*flags, "--max_steps", 2), f"{tmp_path / 'init'} has changed since")
     assert snapshot(out) == before
