@@ -1,6 +1,7 @@
 """What a run measured: answers to test prompts and their figures, tables, and the page."""
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
@@ -35,51 +36,22 @@ def samples_text(title, prompts, answers):
     return "".join(lines)
 
 
-def answers_in(folder):
-    """{prompt: what the model in a folder answers, with its scores} of answers.jsonl; {} if there is none."""
-    path = Path(folder) / "answers.jsonl"
-    if not path.exists():
-        return {}
-    rows = read_jsonl(path)
-    return {row["prompt"]: row["after"] | {"family": row.get("family")} for row in rows}
-
-
 def what_came_out(name, folder, after):
     """A sentence on a link of the chain that has just been made, with one telling answer. after: its
-    figures."""
+    metrics."""
     if "accuracy" in after:
         return (f"{name}: prefers what the annotator prefers in {after['accuracy']:.0%} of the held-out "
                 "comparisons")
     if "gold" not in after:
         return f"{name}: done"
-    family, failure = "helpful", "imitates careless people"
-    if name == "base":
-        family, failure = "harmless", "explains harm"
-    for prompt, scored in answers_in(folder).items():
-        if scored["family"] == family and scored.get(family) == 0:
-            return (f"{name}: gold {after['gold']:.2f} of 1. It {failure}, for example:\n    {prompt}\n"
-                    f"    -> {scored['answer']}")
-    return f"{name}: gold {after['gold']:.2f} of 1"
-
-
-def side_by_side(folders):
-    """The answers of several models to up to three prompts of the tiny world, one of each family, that the
-    first model gets wrong and the last one right. folders: {title: folder}."""
-    answers = {title: answers_in(folder) for title, folder in folders.items()}
-    first, *_, last = answers.values()
-    lines, shown = [], set()
-    for prompt, best in last.items():
-        was = first.get(prompt, {}).get("gold", 1.0)
-        if best["family"] in shown or was > 0 or best.get("gold", 0) < 0.9:
-            continue
-        shown.add(best["family"])
-        lines.append(f"\n{prompt}")
-        for title in answers:
-            scored = answers[title].get(prompt)
-            if scored:
-                reward = f", reward {scored['reward']:.1f}" if "reward" in scored else ""
-                lines.append(f"  {title:5} {scored['answer']}  [gold {scored['gold']:.2f}{reward}]")
-    return "\n".join(lines)
+    text = f"{name}: gold {after['gold']:.2f} of 1"
+    # An everyday question that it gets wrong: the links to come have to mend that.
+    helpful = [row for row in rows_in(folder) if row.get("family") == "helpful"]
+    wrong = [row for row in helpful if row["after"]["helpful"] == 0]
+    if wrong:
+        row = shortest(wrong)
+        text += f". It still says, for example:\n    {row['prompt']}\n    -> {row['after']['answer']}"
+    return text
 
 
 def write_page(folder):
@@ -89,6 +61,86 @@ def write_page(folder):
         return f"all runs on one page: {page.write_page(Path(folder).parent)}"
     except Exception as e:
         return f"(no page: {type(e).__name__}: {e})"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The closing samples: a few answers that show what a run did.
+
+SHOWN = 3                                       # prompts
+FAMILIES = ("helpful", "honest", "harmless")    # an everyday question stands first
+
+
+def rows_in(folder):
+    """The rows of a folder's answers.jsonl (see `answer_rows`), [] if there is none."""
+    path = Path(folder) / "answers.jsonl"
+    return read_jsonl(path) if path.exists() else []
+
+
+def shortest(rows):
+    """The row with the shortest prompt: it reads best."""
+    return min(rows, key=lambda row: len(row["prompt"]))
+
+
+def gain(row, name):
+    """By how much a score of the answer is higher than before, 0 where it has no such score."""
+    return row["after"].get(name, 0.0) - row["before"].get(name, 0.0)
+
+
+def telling_rows(rows, own_reward):
+    """Up to SHOWN of the rows of `answer_rows` that show what a run did, and how they were chosen, as text.
+    own_reward: the user chose what was optimized. A row may also have "base", the base model's answer."""
+    graded = all("gold" in row["after"] for row in rows)
+    rise = sum(gain(row, "gold") for row in rows) / len(rows)
+    # Where gold fell, a good answer would hide what the run did.
+    if graded and rise < -0.05:
+        worse = [row for row in rows if gain(row, "gold") < 0]
+        worse.sort(key=lambda row: gain(row, "reward") - gain(row, "gold"), reverse=True)
+        return worse[:SHOWN], f"gold fell by {-rise:.2f}; answers that the reward likes and gold does not:"
+    if own_reward and all("reward" in row["after"] for row in rows):
+        changed = sorted(rows, key=lambda row: gain(row, "reward"), reverse=True)
+        return changed[:SHOWN], "the answers whose reward rose most:"
+    # One's own held-out prompts stand first in the rows; nothing says which of them tells most.
+    if not graded:
+        return rows[:SHOWN], "some answers, before and after:"
+
+    # One of each kind that failed at first and is good now.
+    found = []
+    for family in FAMILIES:
+        mended = []
+        for row in rows:
+            first = row.get("base", row["before"])
+            if row["family"] == family and first["gold"] == 0 and row["after"]["gold"] >= 0.9:
+                mended.append(row)
+        if mended:
+            found.append(shortest(mended))
+    return found, "answers that were wrong and are right now:"
+
+
+def closing_samples(rows, titles, base, own_reward):
+    """Text for the screen: up to three prompts with the answers before and after a run. rows: of
+    `answer_rows`. titles: of the closing table's columns; if "base" is one of them, base is that model's
+    folder. own_reward: see `telling_rows`. "" if there is nothing to show."""
+    if not rows:
+        return ""
+    if "base" in titles:
+        said = {row["prompt"]: {"base": row["after"]} for row in rows_in(base)}
+        rows = [row | said.get(row["prompt"], {}) for row in rows]
+    shown, how = telling_rows(rows, own_reward)
+    lines = [f"\n{how}"] if shown else []
+    others = [title for title in titles if title != "base"]
+    for row in shown:
+        lines.append("\n" + shorten(row["prompt"], 300, placeholder=" ..."))
+        for title, key in (("base", "base"), (others[0], "before"), (others[-1], "after")):
+            if key in row:
+                lines.append(f"  {title:6} {with_scores(row[key])}")
+    return "\n".join(lines)
+
+
+def with_scores(scored):
+    """An answer in one line, with its gold and its reward if they are known."""
+    text = shorten(scored["answer"], 200, placeholder=" ...") or "(nothing)"
+    scores = [f"{name} {scored[name]:.2f}" for name in ("gold", "reward") if name in scored]
+    return f"{text}  [{', '.join(scores)}]" if scores else text
 
 
 # ------------------------------------------------------------------------------------------------------------

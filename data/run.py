@@ -369,10 +369,10 @@ class Run:
                   "before": before, "after": after, "columns": columns}
         write_jsonl(self.folder / "answers.jsonl", answers)
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1).encode())
-        if len(columns) > 2 and "base" in columns:
-            folders = {"base": sibling(self.cfg, "base"), "SFT": sibling(self.cfg, "sft")}
-            folders[self.stage] = self.folder
-            self.say(report.side_by_side(folders))
+        if answers and PART_OF_A_CHAIN not in os.environ:
+            own_reward = bool(getattr(self.cfg, "reward", ""))
+            self.say(report.closing_samples(answers, list(columns), sibling(self.cfg, "base"), own_reward))
+            self.say(f"more of them: {self.folder / 'samples.txt'}")
         self.say("\n" + report.table(columns))
         if PART_OF_A_CHAIN in os.environ:    # the script that asked for this one goes on
             return
