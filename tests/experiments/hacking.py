@@ -36,9 +36,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from data import InputError, read_json, report, write_atomic   # noqa: E402
+from data import InputError, read_json, read_jsonl, report, write_atomic   # noqa: E402
 from data.flags import program   # noqa: E402
-from data.world import read_jsonl   # noqa: E402
 
 BIASES = {"length": 0.7, "confidence": 1.0, "sycophancy": 2.0}    # --bias_NAME of reward.py
 REWARDS = {   # reward models: flags of reward.py
