@@ -53,7 +53,8 @@ from data.rewards import judge_of
 from data.run import Run
 from data.setup import adamw, batches, cosine, set_lr, setup
 from data.sample import read_prompts
-from model import freeze, logprobs_from, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
+from model import (cast_weights, freeze, logprobs_from, pad_batch, refresh, sampling_copy, token_logprobs,
+                   with_lora)
 
 # ------------------------------------------------------------------------------------------------------------
 # The losses as pure functions: (B,) of h (B,), the chosen answer's implicit reward minus the rejected one's,
@@ -343,10 +344,10 @@ def main(cfg):
     # reference is a second model, loaded when one is needed: for new answers, and for the KL at the end.
     reference = None
     if cfg.lora:
-        reference = freeze(policy).to(device)
+        reference = cast_weights(freeze(policy)).to(device)
         policy = with_lora(reference, cfg.lora)
     elif cfg.online:
-        reference = freeze(load(init)[0]).to(device)
+        reference = cast_weights(freeze(load(init)[0])).to(device)
     sampler = sampling_copy(policy).to(device)
     policy = prepare(policy, cfg, device)
     optimizer = adamw(policy, cfg.weight_decay, eps=1e-6)
@@ -409,7 +410,7 @@ def main(cfg):
     # How good the policy has become, and how far it is from the reference.
     after, answers = measure("after")
     if reference is None:
-        reference = freeze(load(init)[0]).to(device)
+        reference = cast_weights(freeze(load(init)[0])).to(device)
     after["kl"], _ = report.mean_kl(sampler, reference, tok, answers.prompt_ids, answers.ids)
     if tests.graded:
         after["win_rate"] = report.win_rate(first_answers, answers.scored)

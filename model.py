@@ -349,21 +349,26 @@ def init_score(weight):
 
 
 def freeze(model):
-    """Freeze a model in place and return it: no gradients, and its layers' weights kept in the dtype of their
-    products, to which they would be cast anyway: half the memory, the same numbers. For what is never
-    trained: reference, reward model, LoRA's trunk."""
+    """Set requires_grad to False for every parameter of a model. Returns the model."""
+    return model.requires_grad_(False)
+
+
+def cast_weights(model):
+    """Cast the weights of a model's linear layers, in place, to the dtype of their products, for which they
+    would be cast in every call anyway: half the memory, the same numbers. For what is never trained: a
+    reference, a reward model, LoRA's trunk. Returns the model."""
     for layer in model.h.modules():
         if isinstance(layer, Linear) and Linear.compute_dtype:
             layer.to(Linear.compute_dtype)
-    return model.requires_grad_(False)
+    return model
 
 
 def sampling_copy(model):
     """A frozen copy of the model to sample from, its weights and its head cast once instead of for every
     token. `refresh` brings it up to date."""
-    # Copy what is trained, share what is frozen (and was cast by `freeze`).
+    # Copy what is trained, share what is frozen, which is cast in the model itself as well.
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    sampler = freeze(copy.deepcopy(model, shared))
+    sampler = cast_weights(freeze(copy.deepcopy(model, shared)))
 
     # Its head is a layer of its own, which the embedding does not share any more.
     head = sampler.head().detach().clone()
@@ -432,6 +437,14 @@ def pad_batch(rows, pad_id, device="cpu", length=None):
     lens = torch.tensor([len(row) for row in rows])
     real = torch.arange(T) < lens[:, None]
     return ids.to(device, non_blocking=True), real.to(device, non_blocking=True)
+
+
+def pad_answers(rows, pad_id, device="cpu"):
+    """Rows (prompt, answer), two lists of ids each -> right-padded ids (B, T) int64, prompt before answer, and
+    a mask (B, T) that is True on the answers."""
+    ids, real = pad_batch([prompt + answer for prompt, answer in rows], pad_id, device)
+    starts = torch.tensor([len(prompt) for prompt, _ in rows], device=device)
+    return ids, real & (torch.arange(ids.shape[1], device=device) >= starts[:, None])
 
 
 def pick_token(logits, u, top_k=0, top_p=1.0):

@@ -51,8 +51,8 @@ from data.rewards import Rewards
 from data.run import Run
 from data.setup import RELABEL, adamw, seeded, set_lr, setup
 from data.sample import read_prompts
-from model import (compare_policies, freeze, last_token, refresh, sampling_copy, token_logprobs, token_values,
-                   with_lora)
+from model import (cast_weights, compare_policies, freeze, last_token, refresh, sampling_copy, token_logprobs,
+                   token_values, with_lora)
 
 
 @dataclass
@@ -256,16 +256,16 @@ def add_mean(sums, n, **figures):
 
 def load_models(policy, init, reward_models, cfg):
     """(policy, reference, value model or None), still on the CPU, of a policy that was loaded from init. A
-    value model is copied from a reward model before that is frozen, which casts weights."""
+    value model is copied from a reward model before that one's weights are cast."""
     use_value, value = cfg.advantage == "gae", None
     if cfg.lora:
         # One frozen trunk: the reference is the policy without its adapters, the value model has its own.
-        reference = freeze(policy)
+        reference = cast_weights(freeze(policy))
         policy = with_lora(reference, cfg.lora)
         if use_value:
             value = with_lora(reference, cfg.lora, scalar_head=True)
     else:
-        reference = freeze(copy.deepcopy(policy))
+        reference = cast_weights(freeze(copy.deepcopy(policy)))
         if use_value:
             reads = [model for model in reward_models if model.cfg.scalar_head]
             value = copy.deepcopy(reads[0]) if reads else load(init, head="new")[0]
@@ -279,7 +279,9 @@ def prepare_models(policy, reference, value, reward_models, relabels, cfg, devic
     if value is not None:
         trained["value"] = (prepare(value, cfg, device), adamw(value, eps=1e-5))
     for model in reward_models:
-        prepare(model if relabels else freeze(model), cfg, device)
+        if not relabels:
+            cast_weights(freeze(model))
+        prepare(model, cfg, device)
     if relabels:
         trained["reward_model"] = (reward_models[0], adamw(reward_models[0], weight_decay=0.01))
     if cfg.lora:    # the trunk that the adapters share: not sharded

@@ -13,7 +13,7 @@ from data.files.checkpoint import load
 from data.flags import function_of, names_in
 from data.parallel import RANK, all_sum, in_chunks
 from data.process import implicit_logits, implicit_rewards, rewards_at_tokens, step_logits
-from model import freeze, last_token
+from model import cast_weights, freeze, last_token
 
 BETA = 0.3    # of an implicit reward if the policy's run.json names none: dpo.py's default
 
@@ -172,7 +172,7 @@ def rewards_on(flag, name, device):
     """The Rewards that a flag names, to judge with: their models frozen and on the device."""
     rewards = Rewards(flag, name)
     for model in rewards.models():
-        freeze(model).to(device)
+        cast_weights(freeze(model)).to(device)
     return rewards
 
 

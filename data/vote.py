@@ -20,7 +20,7 @@ from data.chain import need
 from data.files.checkpoint import load
 from data.flags import names_in, program
 from data.setup import seeded, setup
-from model import freeze
+from model import cast_weights, freeze
 
 KEYS = "1, 2, t(ie), s(kip), u(ndo), q(uit)"
 
@@ -137,7 +137,7 @@ def main(cfg):
     policies = [sample.load_sampler(name, device) for name in names]
     if reward:
         reward_model, reward_tok = load(reward, head="score")
-        reward_model = freeze(reward_model).to(device)
+        reward_model = cast_weights(freeze(reward_model)).to(device)
     rows, _ = formats.load(cfg.data or world.TINY / "preference.jsonl", "prompt")
     seen = [vote["prompt"] for vote in votes]
     rows = [row for row in random.Random(cfg.seed).sample(rows, len(rows)) if row["prompt"] not in seen]

@@ -31,8 +31,8 @@ from data.parallel import in_chunks, micro_batches  # noqa: E402
 from data.files.tokenizer import Tokenizer, tokenizer_from_ranks  # noqa: E402
 from data.world import build   # noqa: E402
 from model import (GPT, GPTConfig, answer_rewards, attention, attention_bias, compare_policies,  # noqa: E402
-                   freeze, generate, last_token, pad_batch, pick_token, refresh, sampling_copy,
-                   token_logprobs, token_values, with_lora)
+                   cast_weights, freeze, generate, last_token, pad_answers, pad_batch, pick_token, refresh,
+                   sampling_copy, token_logprobs, token_values, with_lora)
 
 torch.set_num_threads(1)
 f64 = torch.float64
@@ -1150,7 +1150,7 @@ def test_a_sampling_copy_gives_the_same_numbers(dialect, rank, compute, monkeypa
     alone: otherwise answers come from another policy than the trained one, or CUDA graphs replay an old
     one."""
     monkeypatch.setattr(model_py.Linear, "compute_dtype", compute)
-    model = with_lora(freeze(tiny(dialect)), rank) if rank else tiny(dialect)
+    model = with_lora(cast_weights(freeze(tiny(dialect))), rank) if rank else tiny(dialect)
     before, ids = {k: v.clone() for k, v in model.state_dict().items()}, torch.randint(V, (3, 11))
     trained, sampler = names_of_trained(model), sampling_copy(model)
     assert not names_of_trained(sampler) and names_of_trained(model) == trained
@@ -1179,12 +1179,34 @@ def test_a_sampling_copy_gives_the_same_numbers(dialect, rank, compute, monkeypa
         assert sampler.wte.weight is model.wte.weight and sampler.wte is not model.wte
 
 
+@pytest.mark.parametrize("compute", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_freeze_changes_no_weight(compute, monkeypatch):
+    """Otherwise a model that is frozen for a while, or copied afterwards, has lost the lower bits of its weights."""
+    monkeypatch.setattr(model_py.Linear, "compute_dtype", compute)
+    model = tiny("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert freeze(model) is model and not names_of_trained(model)
+    for name, x in model.state_dict().items():
+        assert x.dtype == before[name].dtype and torch.equal(x, before[name])
+
+
+def test_answers_are_padded_behind_their_prompts():
+    """The mask is True on each token of the answer, its EOS included, and on nothing else. Otherwise a loss
+    trains on prompts or on padding, or misses the end of an answer."""
+    rows = [([5, 6, 7], [8, 2]), ([9], [3, 4, 4, 2]), ([1, 1], [])]
+    ids, mask = pad_answers(rows, 0)
+    assert ids.tolist() == [[5, 6, 7, 8, 2], [9, 3, 4, 4, 2], [1, 1, 0, 0, 0]] and ids.dtype == torch.int64
+    for b, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        assert mask[b].tolist() == [len(prompt) <= t < end for t in range(5)]
+
+
 @both
-def test_a_frozen_model_in_bf16_gives_the_same_numbers(dialect, monkeypatch):
+def test_cast_weights_give_the_same_numbers(dialect, monkeypatch):
     """Bit for bit: otherwise the KL to the reference would not start at 0."""
     monkeypatch.setattr(model_py.Linear, "compute_dtype", torch.bfloat16)
     model = tiny(dialect)
-    half, ids = freeze(copy.deepcopy(model)), torch.randint(V, (3, 11))
+    half, ids = cast_weights(copy.deepcopy(model)), torch.randint(V, (3, 11))
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     assert half.h[0].attn.qkv.weight.dtype == torch.bfloat16 and half.wte.weight.dtype == torch.float32
     assert model.h[0].attn.qkv.weight.dtype == torch.float32

@@ -16,9 +16,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import model as model_py
 from data import InputError, parallel
-from data import run as run_py
-from model import (GPT, GPTConfig, Linear, answer_rewards, compare_policies, freeze, generate, sampling_copy,
-                   token_logprobs, token_values, with_lora)
+from data import setup as setup_py
+from model import (GPT, GPTConfig, Linear, answer_rewards, cast_weights, compare_policies, freeze, generate,
+                   sampling_copy, token_logprobs, token_values, with_lora)
 
 V = 97
 DIALECTS = {"gpt2": {},
@@ -266,7 +266,7 @@ def test_packed_weights_change_no_bit(dialect, copied, how, monkeypatch):
     """Sampling with weights in oneDNN's order gives the bits of plain products, uses them for every layer and
     the head of a sampling copy, and leaves none behind. LoRA's trunk is packed like any layer."""
     monkeypatch.setattr(Linear, "compute_dtype", torch.bfloat16)
-    gpt = with_lora(freeze(small(dialect)), rank=2)
+    gpt = with_lora(cast_weights(freeze(small(dialect))), rank=2)
     sampler, prompts = sampling_copy(gpt) if copied else gpt, [[1, 2, 3], [4, 5], [7]] * 3
     used, product = [], torch.ops.mkldnn._linear_pointwise
 
@@ -311,13 +311,13 @@ def test_bf16_is_chosen_where_the_hardware_has_it(capability, bf16, monkeypatch)
     state, precision = random.getstate(), torch.get_float32_matmul_precision()
     try:
         for dtype, want in (("auto", bf16), ("float32", False), ("bfloat16", True)):
-            device = run_py.setup(SimpleNamespace(seed=0, device="", dtype=dtype))
+            device = setup_py.setup(SimpleNamespace(seed=0, device="", dtype=dtype))
             assert device == torch.device("cuda") and Linear.compute_dtype == (torch.bfloat16 if want else None)
         with pytest.raises(InputError, match="--device gpu"):
-            run_py.setup(SimpleNamespace(seed=0, device="gpu", dtype="auto"))
+            setup_py.setup(SimpleNamespace(seed=0, device="gpu", dtype="auto"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(InputError, match="--device cpu"):
-            run_py.setup(SimpleNamespace(seed=0, device="cuda", dtype="auto"))
+            setup_py.setup(SimpleNamespace(seed=0, device="cuda", dtype="auto"))
     finally:
         random.setstate(state)
         torch.set_float32_matmul_precision(precision)
@@ -437,7 +437,7 @@ def test_sampling_in_shares_is_sampling_as_a_whole(world, B, monkeypatch):
 def train(gpt, optimizer, seeds):
     """Some steps; the loss of each."""
     losses = []
-    run_py.set_lr(optimizer, 1e-2)
+    setup_py.set_lr(optimizer, 1e-2)
     for seed in seeds:
         ids, mask = batch(seed=seed)
         loss = token_logprobs(gpt, ids, mask).sum()
@@ -463,7 +463,7 @@ def test_state_of_model_and_optimizer_goes_round(dialect, rank, n_steps, monkeyp
             for name, p in gpt.named_parameters():
                 if name.endswith(".a.weight"):
                     p.copy_(torch.randn(p.shape) / 6)
-        return gpt, run_py.adamw(gpt, weight_decay=0.01)
+        return gpt, setup_py.adamw(gpt, weight_decay=0.01)
 
     gpt, optimizer = fresh()
     train(gpt, optimizer, range(n_steps))
