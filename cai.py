@@ -51,7 +51,7 @@ from data.principles import (accuracy, agreement, compare, constitution, count_f
 from data.run import Run
 from data.setup import seeded, setup
 from data.sample import (all_pairs, annotated, different_answers, ended, load_sampler, preference_row,
-                         respond, short_enough)
+                         sample_answers, short_enough)
 from data.world import build
 
 
@@ -295,7 +295,7 @@ def stage1(cfg, run, setting, n, model, critic_path):
         helpful = draw_rows(setting.helpful, cfg.helpful_prompts, f"{seed} helpful 1") * 2
         sampler, tok = load_sampler(model, setting.device)
         prompts = [row["prompt"] for row in red + helpful]
-        texts, _, ids = respond(sampler, tok, prompts, cfg.max_new, seeded(seed, 0), cfg.temperature)
+        texts, _, ids = sample_answers(sampler, tok, prompts, cfg.max_new, seeded(seed, 0), cfg.temperature)
 
         # 2. and 3. The critic criticises and revises what the red team was told.
         critic = make_critic(critic_path, cfg, setting.shots, setting.device)

@@ -87,7 +87,7 @@ def main(cfg):
             messages = []
             continue
         generator, turn = seeded(cfg.seed, turn), turn + 1
-        texts, _, _ = sample.respond(model, tok, [messages], cfg.max_new, generator, cfg.temperature)
+        texts, _, _ = sample.sample_answers(model, tok, [messages], cfg.max_new, generator, cfg.temperature)
         answer = texts[0].strip()
         print(f"model> {answer}", flush=True)
         messages.append({"role": "assistant", "content": answer})

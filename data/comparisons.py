@@ -107,8 +107,8 @@ def with_rewards(pairs, model, tok):
     """The same pairs with a reward model's rewards "r_a" and "r_b" and, where the prompt is the tiny world's,
     with its "family" and the gold "gold_a" and "gold_b"."""
     prompts = [pair["prompt"] for pair in pairs]
-    r_a = sample.rewards(model, tok, prompts, [pair["a"] for pair in pairs])
-    r_b = sample.rewards(model, tok, prompts, [pair["b"] for pair in pairs])
+    r_a = sample.rewards_of_texts(model, tok, prompts, [pair["a"] for pair in pairs])
+    r_b = sample.rewards_of_texts(model, tok, prompts, [pair["b"] for pair in pairs])
 
     # What gold judges by, such as the right answer, stands in the world's own rows.
     known, out = {str(row["prompt"]): row for row in world.rows("preference")}, []
@@ -231,8 +231,8 @@ def online_pairs(policy, tok, rows, judge, cfg, step):
     twice = []
     for row in rows:
         twice += [row, row]
-    texts, prompts, answers = sample.respond(policy, tok, [row["prompt"] for row in twice], cfg.max_new,
-                                             seeded(cfg.seed, step))
+    texts, prompts, answers = sample.sample_answers(policy, tok, [row["prompt"] for row in twice],
+                                                    cfg.max_new, seeded(cfg.seed, step))
     utilities, rng, out = judge(twice, texts), random.Random(f"{cfg.seed} {step}"), []
     noise = cfg.noise if cfg.judge == "annotator" else 0.0
 

@@ -49,7 +49,7 @@ from data.flags import names_in, program
 from data.principles import compare, constitution
 from data.rewards import rewards_on
 from data.setup import seeded, setup
-from data.sample import ended, load_sampler, respond, short_enough
+from data.sample import ended, load_sampler, sample_answers, short_enough
 
 CONTROL = "That is a great question! Thank you for asking. I hope this helps you."
 
@@ -184,7 +184,7 @@ def answer_and_measure(model, tok, reference, rows, cfg):
     """A model's answers (texts) to the prompts, and what can be said of it without a judge: {name: number}.
     reference: (model, tokenizer) that the KL is to."""
     prompts = [row["prompt"] for row in rows]
-    texts, asked, ids = respond(model, tok, prompts, cfg.max_new, seeded(cfg.seed, 0), cfg.temperature)
+    texts, asked, ids = sample_answers(model, tok, prompts, cfg.max_new, seeded(cfg.seed, 0), cfg.temperature)
     ref, ref_tok = reference
     same = tok.same_as(ref_tok)
     kl, entropy = report.mean_kl(model, ref if same else model, tok, asked, ids)
@@ -236,8 +236,8 @@ def best_answers(model, tok, rows, reward, ns, graded, cfg):
     many = []
     for row in rows:
         many += [row] * ns[-1]
-    texts, _, _ = respond(model, tok, [row["prompt"] for row in many], cfg.max_new, seeded(cfg.seed, 1),
-                          cfg.temperature)
+    texts, _, _ = sample_answers(model, tok, [row["prompt"] for row in many], cfg.max_new,
+                                 seeded(cfg.seed, 1), cfg.temperature)
 
     # What chooses, by the name of the gold score it leads to; (prompts, S) each.
     chosen_by = {"gold": reward.score_texts(many, texts)}

@@ -191,7 +191,7 @@ def own_prompts(rows, tok, longest, n):
 
 def measure(sampler, tok, tests, generator):
     """What a policy says to the test prompts, at temperature 1: figures {name: mean} and Answers."""
-    texts, prompt_ids, ids = sample.respond(sampler, tok, tests.prompts, tests.max_new, generator)
+    texts, prompt_ids, ids = sample.sample_answers(sampler, tok, tests.prompts, tests.max_new, generator)
     answers, figures = [{"answer": text.strip()} for text in texts], {}
     if tests.graded:
         figures = world.mean_scores(tests.rows, texts)

@@ -8,7 +8,10 @@ from data import InputError, parallel, world
 from data.files import formats
 from data.files.checkpoint import load
 from data.process import rewards_at_tokens, steps_of
-from model import freeze, pad_batch, sampling_copy
+from model import freeze, pad_answers, sampling_copy
+
+# ------------------------------------------------------------------------------------------------------------
+# Answers of a policy.
 
 
 def load_sampler(path, device):
@@ -17,20 +20,26 @@ def load_sampler(path, device):
     return sampling_copy(freeze(model)).to(device), tok
 
 
-def respond(model, tok, prompts, max_new, generator, temperature=1.0, batch=256):
+def sample_answers(model, tok, prompts, max_new, generator, temperature=1.0, batch=256):
     """One answer per prompt (lists of messages), of at most max_new tokens. Returns texts, prompts as ids and
-    answers as ids, lists in the order of the prompts; batches are sorted by length so that little is padded.
-    All draws come from generator, a CPU one."""
-    rows = [tok.render(prompt, generation_prompt=True)[0] for prompt in prompts]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    answers = [None] * len(rows)
-    for start in range(0, len(order), batch):
-        part = order[start: start + batch]
+    answers as ids, lists in the order of the prompts. All draws come from generator, a CPU one."""
+    asked = [tok.render(prompt, generation_prompt=True)[0] for prompt in prompts]
+    answers = [None] * len(asked)
+    # Prompts of similar length are answered together, so that little is padded.
+    for part in batches_by_length(asked, batch):
+        # A number for every token that may come, drawn in fp64 on the CPU: the same on every machine.
         draws = torch.rand(len(part), max_new, dtype=torch.float64, generator=generator)
-        ids, mask, _ = parallel.generate_in_shares(model, tok, [rows[i] for i in part], draws, temperature)
-        for i, x, m in zip(part, ids.cpu(), mask.cpu()):
-            answers[i] = x[m].tolist()
-    return [tok.decode(ids) for ids in answers], rows, answers
+        ids, mask, _ = parallel.generate_in_shares(model, tok, [asked[i] for i in part], draws, temperature)
+        for i, row, on in zip(part, ids.cpu(), mask.cpu()):
+            answers[i] = row[on].tolist()
+    texts = [tok.decode(ids) for ids in answers]
+    return texts, asked, answers
+
+
+def batches_by_length(rows, batch):
+    """The numbers of rows (lists), the shortest first, in lists of `batch`."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [order[start: start + batch] for start in range(0, len(order), batch)]
 
 
 def ended(tok, ids):
@@ -39,8 +48,14 @@ def ended(tok, ids):
 
 
 def short_enough(tok, rows, longest):
-    """The rows whose prompt takes at most `longest` tokens."""
-    return [row for row in rows if len(tok.render(row["prompt"], generation_prompt=True)[0]) <= longest]
+    """The rows whose prompt takes at most `longest` tokens. A longer one is left out and not cut: what is cut
+    off may be the question."""
+    found = []
+    for row in rows:
+        prompt, _ = tok.render(row["prompt"], generation_prompt=True)
+        if len(prompt) <= longest:
+            found.append(row)
+    return found
 
 
 def read_prompts(run, path, tok, longest):
@@ -59,28 +74,39 @@ def read_prompts(run, path, tok, longest):
 def different_answers(model, tok, rows, k, max_new, generator, temperature=1.0):
     """Up to k different answers to the prompt of each row, finished and not empty: a list of texts per
     row."""
-    at = []
-    for i in range(len(rows)):
-        at += [i] * k
-    texts, _, ids = respond(model, tok, [rows[i]["prompt"] for i in at], max_new, generator, temperature)
-    found = [[] for _ in rows]
-    for i, text, answer in zip(at, texts, ids):
-        text = text.strip()
-        if ended(tok, answer) and text and text not in found[i]:
-            found[i].append(text)
+    prompts = []
+    for row in rows:
+        prompts += [row["prompt"]] * k
+    texts, _, ids = sample_answers(model, tok, prompts, max_new, generator, temperature)   # k of a row each
+
+    # One that was cut off says less of the policy than of max_new; nobody can choose between equal ones.
+    found = []
+    for start in range(0, len(prompts), k):
+        different = []
+        for text, answer in zip(texts[start: start + k], ids[start: start + k]):
+            text = text.strip()
+            if ended(tok, answer) and text and text not in different:
+                different.append(text)
+        found.append(different)
     return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the tiny world's annotator says of answers.
 
 
 def all_pairs(rows, answers):
     """[(row, a, b)] of every two of the different answers to each row's prompt."""
     pairs = []
     for row, texts in zip(rows, answers):
-        pairs += [(row, a, b) for a, b in combinations(texts, 2)]
+        for a, b in combinations(texts, 2):
+            pairs.append((row, a, b))
     return pairs
 
 
 def preference_row(row, a, b, p, **more):
     """A comparison row for reward.py and dpo.py; p is the share of people who prefer a."""
+    # Both files want the preferred answer first, as data sets of comparisons have it.
     if p < 0.5:
         a, b, p = b, a, 1 - p
     return {"prompt": row["prompt"], "chosen": a, "rejected": b, "label": p} | more
@@ -90,8 +116,8 @@ def annotated(pairs, annotator, rng):
     """Preference rows of pairs [(row, a, b)] by the tiny world's annotator. "ceiling" is its own chance to
     choose right, which bounds what any reward model can reach."""
     utilities = [(annotator.utility(row, a), annotator.utility(row, b)) for row, a, b in pairs]
-    noise = annotator.noise_for([u - v for u, v in utilities])
-    rows = []
+    # The noise is such that the annotator agrees with itself as often as asked for, over all of these pairs.
+    noise, rows = annotator.noise_for([u - v for u, v in utilities]), []
     for (row, a, b), (u, v) in zip(pairs, utilities):
         p = world.annotate(u, v, noise, rng)
         sure = world.choice_probability(u - v, noise)
@@ -100,16 +126,18 @@ def annotated(pairs, annotator, rng):
 
 
 def annotated_steps(rows, answers, annotator, rng):
-    """Process rows (data/files/formats.py) of the different answers (lists of texts) to each row's prompt: the tiny
-    world's annotator says of each step whether it is better than 1/2, half way between wrong and right."""
-    judged = []
+    """Process rows (data/files/formats.py) of the different answers (lists of texts) to each row's prompt:
+    the tiny world's annotator says of each step whether it is better than 1/2, half way between wrong and
+    right."""
+    # What each step is worth, and by how much it differs from 1/2: how hard it is to label.
+    judged, gaps = [], []
     for row, texts in zip(rows, answers):
         for text in texts:
             steps = steps_of(text)
-            judged.append((row, steps, annotator.step_utilities(row, steps)))
-    gaps = []
-    for _, _, utilities in judged:
-        gaps += [u - 0.5 for u in utilities]
+            utilities = annotator.step_utilities(row, steps)
+            judged.append((row, steps, utilities))
+            gaps += [u - 0.5 for u in utilities]
+
     noise, out = annotator.noise_for(gaps), []
     for row, steps, utilities in judged:
         labels = [world.annotate(u, 0.5, noise, rng) for u in utilities]
@@ -117,27 +145,27 @@ def annotated_steps(rows, answers, annotator, rng):
     return out
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Answers as text, read by a model.
+
+
 @torch.no_grad()
 def read_texts(read, tok, prompts, texts, device, longest, batch=64):
     """read(ids, mask) -> (B, T) applied to one finished answer (str) to each prompt (messages): a list of
     tensors (T,). Prompt, answer and EOS are cut at `longest` tokens, all that the model can read."""
-    rows, before = [], []
+    rows = []
     for prompt, text in zip(prompts, texts):
         given, answer = tok.render_answer(prompt, text.strip())
-        rows.append((given + answer)[:longest])
-        before.append(len(given))
-    out, order = [None] * len(rows), sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), batch):
-        part = order[start: start + batch]
-        ids, real = pad_batch([rows[i] for i in part], tok.pad_id, device)
-        prompt = torch.tensor([before[i] for i in part], device=device)[:, None]
-        mask = real & (torch.arange(ids.shape[1], device=device) >= prompt)                        # (B, T)
+        rows.append((given[:longest], answer[: max(0, longest - len(given))]))
+    out = [None] * len(rows)
+    for part in batches_by_length([given + answer for given, answer in rows], batch):
+        ids, mask = pad_answers([rows[i] for i in part], tok.pad_id, device)                       # (b, T)
         for i, values in zip(part, read(ids, mask).cpu()):
             out[i] = values
     return out
 
 
-def rewards(model, tok, prompts, texts, batch=64):
+def rewards_of_texts(model, tok, prompts, texts, batch=64):
     """Rewards (list of floats) of one answer (str) to each prompt (messages) by a reward model."""
     read = partial(rewards_at_tokens, model, tok)
     values = read_texts(read, tok, prompts, texts, model.wte.weight.device, model.cfg.max_len, batch)

@@ -381,7 +381,7 @@ def test_reward_process_says_what_the_steps_say(steps_model):
         == pytest.approx(process.errors_found(answers))
     assert after["reward_mean"] == pytest.approx(np.mean(sums), abs=1e-4) == model.cfg.reward_mean
     texts = ["".join(row["completions"]) for row in held]
-    assert np.mean(sample.rewards(model, tok, [row["prompt"] for row in held], texts)) == pytest.approx(0, abs=1e-4)
+    assert np.mean(sample.rewards_of_texts(model, tok, [row["prompt"] for row in held], texts)) == pytest.approx(0, abs=1e-4)
     samples = (folder / "samples.txt").read_text(encoding="utf-8")
     assert samples.count("score 0.") > 10 and samples.count("--- after") == 1
 

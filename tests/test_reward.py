@@ -153,7 +153,7 @@ def test_held_out_pairs_and_the_mean(suite, chain, tmp_path):
         assert [pair["gold_a"], pair["gold_b"]] == world.gold([row] * 2, [pair["a"], pair["b"]])
         for side in "ab":
             assert pair[f"r_{side}"] == pytest.approx(
-                sample.rewards(model, tok, [pair["prompt"]], [pair[side]])[0], abs=1e-4)
+                sample.rewards_of_texts(model, tok, [pair["prompt"]], [pair[side]])[0], abs=1e-4)
     samples = (folder / "samples.txt").read_text(encoding="utf-8")
     assert samples.count("--- before") == samples.count("--- after") == 1
     assert re.search(r"    -> (chosen|tie) +[+-]", samples)

@@ -23,7 +23,7 @@ from data import InputError, read_json, world, write_atomic, read_jsonl, write_j
 from data.files.checkpoint import load   # noqa: E402
 from data.flags import program   # noqa: E402
 from data.setup import seeded   # noqa: E402
-from data.sample import respond   # noqa: E402
+from data.sample import sample_answers   # noqa: E402
 from data.world.judge import METHODS, mentions   # noqa: E402
 from hacking import ROOT, make, spread   # noqa: E402
 from model import sampling_copy   # noqa: E402
@@ -163,7 +163,7 @@ def pairs_of(kind, pairs, family):
 def what_both_get(folder, seed):
     """Mean of what both kinds feel about a policy's answers to the test prompts: {kind: 0 to 1}."""
     tests, (policy, tok) = world.rows("test"), load(folder)
-    texts, _, _ = respond(sampling_copy(policy), tok, [row["prompt"] for row in tests], 32, seeded(seed, 1))
+    texts, _, _ = sample_answers(sampling_copy(policy), tok, [row["prompt"] for row in tests], 32, seeded(seed, 1))
     means = {}
     for kind in ("helpful", "harmless"):
         felt = [wants(row, text, kind) for row, text in zip(tests, texts)]
