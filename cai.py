@@ -62,7 +62,8 @@ class Config(RunFlags):
     init: str = ""                # the model to make harmless (default: helpful, a helpful-only model)
     critic: str = ""              # who critiques, revises and chooses: a model or http://HOST/v1 (default:
                                   # base in round 1 of the tiny world, else the model itself as it is then)
-    constitution: str = ""        # FILE or FILE,FILE, ours or Anthropic's (default: data/world/constitution.json)
+    constitution: str = ""        # FILE or FILE,FILE, ours or Anthropic's
+                                  # (default: data/world/constitution.json)
     about: str = "harmless"       # use principles about this, and those that do not say what they are about
     few_shots: str = ""           # examples to show the critic first: FILE or FILE,FILE, Anthropic's formats
     critic_test: str = ""         # only measure the critic on these comparisons, then stop

@@ -57,11 +57,13 @@ def keep_memory():
 
 
 def cpu_has_bf16():
-    """True where the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX); emulation would be
-    slower."""
+    """True where the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX) and oneDNN, which does it,
+    may use that (ONEDNN_MAX_CPU_ISA); emulation would be slower."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text() if info.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    if "avx512_bf16" not in flags and "amx_bf16" not in flags:
+        return False
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def choose_threads():

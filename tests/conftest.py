@@ -18,16 +18,19 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # the tests' tensors are small, and the other cores have scripts to run
+# What no test may depend on: RLHF_TEST_SEED moves the models of the chain below and their draws, RLHF_TEST_THREADS the
+# order of sums. (One thread: the tests' tensors are small, and the other cores have scripts to run.)
+SEED, THREADS = int(os.environ.get("RLHF_TEST_SEED", 0)), os.environ.get("RLHF_TEST_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = THREADS
 
 import pytest   # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# warnings are errors (but for a log left open by an error); one thread on the CPU, so that equal runs give equal bits; no
-# hub, and nothing written at home
-ENV = {**os.environ, "PYTHONWARNINGS": "error,ignore::ResourceWarning", "OMP_NUM_THREADS": "1", "COLUMNS": "400",
-       "CUDA_VISIBLE_DEVICES": "", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
+# warnings are errors (but for a log left open by an error); a fixed number of threads on the CPU, so that equal runs give
+# equal bits; no hub, and nothing written at home
+ENV = {**os.environ, "PYTHONWARNINGS": "error,ignore::ResourceWarning", "COLUMNS": "400", "CUDA_VISIBLE_DEVICES": "",
+       "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
 SERVER = r"""
 import json, os, runpy, signal, sys, traceback
 import numpy, tiktoken, torch
@@ -150,7 +153,7 @@ class Suite:
     def run(self, script, *args, **kw):
         return self.finish(self.start(script, *args, **kw))
 
-    def run_all(self, commands, timeout=60, **kw):
+    def run_all(self, commands, timeout=300, **kw):
         """The results of several [script, *args], in order; two run at a time."""
         jobs = []
         for i in range(len(commands)):
@@ -181,10 +184,12 @@ CAI_FLAGS = ["--prompts", 24, "--helpful_prompts", 40, "--max_steps", 8, "--k", 
 CHAIN = {   # folder: the script, its flags
     "base": ["data.pretrain", "--steps", 30],
     "sft": ["sft.py", "--max_steps", 20, "--warmup", 2, "--max_new", 24],
-    "reward": ["reward.py", "--prompts", 80, "--max_steps", 4, "--held_out", 0.3, "--max_new", 24,
+    "reward": ["reward.py", "--prompts", 80, "--epochs", 9, "--max_steps", 4, "--held_out", 0.3, "--max_new", 24,
                "--bias_length", 0.2],   # so weak a model scores 0: else all pairs would be ties
     "ppo": ["ppo.py", "--iterations", 3, "--rollouts", 16, "--value_warmup", 1, "--max_new", 16],
-    "dpo": ["dpo.py", "--max_steps", 3, "--max_new", 16]}
+    "dpo": ["dpo.py", "--epochs", 9, "--max_steps", 3, "--max_new", 16]}
+for command in CHAIN.values():
+    command += ["--seed", SEED]
 
 
 def pytest_collection_modifyitems(items):

@@ -252,9 +252,9 @@ def test_hostile_texts_stay_data(out):
 
 def test_small_and_quick(out):
     assert (out / "index.html").stat().st_size < 3e6
-    start = time.time()
+    start = time.process_time()      # of this process alone, however busy the machine is
     page.write_page(out)
-    assert time.time() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_without_torch():

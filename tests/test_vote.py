@@ -63,7 +63,7 @@ def test_no_vote_is_lost(suite, chain, tmp_path):
     def session():
         agreed.clear()
         sessions.append(Terminal([sys.executable, "-m", "data.vote", "--policy", chain / "sft", "--reward",
-                                  chain / "reward", "--out", tmp_path / "mine", "--max_new", "24"],
+                                  chain / "reward", "--out", tmp_path / "mine", "--max_new", "24", "--k", "8"],
                                  cwd=suite.root, env=suite.env))
         return sessions[-1]
 
@@ -117,13 +117,13 @@ def test_no_vote_is_lost(suite, chain, tmp_path):
         assert {want[-1]["chosen"], want[-1]["rejected"]} == {taken["chosen"], taken["rejected"]}
         t.until("q(uit)> ")
         t.type("\x03")
-        assert f"7 votes in {file}" in t.until("--init") and t.process.wait(20) == 0
+        assert f"7 votes in {file}" in t.until("--init") and t.process.wait(60) == 0
 
         t = session()
         for key in "22t12":
             vote(t, key)
         t.process.kill()
-        t.process.wait(20)
+        t.process.wait(60)
         file.write_bytes(file.read_bytes()[:-1])      # and the disk lost the last newline
 
         t = session()
@@ -133,7 +133,7 @@ def test_no_vote_is_lost(suite, chain, tmp_path):
             vote(t, key)
         t.until("q(uit)> ")
         t.type("\x04")
-        assert f"20 votes in {file}" in t.until("--init") and t.process.wait(20) == 0
+        assert f"20 votes in {file}" in t.until("--init") and t.process.wait(60) == 0
     finally:
         for t in sessions:
             t.process.kill()
@@ -161,7 +161,7 @@ def test_voting_between_two_policies_without_a_reward_model(suite, chain, tmp_pa
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "Hi\nthere"}, {"prompt": "much too long " * 99}])
     both = f"{chain / 'sft'},{chain / 'base'}"
     r = suite.ok("data/vote.py", "--policy", both, "--data", prompts, "--out", tmp_path / "v", "--max_new", 60,
-                 "--k", 12, stdin="t\n", env={"PYTHONPATH": str(suite.root)})
+                 "--k", 40, stdin="t\n", env={"PYTHONPATH": str(suite.root)})
     assert "user: Hi\nthere" in r.out and "reward model" not in r.out and "no prompt is left" in r.out
     [row] = votes_in(tmp_path / "v" / "votes.jsonl")
     assert row["label"] == 0.5 and f"  1  {row['chosen']}\n" in r.out.replace("\n     ", "\n")
