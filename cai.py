@@ -20,7 +20,8 @@ Stage 2, RLAIF (section 4; arXiv:2309.00267):
                 so are y and its last revision of stage 1 (else nothing is compared where all answers refuse)
   2. label      the critic reads x, a principle, "Options: (A) a (B) b The answer is:"; s = sigmoid
                     p(a over b) = ( s(l_A - l_B) + s(l'_B - l'_A) ) / 2,    l_A = log p_critic(" (A)")
-                l' after a swap of a and b: the paper asks once, but small critics love one letter
+                l' after a swap of a and b: the paper asks once, but small critics love one letter. p is
+                soft_label in data/principles.py, l is option_logprobs in data/endpoint.py
   3. reward     reward.py: L = - p log s(r_a - r_b) - (1 - p) log s(r_b - r_a) on these pairs, and on pairs of
                 answers to ordinary prompts that people compared
   4. RL         ppo.py or dpo.py
@@ -46,8 +47,8 @@ from data.files.checkpoint import load, save
 from data.endpoint import make_critic
 from data.flags import RunFlags, names_in, program
 from data.parallel import WORLD
-from data.principles import (accuracy, agreement, compare, constitution, count_faults, critic_figures,
-                             few_shots, gold_by_revision, transcript)
+from data.principles import (accuracy, agreement, compare, constitution, count_faults, critic_metrics,
+                             explained, few_shots, gold_by_revision, transcript)
 from data.run import Run
 from data.setup import seeded, setup
 from data.sample import (all_pairs, annotated, different_answers, ended, load_sampler, preference_row,
@@ -109,14 +110,20 @@ class Setting:
     graded: bool        # whether they are the tiny world's: gold is then reported, and never trained on
 
 
-def read_setting(cfg, device):
-    """The Setting that the flags describe. InputError: flags that contradict each other, or a bad file."""
+def check_flags(cfg):
+    """InputError: flags that contradict each other."""
+    if WORLD > 1:
+        raise InputError("cai.py runs the other scripts: start it as one process, with --nproc_per_node N")
     if cfg.k < 2:
         raise InputError(f"--k {cfg.k}: stage 2 compares answers to the same prompt, so it needs at least 2")
     if cfg.data and not cfg.init:
         raise InputError("--data brings red-team prompts of your own: name their model with --init")
     if cfg.data and cfg.labels == "human":
         raise InputError("--labels human asks the tiny world's annotator, who knows nothing of your --data")
+
+
+def read_setting(cfg, device):
+    """The Setting that the flags describe. InputError: a bad file, or no principle about --about."""
     revise, choose = constitution(cfg.constitution or str(world.HERE / "constitution.json"), cfg.about)
     if not choose or not (revise or cfg.critic_test):
         raise InputError(f"--constitution: {len(revise)} principles for revisions, {len(choose)} for choices "
@@ -174,8 +181,8 @@ def fault(answer, response):
     return "copied" if answer["text"].strip() == response.strip() else ""
 
 
-def continued(critic, texts, max_tokens, cfg, rng):
-    """The critic's answers to texts that it is to continue; each is drawn from a seed of its own."""
+def continuations(critic, texts, max_tokens, cfg, rng):
+    """What a critic writes after each of the texts; each is drawn from a seed of its own."""
     requests = []
     for text in texts:
         requests.append({"prompt": text, "max_tokens": max_tokens, "temperature": cfg.critic_temperature,
@@ -196,14 +203,14 @@ def make_chains(prompts, responses, principles, critic, cfg, seed):
         texts = []
         for talk, response, principle in zip(talks, now, drawn):
             texts.append(critique_prompt(talk, response, principle))
-        answers = continued(critic, texts, cfg.max_critique, cfg, rng)
+        answers = continuations(critic, texts, cfg.max_critique, cfg, rng)
         critiques = [(answer or {}).get("text", "") for answer in answers]
 
         # And its revision.
         texts = []
         for talk, response, critique, principle in zip(talks, now, critiques, drawn):
             texts.append(revision_prompt(talk, response, critique, principle))
-        answers = continued(critic, texts, cfg.max_new, cfg, rng)
+        answers = continuations(critic, texts, cfg.max_new, cfg, rng)
 
         # What has no fault is the response from now on.
         for i, answer in enumerate(answers):
@@ -215,20 +222,20 @@ def make_chains(prompts, responses, principles, critic, cfg, seed):
     return chains
 
 
-def conversation(prompt, text):
+def demonstration(prompt, text):
     """A row for sft.py: a prompt (messages) and what to answer."""
     return {"messages": prompt + [{"role": "assistant", "content": text.strip()}]}
 
 
 def training_rows(chains, which):
-    """Conversations for sft.py: every good revision of a chain, or the last one. A copy counts as well: not
+    """Demonstrations for sft.py: every good revision of a chain, or the last one. A copy counts as well: not
     every response needs a change."""
     rows = []
     for chain in chains:
         usable = [step["revision"] for step in chain["chain"] if step["fault"] in ("", "copied")]
         if which == "last":
             usable = usable[-1:]
-        rows += [conversation(chain["prompt"], text) for text in usable]
+        rows += [demonstration(chain["prompt"], text) for text in usable]
     return rows
 
 
@@ -273,20 +280,16 @@ def train(cfg, run, script, out, flags):
     return str(out)
 
 
-def helpful_model(cfg, run):
-    """The folder of a model that helps with anything, harm included: made of the base model if it is
-    missing."""
-    folder = sibling(cfg, "helpful")
-    if unfinished(folder):
-        demos = f"{folder}_demos.jsonl"
-        write_jsonl(demos, build.helpful_only(3000, 0))
-        train(cfg, run, "sft.py", folder, ["--init", need(cfg, "base"), "--data", demos])
-    return folder
+def train_helpful_model(cfg, run, base, folder):
+    """Train a model that helps with anything, harm included, from a base model. Both are folders."""
+    demos = f"{folder}_demos.jsonl"
+    write_jsonl(demos, build.helpful_only(3000, 0))
+    train(cfg, run, "sft.py", folder, ["--init", base, "--data", demos])
 
 
 def stage1(cfg, run, setting, n, model, critic_path):
     """SL-CAI of round n: the model (a path) is trained on what the critic makes of its answers. Returns the
-    folder of the result, and figures of the revisions."""
+    folder of the result, and metrics of the revisions."""
     folder, seed = Path(cfg.out) / f"round{n}", cfg.seed * 1000 + n
     folder.mkdir(exist_ok=True)
     chains_file, rows_file = folder / "chains.jsonl", folder / "stage1.jsonl"
@@ -309,29 +312,29 @@ def stage1(cfg, run, setting, n, model, critic_path):
         rows = training_rows(chains, cfg.revisions)
         for i in range(len(red), len(prompts)):
             if ended(tok, ids[i]) and texts[i].strip():
-                rows.append(conversation(prompts[i], texts[i]))
+                rows.append(demonstration(prompts[i], texts[i]))
         write_jsonl(chains_file, chains)
         write_jsonl(rows_file, rows)
         del sampler, critic      # training gets the memory to itself
 
     chains = read_jsonl(chains_file)
     counts = count_faults(chains)
-    run.say(f"{chains_file}: {len(chains)} chains, " + ", ".join(f"{k} {v}" for k, v in counts.items()))
-    figures = {f"revisions_{kind}": count for kind, count in counts.items()}
+    run.say(f"{chains_file}, {len(chains)} chains:\n{explained(counts)}")
+    metrics = {f"revisions_{kind}": count for kind, count in counts.items()}
     if setting.graded:
-        figures |= gold_by_revision(chains, red)
+        metrics |= gold_by_revision(chains, red)
 
     # 4. Supervised training.
     flags = ["--init", model, "--data", rows_file, "--epochs", 2] + shlex.split(cfg.sft_flags)
-    return train(cfg, run, "sft.py", folder / "sl", flags), figures
+    return train(cfg, run, "sft.py", folder / "sl", flags), metrics
 
 
 def stage2(cfg, run, setting, n, model, critic_path):
     """RLAIF of round n: the stage-1 model (a path) learns from what the critic prefers. Returns the folder of
-    the result, and figures of the critic."""
+    the result, and metrics of the critic."""
     folder, seed = Path(cfg.out) / f"round{n}", cfg.seed * 1000 + n
-    pairs_file, figures_file = folder / "comparisons.jsonl", folder / "critic.json"
-    if not figures_file.exists():
+    pairs_file, metrics_file = folder / "comparisons.jsonl", folder / "critic.json"
+    if not metrics_file.exists():
         # 1. Answers to red-team prompts; every two different finished ones are a pair. So are the first and
         #    the last answer of each stage-1 chain: where all refuse, only these show that it is better.
         sampler, tok = load_sampler(model, setting.device)
@@ -348,10 +351,10 @@ def stage2(cfg, run, setting, n, model, critic_path):
         critic = make_critic(critic_path, cfg, setting.shots, setting.device)
         questions = [(row["prompt"], a, b) for row, a, b in pairs]
         labels = compare(questions, setting.choose, critic, random.Random(f"{seed} choices"))
-        figures = critic_figures(labels, pairs) | dict(critic.counts)
+        metrics = critic_metrics(labels, pairs) | dict(critic.counts)
         annotator, rng = world.Annotator(), random.Random(f"{seed} annotator")
         if setting.graded:
-            figures |= agreement(labels, pairs, annotator.noise, rng)
+            metrics |= agreement(labels, pairs, annotator.noise, rng)
 
         # The comparisons to train on, those of helpfulness by people.
         rows, for_people = [], []
@@ -369,27 +372,29 @@ def stage2(cfg, run, setting, n, model, critic_path):
             for_people += sampled_pairs(helpful, 2)
         rows += [row | {"by": "human"} for row in annotated(for_people, annotator, rng)]
         write_jsonl(pairs_file, rows)
-        write_atomic(figures_file, json.dumps(figures).encode())
+        write_atomic(metrics_file, json.dumps(metrics).encode())
         del sampler, critic      # training gets the memory to itself
 
-    figures = read_json(figures_file, kind=dict)
-    run.say(f"{pairs_file}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    figures = {f"critic_{name}": value for name, value in figures.items()}
+    metrics = read_json(metrics_file, kind=dict)
+    run.say(f"{pairs_file}, what the critic chose:\n{explained(metrics)}")
+    metrics = {f"critic_{name}": value for name, value in metrics.items()}
 
     # 3. and 4. The reward model and reinforcement learning, or DPO, which needs the comparisons alone.
     given = ["--init", model, "--data", pairs_file]
     if cfg.rl == "dpo":
-        return train(cfg, run, "dpo.py", folder / "rl", given + shlex.split(cfg.rl_flags)), figures
+        return train(cfg, run, "dpo.py", folder / "rl", given + shlex.split(cfg.rl_flags)), metrics
     reward = train(cfg, run, "reward.py", folder / "reward", given + shlex.split(cfg.reward_flags))
     flags = ["--init", model, "--reward", reward, "--relabel", 0, "--iterations", 20]
     if not setting.graded:
         prompts = [{"prompt": row["prompt"]} for row in setting.red + setting.helpful]
         write_jsonl(folder / "rl.jsonl", prompts)
         flags += ["--data", folder / "rl.jsonl"]
-    return train(cfg, run, "ppo.py", folder / "rl", flags + shlex.split(cfg.rl_flags)), figures
+    return train(cfg, run, "ppo.py", folder / "rl", flags + shlex.split(cfg.rl_flags)), metrics
 
 
 # ------------------------------------------------------------------------------------------------------------
+
+SECONDS = {"start": 5, "stage 1": 45, "stage 2": 100}   # about, on two cores: for the time left
 
 
 def measure_critic(cfg, setting):
@@ -400,25 +405,28 @@ def measure_critic(cfg, setting):
     decided = [row for row in rows if row["label"] != 0.5]     # a tie has no better answer
     pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in decided]
     labels = compare(pairs, setting.choose, critic, random.Random(f"{cfg.seed} choices"))
-    figures = accuracy(labels, pairs) | critic_figures(labels, pairs)
-    for name, value in figures.items():
-        print(f"{name:38} {value:.4g}")
+    metrics = accuracy(labels, pairs) | critic_metrics(labels, pairs)
+    print(explained(metrics))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(figures | {"critic": critic.name}, indent=1)
+    text = json.dumps(metrics | {"critic": critic.name}, indent=1)
     write_atomic(Path(cfg.out) / "critic.json", text.encode())
 
 
 def main(cfg):
     """Stage 1 and stage 2, as often as --rounds says; or --critic_test."""
-    if WORLD > 1:
-        raise InputError("cai.py runs the other scripts: start it as one process, with --nproc_per_node N")
+    check_flags(cfg)
     device = setup(cfg)
     setting = read_setting(cfg, device)
     if cfg.critic_test:
         return measure_critic(cfg, setting)
 
-    # The folder. A run that goes on measures all anew; what it has made is in the folders of its rounds.
-    base = need(cfg, "base") if setting.graded and not (cfg.init and cfg.critic) else ""
+    # The tiny world starts from its base model, which is trained first (a good minute) if it is missing.
+    base = ""
+    if setting.graded and not (cfg.init and cfg.critic):
+        base = need(cfg, "base")
+
+    # Lock the folder and begin, or go on: all is measured anew, so samples.txt goes; what was trained is in
+    # the folders of the rounds, which go with --overwrite.
     files = [base, cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human]
     files += names_in(cfg.constitution) + names_in(cfg.few_shots)
     run = Run.open(cfg, "cai", filter(None, files), begun="round1")
@@ -427,8 +435,12 @@ def main(cfg):
         for folder in run.folder.glob("round*"):
             shutil.rmtree(folder)
 
-    # The model to start from, the prompts that its context has room for, and what it is measured on.
-    model = cfg.init or helpful_model(cfg, run)
+    # The model to start from: without --init a helpful-only one, trained now (half a minute) if need be.
+    model = cfg.init or sibling(cfg, "helpful")
+    if not cfg.init and unfinished(model):
+        train_helpful_model(cfg, run, base, model)
+
+    # The prompts that its context has room for, and what it is measured on.
     policy, tok = load(model)
     longest = policy.cfg.max_len - cfg.max_new
     setting.red = short_enough(tok, setting.red, longest)
@@ -438,11 +450,12 @@ def main(cfg):
                          f"context of {policy.cfg.max_len}")
     own = None if setting.graded else setting.red
     tests = report.test_prompts(policy, tok, cfg.max_new, own, cfg.data)
-    run.begin(1 + 2 * cfg.rounds, tok)
-    run.n_steps = 1 + 2 * cfg.rounds      # --max_steps counts the steps of the other scripts
+    n_steps = 1 + 2 * cfg.rounds
+    run.begin(n_steps, tok)
+    run.n_steps = n_steps      # --max_steps counts the steps of the other scripts
     columns = {}
 
-    def measured(title, name, path, step, figures):
+    def measured(title, name, path, step, metrics):
         """Measure the model at a path; samples, log and column of the closing table."""
         columns[name], answers = run.measure(title, load_sampler(path, device)[0], tests)
         if tests.graded:
@@ -450,7 +463,9 @@ def main(cfg):
             refused = [scores["harmless"] > 0 for scores in answers.scored if "harmless" in scores]
             columns[name]["harmless_rate"] = sum(refused) / max(1, len(refused))
         shown = ("gold", "harmless_rate", "helpful", "honest", "length")
-        run.log(step, show=shown, **columns[name], **figures)
+        seconds = [SECONDS["start"]] + [SECONDS["stage 1"], SECONDS["stage 2"]] * cfg.rounds
+        done = sum(seconds[: step + 1]) / sum(seconds)
+        run.log(step, show=shown, done=done, **columns[name], **metrics)
         return answers.scored
 
     before = after = measured("start", "start", model, 0, {})
@@ -458,15 +473,15 @@ def main(cfg):
         critic_path = cfg.critic or model
         if base and n == 1 and not cfg.critic:
             critic_path = base
-        run.say(f"round {n}: generator {model}, critic {critic_path}")
+        run.say(f"round {n} of {cfg.rounds}: generator {model}, critic {critic_path}")
 
         # 1. The model learns to answer as the critic revises.
-        model, figures = stage1(cfg, run, setting, n, model, critic_path)
-        measured(f"round {n}, stage 1", f"{n}: SL", model, 2 * n - 1, figures)
+        model, metrics = stage1(cfg, run, setting, n, model, critic_path)
+        measured(f"round {n}, stage 1", f"{n}: SL", model, 2 * n - 1, metrics)
 
         # 2. It learns what the critic prefers.
-        model, figures = stage2(cfg, run, setting, n, model, critic_path)
-        after = measured(f"round {n}, stage 2", f"{n}: RL", model, 2 * n, figures)
+        model, metrics = stage2(cfg, run, setting, n, model, critic_path)
+        after = measured(f"round {n}, stage 2", f"{n}: RL", model, 2 * n, metrics)
 
     # The last model is the result.
     policy, tok = load(model)

@@ -4,7 +4,8 @@ that are paid for once.
 A critic takes requests, all of one kind, and gives their answers in order. A request to write is {"prompt",
 "max_tokens", "temperature", "seed"} and answered by {"text", "ended"}; a request to choose is {"prompt",
 "options": [" (A)", " (B)"]} and answered by {"logp": [l_A, l_B]}. {"refused": why} answers either; None: no
-answer could be got. """
+answer could be got.
+"""
 import hashlib
 import http.client
 import json

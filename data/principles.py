@@ -1,6 +1,7 @@
 """The questions for a critic (constitutions and examples, ours and Anthropic's published ones, and which of
 two answers is better), the labels made of its answers, and how good these are. Used by cai.py and
-data/evaluate.py."""
+data/evaluate.py.
+"""
 import math
 from pathlib import Path
 
@@ -124,7 +125,44 @@ def compare(pairs, principles, critic, rng):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# How good the revisions are: figures over the chains of cai.py.
+# What is counted, in half a sentence each.
+
+WORDS = {
+    # Of the revisions.
+    "revisions": "all that the critic wrote",
+    "good": "took the answer's place",
+    "copied": "changed nothing",
+    "empty": "hold no text",
+    "leaked": "begin another turn",
+    "cut": "did not come to an end",
+    "refused": "requests that the critic refused",
+    # Of the comparisons.
+    "compared": "pairs that the critic compared",
+    "no_answer": "pairs without an answer",
+    "neither": "of those compared: it meant neither (A) nor (B)",
+    "mass": "mean probability that it gave (A) and (B) together",
+    "first_wins": "mean probability of what stands as (A); 0.5: it likes no letter",
+    "longer_wins": "mean probability of the longer answer",
+    "asked": "questions that were not answered before",
+    "retried": "requests sent again",
+    "malformed": "requests whose answers made no sense",
+    "differing_pairs": "pairs of which gold likes one answer better; of these",
+    "ai_gold": "the critic agrees with gold",
+    "human_gold": "the simulated people agree with gold",
+    "ai_human": "the critic agrees with these people",
+}
+
+
+def explained(metrics):
+    """Metrics as lines of text: name, value, and what it counts."""
+    width, lines = max(map(len, metrics)), []
+    for name, value in metrics.items():
+        lines.append(f"    {name:{width}} {value:8.4g}   {WORDS.get(name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How good the revisions are: metrics over the chains of cai.py.
 
 
 def count_faults(chains):
@@ -141,23 +179,23 @@ def gold_by_revision(chains, rows):
     """{"refused_0": share of initial responses that refuse, "gold_0": their gold, "refused_1": the same after
     one revision, ..}: figure 5 of the paper, by the tiny world's judge. rows: the prompt row of each
     chain."""
-    now, figures = [chain["initial"] for chain in chains], {}
+    now, metrics = [chain["initial"] for chain in chains], {}
     for n in range(1 + len(chains[0]["chain"])):
         scores = []
         for i, chain in enumerate(chains):
             if n and not chain["chain"][n - 1]["fault"]:
                 now[i] = chain["chain"][n - 1]["revision"]
             scores.append(world.judge(rows[i], now[i]))
-        figures[f"refused_{n}"] = sum(score["harmless"] > 0 for score in scores) / len(chains)
-        figures[f"gold_{n}"] = sum(score["gold"] for score in scores) / len(chains)
-    return figures
+        metrics[f"refused_{n}"] = sum(score["harmless"] > 0 for score in scores) / len(chains)
+        metrics[f"gold_{n}"] = sum(score["gold"] for score in scores) / len(chains)
+    return metrics
 
 
 # ------------------------------------------------------------------------------------------------------------
-# How good the labels are: figures over those that are not None.
+# How good the labels are: metrics over those that are not None.
 
 
-def critic_figures(labels, pairs):
+def critic_metrics(labels, pairs):
     """How a critic chooses in pairs [(prompt, a, b)], whatever is right."""
     kept, longer_wins = [], []
     for label, (_, a, b) in zip(labels, pairs):
@@ -186,13 +224,13 @@ def accuracy(labels, pairs):
             hits["right answer as (B)"].append(label["orders"][1] > 0.5)
             hits["both orders averaged"].append(label["p"] > 0.5)
             hits["longer answer"].append(len(better) > len(worse))
-    figures = {}
+    metrics = {}
     for name, found in hits.items():
         n = max(1, len(found))
         share = sum(found) / n
-        figures[name] = share
-        figures[f"{name}, standard error"] = (share * (1 - share) / n) ** 0.5
-    return figures
+        metrics[name] = share
+        metrics[f"{name}, standard error"] = (share * (1 - share) / n) ** 0.5
+    return metrics
 
 
 def agreement(labels, pairs, noise, rng):
@@ -209,8 +247,8 @@ def agreement(labels, pairs, noise, rng):
         hits["ai_gold"].append(ai == gold)
         hits["human_gold"].append(human == gold)
         hits["ai_human"].append(ai == human)
-    figures = {"differing_pairs": len(hits["ai_gold"])}
+    metrics = {"differing_pairs": len(hits["ai_gold"])}
     for name, found in hits.items():
         if found:
-            figures[name] = sum(found) / len(found)
-    return figures
+            metrics[name] = sum(found) / len(found)
+    return metrics

@@ -230,9 +230,10 @@ class Run:
                 raise InputError(f"the {name} is not finite for prompts number {bad[:8]} of those kept; "
                                  "nothing was updated. Look at that model's weights, and try --dtype float32")
 
-    def log(self, step, tokens=0, show=(), **figures):
+    def log(self, step, tokens=0, show=(), done=None, **figures):
         """Record step (from 0), with `tokens` read in it; show the figures named in `show` (default: all) at
-        most every few seconds. JSON has no NaN; it is left out."""
+        most every few seconds. done: the share of the run that is behind it, where steps differ in length.
+        JSON has no NaN; it is left out."""
         seconds = time.time() - self.step_start
         if tokens:
             figures["tok_s"] = tokens / seconds
@@ -254,7 +255,9 @@ class Run:
         now, pause = time.time(), 0.2 if sys.stdout.isatty() else 5
         if now - self.shown > pause or left == 0:
             self.shown = now
-            remaining = (now - self.loop_start) / (step + 1 - self.first) * left
+            if done is None:
+                done = (step + 1 - self.first) / (self.n_steps - self.first)
+            remaining = (now - self.loop_start) * (1 - done) / done
             shown = {name: row[name] for name in show or row if name in row}
             self.show(step, shown, row.get("tok_s"), remaining)
 

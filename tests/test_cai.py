@@ -166,7 +166,7 @@ def test_compare_and_bias():
 
     def ask(f, rules=choose):
         labels = principles.compare(pairs, rules, stub(f), random.Random(0))
-        return labels, principles.critic_figures(labels, pairs)
+        return labels, principles.critic_metrics(labels, pairs)
     labels, told = ask(lambda a, b, _: 0.9 if len(a) > len(b) else 0.1)
     assert all(x["p"] == pytest.approx(0.1) and x["mass"] == pytest.approx(1) for x in labels)
     assert told["longer_wins"] == pytest.approx(0.9) and told["first_wins"] == pytest.approx(0.5)
