@@ -475,6 +475,9 @@ def test_the_script(suite, chain):
     assert [row["step"] for row in log] == [1, 2, 3]
     assert log[1]["revisions_revisions"] == 24 and {"refused_0", "refused_1"} <= set(log[1])
     assert {"critic_neither", "critic_first_wins", "critic_longer_wins", "critic_asked"} <= set(log[2])
+    counted = {name.removeprefix("critic_") for name in log[2] if name.startswith("critic_")}
+    counted |= {name.removeprefix("revisions_") for name in log[1] if name.startswith("revisions_")}
+    assert counted <= set(principles.WORDS) and all(principles.WORDS[name] in r.out for name in counted)
     chains = [json.loads(line) for line in (folder / "round1" / "chains.jsonl").read_text().splitlines()]
     assert len(chains) == 24 and set(chains[0]) == {"prompt", "initial", "chain", "ended"} and len(chains[0]["chain"]) == 1
     pairs = [json.loads(line) for line in (folder / "round1" / "comparisons.jsonl").read_text().splitlines()]

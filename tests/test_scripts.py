@@ -1247,6 +1247,16 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "x" / "run.json").exists()
 
 
+def test_the_time_left_knows_that_steps_differ(tmp_path, capsys):
+    """Ten seconds for a tenth of the run leave ninety, whatever share of the steps that was."""
+    run = run_py.Run(module_of("cai.py").Config(out=str(tmp_path)), "cai")
+    run.begin(3, tok=None)
+    for done, left in ((0.1, "1:30 left"), (None, "0:20 left")):
+        run.loop_start, run.shown = time.time() - 10, 0
+        run.log(0, done=done, gold=0.5)
+        assert left in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 12. README, and the sizes that keep the files readable.
 
