@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, process
+from data import InputError
 from model import token_logprobs
 
 
@@ -29,7 +29,7 @@ def bits_per_byte(model, tok, ids, length=128, batch=32):
     """Compression of a text: total -log2 p of its ids (N,), cut into windows, divided by the bytes of those
     that are predicted: not the first of a window, nor what is left behind the last window."""
     ids = ids[: len(ids) // length * length].view(-1, length)
-    n_bytes = sum(process.byte_counts(tok, ids[:, 1:].flatten().tolist()))
+    n_bytes = sum(tok.byte_counts(ids[:, 1:].flatten().tolist()))
     nll = 0.0
     for x in ids.split(batch):
         nll -= token_logprobs(model, x, torch.ones_like(x, dtype=torch.bool)).double().sum().item()

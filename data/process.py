@@ -38,26 +38,21 @@ def steps_of(text):
     return [data[start: end].decode() for start, end in zip([0, *ends], ends)]
 
 
-def byte_counts(tok, ids):
-    """How many bytes of text each of some ids (a list) stands for; none for an EOS."""
-    return [len(tok.bytes_of.get(i, b"")) for i in ids]
-
-
 def ends_of_given(tok, answer, steps):
     """Where given steps (strs, together the answer) end in the bytes of the answer's ids, which the chat
     template may begin with a space."""
     ends, at = [], 0
     for step in steps:
-        ends.append(at + sum(byte_counts(tok, tok.encode(step.rstrip()))))
-        at += sum(byte_counts(tok, tok.encode(step)))
-    before = sum(byte_counts(tok, answer)) - at
+        ends.append(at + sum(tok.byte_counts(tok.encode(step.rstrip()))))
+        at += sum(tok.byte_counts(tok.encode(step)))
+    before = sum(tok.byte_counts(answer)) - at
     return [before + end for end in ends]
 
 
 def last_tokens(tok, answer, ends):
     """The number of the last token of each step in an answer (a list of ids), from where the steps end in
     its bytes. An answer without a step counts as one."""
-    total = list(accumulate(byte_counts(tok, answer)))
+    total = list(accumulate(tok.byte_counts(answer)))
     return [bisect_left(total, end) for end in ends[:-1]] + [len(answer) - 1]
 
 

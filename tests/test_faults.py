@@ -18,7 +18,7 @@ from test_scripts import SCRIPTS, TRAIN, links, log_of, module_of, same, snapsho
 from data import InputError
 from data.files.checkpoint import load, load_state, load_weights, save, save_folder
 from data.run import Run
-from data.files.tokenizer import CheckpointError
+from data.files import CheckpointError
 from sft import Config
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")

@@ -16,7 +16,7 @@ from data.files import formats
 from data.files.checkpoint import load, save
 from data.parallel import in_chunks
 from data.rewards import Rewards
-from data.files.tokenizer import tokenizer_from_ranks
+from data.files.tokenizer import Tokenizer, tokenizer_from_ranks
 from data.world import build
 from model import GPT, GPTConfig, pad_batch, token_logprobs
 from test_scripts import fails, log_of, result_of, user, write
@@ -49,7 +49,9 @@ def cut_at_random(text, rng):
         n = rng.choice([1, 1, 2, 3, 5, 9])
         pieces.append(data[:n])
         data = data[n:]
-    return SimpleNamespace(bytes_of=dict(enumerate(pieces)), eos_ids={900}), [*range(len(pieces)), 900]
+    tok = SimpleNamespace(bytes_of=dict(enumerate(pieces)), eos_ids={900})
+    tok.byte_counts = partial(Tokenizer.byte_counts, tok)
+    return tok, [*range(len(pieces)), 900]
 
 
 def test_a_steps_last_token_holds_its_last_character():

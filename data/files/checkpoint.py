@@ -13,9 +13,10 @@ import torch
 
 from data import InputError
 from data.parallel import RANK, barrier, full_state
+from data.files import CheckpointError, read_object, require
 from data.files.hub import HUB_NAME, fetch_hub
 from data.files.safetensors import INDEX, WEIGHTS, plain_names, read_tensors, sync, write_safetensors
-from data.files.tokenizer import CheckpointError, load_tokenizer, read_object, require, tokenizer_to_json
+from data.files.tokenizer import load_tokenizer, tokenizer_to_json
 from model import GPT, GPTConfig
 
 def load(path, device="cpu", head="none"):

@@ -13,8 +13,8 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from data.files import CheckpointError, require
 from data.files.safetensors import INDEX, WEIGHTS, read_index, sync
-from data.files.tokenizer import CheckpointError, require
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 NEEDED = ("config.json", "tokenizer.json")

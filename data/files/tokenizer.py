@@ -8,41 +8,8 @@ from pathlib import Path
 
 import tiktoken
 
-from data import InputError, read_json
-
-
-class CheckpointError(InputError):
-    """A file that is missing, damaged, unsafe or of a kind we do not support; names the file or tensor."""
-
-
-def require(ok, message):
-    """CheckpointError(message) unless ok."""
-    if not ok:
-        raise CheckpointError(message)
-
-
-# How a file begins that stands in the place of JSON or safetensors; what it is, and what to do about it.
-WRONG_KINDS = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder",
-    b"<": "a web page, not the file itself; download the file again",
-    b"PK": "pickled weights, which are never opened; save the model with safetensors"}
-
-
-def wrong_kind(path):
-    """What a file is instead of JSON or safetensors, and what to do; "" if its beginning does not tell."""
-    with open(path, "rb") as f:
-        start = f.read(100).lstrip()
-    return next((what for first, what in WRONG_KINDS.items() if start.startswith(first)), "")
-
-
-def read_object(path, data=None):
-    """The JSON object in a file, or in `data` (bytes of it). CheckpointError: there is none."""
-    require(Path(path).is_file(), f"{path}: no such file")
-    try:
-        return read_json(path, data, dict)
-    except InputError as e:
-        what = wrong_kind(path)
-        raise CheckpointError(f"{path}: {what}" if what else str(e)) from None
+from data import InputError
+from data.files import CheckpointError, read_object, require
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -145,6 +112,10 @@ class Tokenizer:
     def decode(self, ids):
         """Text of ids without special tokens and ids beyond the vocabulary; broken UTF-8 becomes U+FFFD."""
         return b"".join(self.bytes_of.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
+
+    def byte_counts(self, ids):
+        """How many bytes of text each of some ids (a list) stands for; none for an EOS."""
+        return [len(self.bytes_of.get(i, b"")) for i in ids]
 
     def same_as(self, other):
         """Whether another tokenizer gives every text and every chat the same ids."""
