@@ -13,7 +13,7 @@ One iteration:
   2. score      r(x, y) by the reward model, read at EOS; a response without EOS gets -eos_penalty instead.
                 Also log pi and log pi_ref of its tokens, and their values V, before anything is updated
   3. reward     R_t = -beta (log pi(y_t) - log pi_ref(y_t)) + [t is the last token] r       (k1, no gradient)
-                a process reward model (reward.py --process) gives r for each step, at the step's last token
+                a process reward model (data/process.py) gives r for each step, at the step's last token
   4. advantage  delta_t = R_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lam A_{t+1},  V after the end = 0
                 (GAE, arXiv:1506.02438, eq. 11-16); returns = A + V; then A is whitened over response tokens.
                 rloo, grpo: the response's whole reward, compared with those of the same prompt, at each token
@@ -47,7 +47,7 @@ from data.files.checkpoint import load, save
 from data.flags import RunFlags, names_in, program
 from data.parallel import RANK, WORLD, all_sum, generate_in_shares, in_chunks, micro_batches, prepare
 from data.relabel import Relabelling
-from data.rewards import Rewards
+from data.rewards import Scorer
 from data.run import Run
 from data.setup import RELABEL, adamw, seeded, set_lr, setup
 from data.sample import read_prompts
@@ -336,7 +336,7 @@ def main(cfg):
 
     # The models, on the CPU still; prompts to learn from, and to be measured on.
     policy, tok = load(init)
-    rewards = Rewards("--reward", reward_name, tok, cfg.reward_weights, cfg.ensemble)
+    rewards = Scorer("--reward", reward_name, tok, cfg.reward_weights, cfg.ensemble)
     reward_models = rewards.models()
     policy, reference, value = load_models(policy, init, reward_models, cfg)
     rows, prompts = load_prompts(run, data, tok, [policy, *reward_models])

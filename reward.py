@@ -1,9 +1,8 @@
 """Reward modelling: learn what people prefer, from comparisons of two answers.
 
     python reward.py                                 the tiny world: sample from out/sft, compare, train
-    python reward.py --init SFT --data pairs.jsonl   your policy, your comparisons (formats: data/files/formats.py)
+    python reward.py --init SFT --data pairs.jsonl   your policy, your comparisons (data/files/formats.py)
     python reward.py --init out/reward --data out/vote/votes.jsonl   go on with your votes (data/vote.py)
-    python reward.py --process                       a process reward model: each step of an answer is scored
 
 Equations. Of two answers a and b to a prompt x, people prefer a with the probability
 sigmoid(r(x, a) - r(x, b)) (Bradley & Terry 1952). With p the share who prefer a (1 or 0 for a plain choice,
@@ -21,22 +20,17 @@ count as one (arXiv:2203.02155, eq. 1):
 The reward is read at the last token of an answer, its EOS, by a scalar head on the SFT model. After training
 reward_mean is set so that held-out answers average 0, which is where PPO starts.
 
-A process reward model (arXiv:2211.14275, arXiv:2305.20050) reads the same head, z, at the last token of each
-step (data/process.py) and learns from a label y for each step, the share who call it right:
-
-    l = - y log sigmoid(z) - (1 - y) log sigmoid(-z),      averaged as above, with the steps as the pairs
-
-Left out: ranking losses over more than two answers, reward models that write text.
+Left out: ranking losses over more than two answers, reward models that write text. Rewards for the single
+steps of an answer: python -m data.process.
 """
-import functools
-import typing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, comparisons, process, report, world, write_jsonl
+from data import InputError, comparisons, health, report, world, write_jsonl
 from data.files import formats
 from data.chain import need
 from data.files.checkpoint import load
@@ -44,19 +38,19 @@ from data.flags import RunFlags, program
 from data.parallel import all_sum, barrier, in_chunks, micro_batches, prepare
 from data.run import Run
 from data.setup import adamw, batches, cosine, set_lr, setup
-from model import answer_rewards, pad_batch
+from model import answer_rewards, cast_weights, freeze, pad_batch, with_lora
 
 
 @dataclass
 class Config(RunFlags):
     """The flags of `python reward.py`."""
     # Model and data
-    process: bool = False         # learn from labelled steps and score steps, not from comparisons of answers
     init: str = ""                # model to start from, a policy or a reward model (default: sft)
-    data: str = ""                # comparisons, or labelled steps (default: the tiny world's annotator)
+    data: str = ""                # comparisons (default: the tiny world's annotator makes some)
     max_len: int = 256            # tokens of a prompt and an answer; longer pairs are left out and counted
     held_out: float = 0.1         # share of the prompts kept for the report
-    # Answers to be compared or labelled, where there is no --data
+    lora: int = 0                 # rank of adapters, trained with the head on a frozen trunk (0: train all)
+    # Answers to be compared, where there is no --data
     policy: str = ""              # model that answers (default: --init)
     prompts: int = 4000           # prompts of the tiny world
     k: int = 4                    # answers per prompt; every two different ones are compared
@@ -85,11 +79,6 @@ def preference_loss(r_a, r_b, p, margin=0.0, center=0.0):
     """Loss per pair (M,) of rewards r_a, r_b (M,) when a share p (M,) prefers a: l of the equations."""
     d = r_a - r_b - margin
     return -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d) + center * (r_a + r_b) ** 2 / 2
-
-
-def step_loss(z, y):
-    """Loss per step (M,) of logits z (M,) when a share y (M,) calls the step right: binary cross-entropy."""
-    return F.binary_cross_entropy_with_logits(z, y, reduction="none")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -143,127 +132,91 @@ def batch_of_pairs(groups, tok, device):
     return ids, mask, Pairs(*tensors)
 
 
-def pair_losses(model, groups, tok, cfg):
-    """Sums over some prompts (groups): of the mean loss of a prompt's pairs, and of the share of them whose
-    preferred answer has the larger reward."""
-    ids, mask, pairs = batch_of_pairs(groups, tok, model.wte.weight.device)         # (N, T), (N, T), M pairs
-    r = answer_rewards(model, ids, mask)                                            # (N,)
-    r_a, r_b = r[pairs.a], r[pairs.b]                                               # (M,) each
-    loss = (pairs.weight * preference_loss(r_a, r_b, pairs.p, pairs.margin, cfg.center)).sum()
-    return loss, (pairs.weight * report.right((r_a - r_b).detach(), pairs.p)).sum()
+# ------------------------------------------------------------------------------------------------------------
+# Held-out comparisons.
+
+
+def accuracies(d, p, longer):
+    """Accuracy {name: number} on pairs that are no ties, from reward differences d (M,), labels p (M,) and
+    by how many tokens a is longer than b (M,). longer_wins is that of always taking the longer answer."""
+    metrics = {"accuracy": report.right(d, p).mean().item(),
+               "longer_wins": report.right(longer, p).mean().item()}
+    # Apart where the chosen answer is the shorter one, as long as the other, or the longer one.
+    chosen_is = (longer * (p - 0.5)).sign()
+    for name, sign in (("shorter", -1), ("same_length", 0), ("longer", 1)):
+        part = chosen_is == sign
+        if part.any():
+            metrics[f"accuracy_{name}"] = report.right(d[part], p[part]).mean().item()
+    return metrics
+
+
+def calibration_error(d, p):
+    """Mean |stated probability - frequency| over ten bins of P(a over b), weighted by size, for reward
+    differences d (M,) and labels p (M,). Each pair counts both ways round: which answer is a says nothing."""
+    stated, true = torch.cat([d.sigmoid(), (-d).sigmoid()]), torch.cat([p, 1 - p])             # (2M,)
+    bins, error = (stated * 10).long().clamp(max=9), 0.0
+    for b in bins.unique():
+        inside = bins == b
+        gap = (stated[inside].mean() - true[inside].mean()).abs()
+        error += (gap * inside.float().mean()).item()
+    return error
 
 
 @torch.no_grad()
-def evaluate_pairs(model, groups, tok):
-    """Figures {name: number} of held-out groups, every pair counting one and the loss without centering, and
-    the mean reward of all their answers."""
+def held_out_metrics(model, groups, tok):
+    """Metrics {name: number} of held-out groups, every pair counting one and the loss without centering;
+    reward_mean is the mean reward of all their answers."""
     # Every answer once, 64 at a time, each process its share.
     ids, mask, pairs = batch_of_pairs(groups, tok, model.wte.weight.device)
-    r = in_chunks(functools.partial(answer_rewards, model), ids, mask, 64)                     # (N,)
+    r = in_chunks(partial(answer_rewards, model), ids, mask, 64)                               # (N,)
     r_a, r_b, length = r[pairs.a], r[pairs.b], mask.sum(1)                                     # (M,) and (N,)
     d, longer, p = r_a - r_b, length[pairs.a] - length[pairs.b], pairs.p                       # (M,) each
-    figures = {"loss": preference_loss(r_a, r_b, p, pairs.margin).mean().item()}
+    metrics = {"loss": preference_loss(r_a, r_b, p, pairs.margin).mean().item()}
 
     # Among the pairs that are no ties: accuracy, the annotator's own (ceiling), mean difference of reward.
     choice = p != 0.5
     if choice.any():
-        figures |= report.accuracies(d[choice], p[choice], longer[choice])
+        metrics |= accuracies(d[choice], p[choice], longer[choice])
         ceiling = pairs.ceiling[choice].mean().item()
         if ceiling < 1:     # else nobody knows it, or the annotator never errs
-            figures["ceiling"] = ceiling
-        figures["margin"] = d[choice].mean().item()     # a is what most prefer (data/files/formats.py)
-    figures["calibration_error"] = report.calibration_error(d, p)
-    return figures, r.mean().item()
-
-
-def show_pairs(model, tok, rows, n, cfg):
-    """Some comparisons of preference rows with their rewards, and n of them as [(prompt, text)] for
-    samples.txt."""
-    max_len = min(cfg.max_len, model.cfg.max_len)
-    pairs = comparisons.pairs_to_show(rows, tok, max_len, cfg.seed)
-    pairs = comparisons.with_rewards(pairs, model, tok)
-    return pairs, [(pair["prompt"], comparisons.pair_text(pair)) for pair in pairs[:n]]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Labelled steps: the same for a process reward model.
-
-
-def step_losses(model, groups, tok, cfg):
-    """Sums over some prompts (groups): of the mean loss of a prompt's steps, and of the share of them whose
-    score is on the label's side of 1/2 (one half where score or label is exactly 1/2)."""
-    ids, mask, (row, at, y, weight) = process.batch_of_steps(groups, tok, model.wte.weight.device)
-    z = process.all_logits(model, ids, mask)[row, at]                               # (M,)
-    return (weight * step_loss(z, y)).sum(), (weight * report.right(z.detach(), y)).sum()
-
-
-@torch.no_grad()
-def evaluate_steps(model, groups, tok):
-    """Figures {name: number} of held-out groups, and the mean of sum_k log sigmoid(z_k) over their
-    answers."""
-    ids, mask, (row, at, y, _) = process.batch_of_steps(groups, tok, model.wte.weight.device)
-    z = in_chunks(functools.partial(process.all_logits, model), ids, mask, 64)[row, at]        # (M,)
-    figures = {"loss": step_loss(z, y).mean().item()}
-    choice = y != 0.5
-    if choice.any():
-        figures["accuracy"] = report.share_right(z[choice], y[choice])
-
-    # Answer by answer: is the first wrong step found?
-    answers = []
-    for i in range(len(ids)):
-        answers.append((z[row == i].sigmoid().tolist(), y[row == i].tolist()))
-    return figures | process.errors_found(answers), F.logsigmoid(z).sum().item() / len(ids)
-
-
-@dataclass
-class Supervision:
-    """What a reward model learns from: labels of whole answers, or of their steps (arXiv:2305.20050)."""
-    file: str                     # in --out, for the labels of the tiny world's annotator
-    kind: str                     # of its rows (data/files/formats.py)
-    ask: typing.Callable          # the annotator: (run, path of the policy, device) -> these rows
-    group: typing.Callable        # (rows, tok, max_len, margin) -> one group per prompt, rows left out
-    losses: typing.Callable       # (model, groups, tok, cfg) -> sums over prompts: loss, share right
-    evaluate: typing.Callable     # (model, groups, tok) -> figures, mean reward of an answer
-    show: typing.Callable         # (model, tok, rows, n, cfg) -> rows for held_out.jsonl, n (prompt, text)
-
-
-OUTCOME = Supervision("comparisons.jsonl", "preference", comparisons.compare_answers, group_pairs,
-                      pair_losses, evaluate_pairs, show_pairs)
-PROCESS = Supervision("process.jsonl", "process", comparisons.label_steps, process.group_steps, step_losses,
-                      evaluate_steps, process.show_steps)
+            metrics["ceiling"] = ceiling
+        metrics["margin"] = d[choice].mean().item()     # a is what most prefer (data/files/formats.py)
+    return metrics | {"calibration_error": calibration_error(d, p), "reward_mean": r.mean().item()}
 
 
 def main(cfg):
-    """Have answers compared, or their steps labelled, unless that is done, and train a reward model on it."""
+    """Have answers compared, unless that is done, and train a reward model on the comparisons."""
     device = setup(cfg)
-    supervision = PROCESS if cfg.process else OUTCOME
-    if cfg.k < 2 and not cfg.process and not cfg.data:
+    if cfg.k < 2 and not cfg.data:
         raise InputError(f"--k {cfg.k}: a comparison needs at least 2 answers")
-    init = cfg.init or need(cfg, "sft")
+    init = cfg.init or need(cfg, "sft")     # makes the links of the chain that are missing
     policy = cfg.policy or init
     run = Run.open(cfg, "reward", [init, policy, cfg.data or world.TINY / "preference.jsonl"])
 
-    # The labels: one's own, those that this run was given before it was interrupted, or new ones.
-    path = cfg.data or run.folder / supervision.file
+    # The comparisons: one's own, those that this run was given before it was interrupted, or new ones.
+    path = cfg.data or run.folder / "comparisons.jsonl"
     if not cfg.data and not (run.first and path.exists()):
-        write_jsonl(path, supervision.ask(run, policy, device))
+        write_jsonl(path, comparisons.compare_answers(run, policy, device))
         barrier()
-    rows, dropped = formats.load(path, supervision.kind)
+    rows, dropped = formats.load(path, "preference")
     run.say(formats.describe(rows, dropped, path))
 
     # The model. Seeded here, so that a new head does not depend on whether answers were sampled before.
     torch.manual_seed(cfg.seed)
     model, tok = load(init, head="new")
-    model.cfg.reward_mean, model.cfg.process = 0.0, cfg.process
+    model.cfg.reward_mean, model.cfg.process = 0.0, False
+    if cfg.lora:
+        # Adapters on a frozen trunk; the head begins at random, so it is trained as a whole.
+        model = with_lora(cast_weights(freeze(model)), cfg.lora)
+        model.score.requires_grad_(True)
 
     # The rows by prompt, some prompts held out.
     max_len = min(cfg.max_len, model.cfg.max_len)
     train_rows, held_rows = formats.split(rows, cfg.held_out, seed=0)
-    train, n_long = supervision.group(train_rows, tok, max_len, cfg.margin)
-    held, n_held_long = supervision.group(held_rows, tok, max_len, cfg.margin)
-    n_long += n_held_long
-    run.say(f"{len(train):,} prompts to train on, {len(held):,} held out; {n_long:,} rows longer than "
-            f"{max_len} tokens left out (--max_len)")
+    train, n_long = group_pairs(train_rows, tok, max_len, cfg.margin)
+    held, n_held_long = group_pairs(held_rows, tok, max_len, cfg.margin)
+    run.say(f"{len(train):,} prompts to train on, {len(held):,} held out; {n_long + n_held_long:,} rows "
+            f"longer than {max_len} tokens left out (--max_len)")
     if not train or not held:
         raise InputError(f"{path}: {len(train)} prompts within --max_len {max_len} tokens to train on, "
                          f"{len(held)} held out by --held_out {cfg.held_out}; both need at least one")
@@ -279,29 +232,37 @@ def main(cfg):
     run.begin(len(plan), tok, model=(model, optimizer))
 
     def show_held_out(title):
-        """Write some held-out rows with their scores to samples.txt; returns rows for held_out.jsonl."""
-        scored, texts = supervision.show(model, tok, held_rows, report.N_SAMPLES, cfg)
-        run.samples(title, *zip(*texts))
-        return scored
+        """Some held-out comparisons with their rewards, the first of which go into samples.txt."""
+        pairs = comparisons.pairs_to_show(held_rows, tok, max_len, cfg.seed)
+        pairs = comparisons.with_rewards(pairs, model, tok)
+        shown = pairs[: report.N_SAMPLES]
+        texts = [comparisons.pair_text(pair) for pair in shown]
+        run.samples(title, [pair["prompt"] for pair in shown], texts)
+        return pairs
 
-    # How good it is before its first step.
-    if run.first:
-        before = run.state["before"]
-    else:
-        before, _ = supervision.evaluate(model, held, tok)
+    # How good it is before its first step; a run that goes on has that in its checkpoint.
+    before = run.state.get("before")
+    if before is None:
+        before = held_out_metrics(model, held, tok)
         show_held_out("before")
 
     for step in run.steps():
-        # 1. This step's prompts.
+        # 1. This step's prompts, with all their answers and comparisons.
         prompts = plan[step]
 
-        # 2. L over the whole step, micro-batch by micro-batch: all answers to some prompts make a batch.
-        total, right = torch.zeros(2, device=device)
+        # 2. L over the whole step, micro-batch by micro-batch. The answers are the rows of a batch: each is
+        #    read once, however many others it is compared with.
+        total, right = torch.zeros((), device=device), torch.zeros((), device=device)
         for part in micro_batches(prompts, longest, cfg.micro_batch):
-            loss, n_right = supervision.losses(model, [train[i] for i in part], tok, cfg)
-            (loss / len(prompts)).backward()
-            total += loss.detach() / len(prompts)
-            right += n_right / len(prompts)
+            ids, mask, pairs = batch_of_pairs([train[i] for i in part], tok, device)   # (N, T) twice, M pairs
+            r = answer_rewards(model, ids, mask)                                                   # (N,)
+            r_a, r_b = r[pairs.a], r[pairs.b]                                                      # (M,) each
+            losses = preference_loss(r_a, r_b, pairs.p, pairs.margin, cfg.center)                  # (M,)
+            # Every prompt counts one: the weights of a prompt's pairs add up to 1.
+            loss = (pairs.weight * losses).sum() / len(prompts)
+            loss.backward()
+            total += loss.detach()
+            right += (pairs.weight * report.right((r_a - r_b).detach(), pairs.p)).sum() / len(prompts)
 
         # 3. One step of AdamW; a gradient that is not finite never reaches the weights.
         set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
@@ -310,19 +271,20 @@ def main(cfg):
             optimizer.step()
         optimizer.zero_grad()
 
-        # 4. Write the log, save.
         run.log(step, tokens=sum(n_tokens[i] for i in prompts), loss=all_sum(total.item()),
                 accuracy=all_sum(right.item()), grad_norm=norm.item())
         if run.due(step):
             run.save(step, before=before)
 
-    # Shift rewards so that held-out answers average 0, and save once more as the last step. A run that is cut
-    # off before does this when it goes on.
-    after, mean = supervision.evaluate(model, held, tok)
-    model.cfg.reward_mean = mean
+    # The constant that Bradley-Terry leaves free: shift rewards so that held-out answers average 0, and save
+    # once more as the last step. A run that is cut off before does this when it goes on.
+    after = held_out_metrics(model, held, tok)
+    model.cfg.reward_mean = after["reward_mean"]
     run.save(max(run.first, run.n_steps) - 1, before=before)
     write_jsonl(run.folder / "held_out.jsonl", show_held_out("after"))
-    run.finish(before, after | {"reward_mean": mean})
+    for name, sentence in health.of_reward_model(run.history, after).items():
+        run.say(f"health, {name}: {sentence}")
+    run.finish(before, after)
 
 
 if __name__ == "__main__":

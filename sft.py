@@ -27,7 +27,7 @@ from data.flags import RunFlags, program
 from data.parallel import all_sum, micro_batches, prepare
 from data.run import Run
 from data.setup import adamw, batches, cosine, set_lr, setup
-from model import pad_batch, refresh, sampling_copy, token_logprobs
+from model import cast_weights, freeze, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Config(RunFlags):
     max_len: int = 256            # tokens a conversation; longer ones are cut
     held_out: float = 0.05        # share of the prompts kept for the held-out loss
     max_new: int = 48             # longest sampled answer, in tokens
+    lora: int = 0                 # rank of adapters on a frozen trunk (0: train all)
     # Training
     epochs: int = 3               # passes over the data
     batch_size: int = 32          # conversations a step
@@ -91,6 +92,8 @@ def main(cfg):
     data = cfg.data or world.TINY / "demos.jsonl"
     run = Run.open(cfg, "sft", [init, data])
     model, tok = load(init)
+    if cfg.lora:
+        model = with_lora(cast_weights(freeze(model)), cfg.lora)
 
     # The demonstrations as ids, some of them held out.
     rows, dropped = formats.load(data, "sft")

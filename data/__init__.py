@@ -5,10 +5,10 @@
     flags, chain             the command line; making the links that a script starts from
     sample, comparisons      answers of a policy; pairs of them, from people, from the annotator
     rewards, relabel         what scores answers; asking the annotator again
-    process                  the steps of an answer, and a score for each
+    steps                    the steps of an answer, and where rewards arrive
     report, health, page     measures, tables; what is wrong, and one PPO iteration; out/index.html
     corpus                   a text as ids (pretrain, ppo.py --ptx_coef, evaluate)
-    pretrain, chat, vote, evaluate     commands: `python -m data.pretrain`, ...
+    pretrain, process, chat, vote, evaluate     commands: `python -m data.pretrain`, ...
     principles, endpoint     constitutions, and critics behind a URL (cai.py)
     world/                   the tiny world: gold judge, annotator, texts
     files/                   data sets, tokenizers and checkpoints that people have, in and out

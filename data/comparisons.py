@@ -1,5 +1,5 @@
-"""Where comparisons and labelled steps come from: the tiny world's annotator (reward.py), a file, or a
-policy's own new answers (dpo.py)."""
+"""Where comparisons come from: the tiny world's annotator (reward.py), a file, or a policy's own new answers
+(dpo.py)."""
 import random
 import time
 from collections import Counter
@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from data import InputError, sample, world
 from data.files import formats
+from data.rewards import rewards_of_texts
 from data.setup import seeded
 
 
@@ -55,20 +56,6 @@ def compare_answers(run, path, device):
     return sample.annotated(pairs, world.annotator_of(asdict(cfg)), random.Random(cfg.seed))
 
 
-def label_steps(run, path, device):
-    """Process rows (data/files/formats.py) of the tiny world: the annotator labels the steps of the different
-    answers of the policy at `path`. InputError: there are none."""
-    cfg = run.cfg
-    rows, answers = answer_prompts(run, path, device)
-    labelled = sample.annotated_steps(rows, answers, world.annotator_of(asdict(cfg)), random.Random(cfg.seed))
-    n_steps = sum(len(row["labels"]) for row in labelled)
-    run.say(f"the annotator labels {n_steps:,} steps of {len(labelled):,} answers")
-    if not labelled:
-        raise InputError(f"{path}: gives no answer that ends within --max_new {cfg.max_new} tokens; after "
-                         "longer training, or to more --prompts, it may")
-    return labelled
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Pairs to look at, which reward.py shows and people vote on (data/vote.py). A pair is {"prompt": messages,
 # "a": str, "b": str}; it may have a "label", P(a over b).
@@ -107,8 +94,8 @@ def with_rewards(pairs, model, tok):
     """The same pairs with a reward model's rewards "r_a" and "r_b" and, where the prompt is the tiny world's,
     with its "family" and the gold "gold_a" and "gold_b"."""
     prompts = [pair["prompt"] for pair in pairs]
-    r_a = sample.rewards_of_texts(model, tok, prompts, [pair["a"] for pair in pairs])
-    r_b = sample.rewards_of_texts(model, tok, prompts, [pair["b"] for pair in pairs])
+    r_a = rewards_of_texts(model, tok, prompts, [pair["a"] for pair in pairs])
+    r_b = rewards_of_texts(model, tok, prompts, [pair["b"] for pair in pairs])
 
     # What gold judges by, such as the right answer, stands in the world's own rows.
     known, out = {str(row["prompt"]): row for row in world.rows("preference")}, []

@@ -47,7 +47,7 @@ from data.corpus import bits_per_byte, read_corpus
 from data.endpoint import local_critic
 from data.flags import names_in, program
 from data.principles import compare, constitution
-from data.rewards import rewards_on
+from data.rewards import scorer_on
 from data.setup import seeded, setup
 from data.sample import ended, load_sampler, sample_answers, short_enough
 
@@ -125,7 +125,7 @@ def score_by(judge, cfg, device):
     if judge == "annotator":
         annotator = world.Annotator(cfg.noise, 0.0, cfg.bias_length, cfg.bias_confidence, cfg.bias_sycophancy)
         return annotator.utilities
-    return rewards_on("--judge", judge, device).score_texts
+    return scorer_on("--judge", judge, device).score_texts
 
 
 def choices_of_ai(path, cfg, device):
@@ -230,7 +230,7 @@ def win_rates(texts, rows, prefers, seed):
 
 
 def best_answers(model, tok, rows, reward, ns, graded, cfg):
-    """Rows {"n", "kl", "reward", "gold"}: the mean best of n answers by a reward (Rewards), for each n. One
+    """Rows {"n", "kl", "reward", "gold"}: the mean best of n answers by a reward (a Scorer), for each n. One
     of steps also has "gold_product" and "gold_smallest", chosen by the product and the smallest of the
     answer's step scores."""
     many = []
@@ -312,7 +312,7 @@ def main(cfg):
     if plain and not graded:
         raise InputError(f"{data}: --judge {cfg.judge} knows the tiny world's prompts only; "
                          "give a reward model or ai:CHECKPOINT")
-    reward = rewards_on("--reward", reward_path, device) if reward_path else None
+    reward = scorer_on("--reward", reward_path, device) if reward_path else None
     if reward_path == cfg.judge:     # one model is loaded once
         score = reward.score_texts
     else:

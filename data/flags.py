@@ -152,9 +152,7 @@ def program(main, Config, doc):
 def default_out(cfg, script):
     """out/<name>, where the tiny chain looks for it; out/mine/<name> with data or a model of one's own."""
     own = getattr(cfg, "data", "") or getattr(cfg, "init", "")
-    name = {"pretrain": "base"}.get(script, script)
-    if getattr(cfg, "process", False):
-        name += "_process"
+    name = {"pretrain": "base", "process": "reward_process"}.get(script, script)
     return f"out/mine/{name}" if own else f"out/{name}"
 
 

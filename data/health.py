@@ -1,4 +1,6 @@
-"""Is a PPO run healthy, in words; and one of its iterations, token by token (ppo.py --inspect, the page)."""
+"""Is a run healthy, in words; and one iteration of PPO, token by token (ppo.py --inspect, the page)."""
+import math
+
 import torch
 
 from model import token_logprobs, token_values
@@ -80,6 +82,33 @@ def reward_hacking(history, now, cfg):
     return (f"gold fell from {best['gold']:.2f} to {now['gold']:.2f} while the reward rose from "
             f"{best['reward']:.2f} to {now['reward']:.2f}: the policy exploits the reward model (Goodhart's "
             f"law); try {', '.join(cures[:-1])}, or {cures[-1]}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Health of a reward model, in words.
+
+
+def of_reward_model(history, held_out):
+    """What is wrong with a reward model, {name: sentence}, from the log rows of its training (list of dicts)
+    and its metrics on held-out comparisons (reward.py)."""
+    warnings = {}
+    # Equal rewards for all answers have the loss ln 2; it takes some steps to do better.
+    if len(history) >= 50:
+        loss = means(history[-20:])["loss"]
+        if loss > 0.98 * math.log(2):
+            warnings["loss"] = (
+                f"after {len(history)} steps it is {loss:.3f}, and guessing has ln 2 = {math.log(2):.3f}: the "
+                "model tells no answer from another; try a larger --lr. Else the labels may be random, or the "
+                "two answers the same to it")
+    # By length alone: always the longer answer, or always the shorter one.
+    if "longer_wins" in held_out:
+        by_length = max(held_out["longer_wins"], 1 - held_out["longer_wins"])
+        if by_length > 0.55 and held_out["accuracy"] < by_length + 0.02:
+            warnings["length"] = (
+                f"it is right in {held_out['accuracy']:.0%} of the held-out comparisons, and whoever only "
+                f"counts words in {by_length:.0%}: it may have learned no more than length; look at "
+                "accuracy_shorter and accuracy_longer, try comparisons of answers of equal length")
+    return warnings
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -283,39 +283,9 @@ def mean_kl(policy, reference, tok, prompts, answers, batch=16):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Figures of a reward model on comparisons that it has not seen.
+# What a reward model says of comparisons, or of steps.
 
 
 def right(guess, p):
     """1 where guess (M,) and p - 1/2 (M,) have the same sign, 1/2 where one of them is 0, else 0."""
     return ((guess * (p - 0.5)).sign() + 1) / 2
-
-
-def share_right(guess, p):
-    """The mean of `right`, a number."""
-    return right(guess, p).mean().item()
-
-
-def calibration_error(d, p):
-    """Mean |stated probability - frequency| over ten bins of P(a over b), weighted by size, for reward
-    differences d (M,) and labels p (M,). Each pair counts both ways round: which answer is a says nothing."""
-    stated, true = torch.cat([d.sigmoid(), (-d).sigmoid()]), torch.cat([p, 1 - p])             # (2M,)
-    bins, error = (stated * 10).long().clamp(max=9), 0.0
-    for b in bins.unique():
-        inside = bins == b
-        gap = (stated[inside].mean() - true[inside].mean()).abs()
-        error += (gap * inside.float().mean()).item()
-    return error
-
-
-def accuracies(d, p, longer):
-    """Accuracy {name: number} on pairs that are no ties, from reward differences d (M,), labels p (M,) and
-    by how many tokens a is longer than b (M,). longer_wins is that of always taking the longer answer."""
-    out = {"accuracy": share_right(d, p), "longer_wins": share_right(longer, p)}
-    # Apart where the chosen answer is the shorter one, as long as the other, or the longer one.
-    chosen_is = (longer * (p - 0.5)).sign()
-    for name, sign in (("shorter", -1), ("same_length", 0), ("longer", 1)):
-        part = chosen_is == sign
-        if part.any():
-            out[f"accuracy_{name}"] = share_right(d[part], p[part])
-    return out

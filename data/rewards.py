@@ -1,5 +1,10 @@
-"""Rewards of answers: from a reward model, two policies, a Python function, the gold judge, or several of
-them."""
+"""What scores answers: a reward model, two policies, a Python function, the gold judge, or several of them.
+
+A reward arrives at tokens: that of a whole answer at its last one, that of a step at the step's last one
+(data/steps.py). Where a reward model has the policy's tokenizer it reads the sampled tokens themselves, so
+that nothing is lost on the way through text. With another tokenizer, as most public ones have, it reads the
+answer's text in its own tokens and chat template, and what it says is carried to the policy's tokens.
+"""
 import typing
 from dataclasses import dataclass
 from functools import partial
@@ -7,54 +12,78 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, sample, world
+from data import InputError, world
 from data.chain import run_of
 from data.files.checkpoint import load
 from data.flags import function_of, names_in
 from data.parallel import RANK, all_sum, in_chunks
-from data.process import implicit_logits, implicit_rewards, rewards_at_tokens, step_logits
-from model import cast_weights, freeze, last_token
+from data.steps import (carried, implicit_logits, implicit_rewards, is_last, rewards_at_tokens, step_logits,
+                        step_mask)
+from model import cast_weights, freeze, pad_answers
 
 BETA = 0.3    # of an implicit reward if the policy's run.json names none: dpo.py's default
+AT_ONCE = 64  # answers given as text that a model reads in one pass
 
 
-def weights_of(text, n):
-    """"1,0.5" as (n,) numbers with mean 1; equal ones where text is "". InputError: not n numbers, or a
-    sum that is not above 0."""
-    try:
-        weights = torch.tensor([float(w) for w in text.split(",")] if text else [1.0] * n)
-    except ValueError:
-        weights = torch.zeros(0)
-    if len(weights) != n or not 0 < weights.sum() < torch.inf:
-        raise InputError(f"--reward_weights {text}: expected {n} numbers with commas between")
-    return weights * n / weights.sum()
+# ------------------------------------------------------------------------------------------------------------
+# Answers given as text.
+
+
+def encode_answers(tok, prompts, texts, longest, device):
+    """One finished answer (str) to each prompt (messages) as ids (B, T), and a mask (B, T) that is True on
+    the answers, their EOS included. What a model cannot read, behind `longest` tokens, is cut off."""
+    rows = []
+    for prompt, text in zip(prompts, texts):
+        given, answer = tok.render_answer(prompt, text.strip())
+        given = given[: longest - 1]      # of the answer one token at least is left, where a reward is read
+        rows.append((given, answer[: longest - len(given)]))
+    return pad_answers(rows, tok.pad_id, device)
+
+
+def rewards_of_texts(model, tok, prompts, texts):
+    """Rewards (list of floats) of one finished answer (str) to each prompt (messages) by a reward model."""
+    ids, mask = encode_answers(tok, prompts, texts, model.cfg.max_len, model.wte.weight.device)
+    return in_chunks(partial(rewards_at_tokens, model, tok), ids, mask, AT_ONCE).sum(1).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One reward.
 
 
 @dataclass
 class Source:
     """One reward: models that read tokens, or a function that reads texts."""
-    models: list
+    name: str                         # as the flag has it
+    models: list                      # that it reads with; [] of a function
     tok: typing.Any = None            # the models' tokenizer
-    rewards: typing.Any = None        # (ids, mask) -> rewards at tokens (B, T), of models
-    steps: typing.Any = None          # (ids, mask) -> logits of steps (B, T), where it scores steps
-    function: typing.Any = None       # (rows, texts) -> list of floats
+    read: typing.Callable = None      # models: (ids, mask) -> rewards at tokens (B, T)
+    logits: typing.Callable = None    # models: (ids, mask) -> logits of steps (B, T), if it scores steps
+    function: typing.Callable = None  # function: (rows, texts) -> list of floats
+
+    def encode(self, rows, texts):
+        """Finished answers (texts) to prompt rows in the models' own tokens: ids (B, T) and mask (B, T)."""
+        longest = min(model.cfg.max_len for model in self.models)
+        prompts = [row["prompt"] for row in rows]
+        return encode_answers(self.tok, prompts, texts, longest, self.models[0].wte.weight.device)
 
 
 def source_of(name, flag):
     """The Source that a flag names. InputError: there is none."""
     if name == "gold":
-        return Source([], function=world.gold)
+        return Source(name, [], function=world.gold)
     if name.startswith("implicit:"):
         return implicit_source(name, flag)
     if ":" in name and not Path(name).is_dir():
-        return Source([], function=function_of(name, flag))
+        return Source(name, [], function=function_of(name, flag))
     model, tok = load(name, head="score")
-    steps = partial(step_logits, model, tok) if model.cfg.process else None
-    return Source([model], tok, partial(rewards_at_tokens, model, tok), steps)
+    source = Source(name, [model], tok, read=partial(rewards_at_tokens, model, tok))
+    if model.cfg.process:
+        source.logits = partial(step_logits, model, tok)
+    return source
 
 
 def implicit_source(name, flag):
-    """The Source "implicit:POLICY:REFERENCE": the log-ratio of two policies (data/process.py)."""
+    """The Source "implicit:POLICY:REFERENCE": the log-ratio of two policies (data/steps.py)."""
     parts = name.split(":")[1:]
     splits = [(":".join(parts[:n]), ":".join(parts[n:])) for n in range(1, len(parts))]
     folders = [both for both in splits if Path(both[0]).is_dir() and Path(both[1]).is_dir()]
@@ -68,78 +97,108 @@ def implicit_source(name, flag):
         raise InputError(f"{flag} {name}: the two have different tokenizers")
     beta = run_of(first).get("config", {}).get("beta") or BETA
     both = (policy, reference, beta, tok)
-    return Source([policy, reference], tok, partial(implicit_rewards, *both), partial(implicit_logits, *both))
+    return Source(name, [policy, reference], tok, partial(implicit_rewards, *both),
+                  partial(implicit_logits, *both))
 
 
-class Rewards:
-    """One or several rewards, as a flag names them: a reward model (of the tokenizer `tok`, if one is given),
-    "implicit:POLICY:REFERENCE", "gold", or module:function, a function(rows, texts) -> list of floats. rows
-    are rows of --data, such as {"prompt": [{"role": "user", "content": "Name the capital of Kenya."}],
+# ------------------------------------------------------------------------------------------------------------
+# One or several.
+
+
+def weights_of(text, n):
+    """"1,0.5" as (n,) numbers with mean 1; equal ones where text is "". InputError: not n numbers, or a
+    sum that is not above 0."""
+    if not text:
+        return torch.ones(n)
+    try:
+        weights = torch.tensor([float(weight) for weight in text.split(",")])
+    except ValueError:
+        weights = torch.zeros(0)
+    if len(weights) != n or not 0 < weights.sum() < torch.inf:
+        raise InputError(f"--reward_weights {text}: expected {n} numbers with commas between")
+    return weights * n / weights.sum()
+
+
+class Scorer:
+    """What gives answers their rewards, as a flag names it: a reward model, "implicit:POLICY:REFERENCE",
+    "gold", or module:function, a function(rows, texts) -> list of floats; or several, "A,B". rows are rows of
+    --data, such as {"prompt": [{"role": "user", "content": "Name the capital of Kenya."}],
     "family": "helpful", ...}."""
 
     def __init__(self, flag, text, tok=None, weights="", ensemble="mean"):
-        self.flag, self.ensemble, self.named = flag, ensemble, {}
-        for name in names_in(text):
-            source = source_of(name, flag)
-            if tok is not None and source.models and not tok.same_as(source.tok):
-                raise InputError(f"{flag} {name} has another tokenizer than the policy")
-            self.named[name] = source
-        self.weights = weights_of(weights, len(self.named))
-        kinds = {source.steps is None for source in self.named.values()}
+        """flag and text: such as "--reward" and what follows it. tok: the policy's tokenizer, in whose tokens
+        `score` is given answers. InputError: no such reward, or some that do not go together."""
+        self.flag, self.tok, self.ensemble = flag, tok, ensemble
+        self.sources = [source_of(name, flag) for name in names_in(text)]
+        self.weights = weights_of(weights, len(self.sources))
+        # Comparing two large vocabularies takes a while, so this is asked once. Which read the policy's ids?
+        self.same_tokens = [bool(tok and source.tok and tok.same_as(source.tok)) for source in self.sources]
+        kinds = {source.logits is None for source in self.sources}
         if ensemble == "min" and len(kinds) > 1:
             raise InputError(f"{flag} {text}: the smallest of rewards of steps and of answers says nothing; "
                              "name one kind, or take their mean")
 
     def models(self):
         """All models among them."""
-        out = []
-        for source in self.named.values():
-            out += source.models
-        return out
+        models = []
+        for source in self.sources:
+            models += source.models
+        return models
+
+    @property
+    def value_start(self):
+        """The reward model that a value model can start from: it has a scalar head, and it reads the policy's
+        own tokens. None if no reward is one."""
+        for source, same in zip(self.sources, self.same_tokens):
+            if same and source.models[0].cfg.scalar_head:
+                return source.models[0]
+        return None
 
     def score(self, rows, texts, ids, mask, size):
-        """Rewards (B, T) of one response a row, at the tokens where they arrive: the last one, or each step's
-        last. The responses are given twice, as texts and as ids (B, T) where mask (B, T) is True. Models
-        read `size` rows at a time."""
+        """Rewards (B, T) of one response a row, at the tokens where they arrive. The responses are given
+        twice, as texts and as the policy's ids (B, T) where mask (B, T) is True. Models read `size` rows at a
+        time."""
         each = []
-        for name, source in self.named.items():
-            if source.models:
-                each.append(in_chunks(source.rewards, ids, mask, size))
+        for source, same in zip(self.sources, self.same_tokens):
+            if source.function:
+                whole = self.call(source, rows, texts).to(ids.device)                              # (B,)
+                each.append(torch.where(is_last(mask), whole[:, None], 0.0))
+            elif same:
+                each.append(in_chunks(source.read, ids, mask, size))
             else:
-                at_tokens = torch.zeros(ids.shape, device=ids.device)
-                called = self.call(name, source.function, rows, texts).to(ids.device)
-                at_tokens[torch.arange(len(ids), device=ids.device), last_token(mask)] = called
-                each.append(at_tokens)
+                each.append(self.read_as_text(source, rows, texts, ids, mask, size))
         return self.combined(torch.stack(each))
+
+    def read_as_text(self, source, rows, texts, ids, mask, size):
+        """`score` of a Source with another tokenizer: read in its tokens, carried to the policy's."""
+        their_ids, their_mask = source.encode(rows, texts)                                         # (B, T')
+        said = in_chunks(source.read, their_ids, their_mask, size)                                 # (B, T')
+        if source.logits is None:
+            return torch.where(is_last(mask), said.sum(1)[:, None], 0.0)
+        return carried(said, step_mask(source.tok, their_ids, their_mask), step_mask(self.tok, ids, mask))
 
     def score_texts(self, rows, texts):
         """Rewards (list of floats) of finished responses of which the tokens are not at hand."""
         each = []
-        for name, source in self.named.items():
-            if source.models:
-                at_tokens = self.read(source, source.rewards, rows, texts)
-                each.append(torch.stack([x.sum() for x in at_tokens]))
+        for source in self.sources:
+            if source.function:
+                whole = self.call(source, rows, texts)                                             # (B,)
             else:
-                each.append(self.call(name, source.function, rows, texts))
-            if not each[-1].isfinite().all():
-                raise InputError(f"{self.flag} {name}: gives scores that are not finite; a weight of it is "
-                                 "broken")
+                whole = in_chunks(source.read, *source.encode(rows, texts), AT_ONCE).sum(1)        # (B,)
+            if not whole.isfinite().all():
+                raise InputError(f"{self.flag} {source.name}: gives scores that are not finite; a weight of "
+                                 "it is broken")
+            each.append(whole.cpu())
         return self.combined(torch.stack(each)).tolist()
 
     def step_scores(self, rows, texts):
         """The scores of the steps of finished responses, a list of numbers from 0 to 1 for each, by the one
         reward that there is; None if it is no process reward."""
-        [source, *others] = self.named.values()
-        if others or source.steps is None:
+        [source, *others] = self.sources
+        if others or source.logits is None:
             return None
-        return [x[x.isfinite()].sigmoid().tolist() for x in self.read(source, source.steps, rows, texts)]
-
-    def read(self, source, what, rows, texts):
-        """What a Source's function (ids, mask) -> (B, T) says of finished responses: tensors (T,)."""
-        device = source.models[0].wte.weight.device
-        longest = min(model.cfg.max_len for model in source.models)
-        prompts = [row["prompt"] for row in rows]
-        return sample.read_texts(what, source.tok, prompts, texts, device, longest)
+        logits = in_chunks(source.logits, *source.encode(rows, texts), AT_ONCE)                    # (B, T)
+        return [at_tokens[at_tokens.isfinite()].sigmoid().tolist() for at_tokens in logits]
 
     def combined(self, each):
         """Several rewards (K, ..) as one (..): the mean, or the smallest, of the weighted rewards
@@ -147,38 +206,42 @@ class Rewards:
         each = each * self.weights.to(each.device).view(-1, *[1] * (each.dim() - 1))
         if self.ensemble == "mean":
             return each.mean(0)
-        whole = each if each.dim() == 2 else each.sum(2)      # (n, B), of whole answers
+        # The smallest is chosen by whole answers, (K, B).
+        whole = each
+        if each.dim() == 3:
+            whole = each.sum(2)
         return each[whole.argmin(0), torch.arange(each.shape[1], device=each.device)]
 
-    def call(self, name, function, rows, texts):
+    def call(self, source, rows, texts):
         """Rewards (B,) of a Python function, which the first rank asks. InputError: not one finite number a
         response."""
         if RANK:
             return all_sum(torch.zeros(len(rows)))
+        named = f"{self.flag} {source.name}"
         try:
-            answer = function(rows, texts)
+            answer = source.function(rows, texts)
         except (InputError, OSError) as e:   # elsewhere one sentence is enough; here its place is wanted
-            raise RuntimeError(f"{self.flag} {name} failed: {type(e).__name__}: {e}") from e
+            raise RuntimeError(f"{named} failed: {type(e).__name__}: {e}") from e
         try:
-            out = torch.as_tensor(answer, dtype=torch.float)
+            rewards = torch.as_tensor(answer, dtype=torch.float)
         except (TypeError, ValueError, RuntimeError) as e:
-            raise InputError(f"{self.flag} {name}: expected a list of {len(rows)} numbers ({e})") from None
-        if out.shape != (len(rows),) or not out.isfinite().all():
-            raise InputError(f"{self.flag} {name}: expected {len(rows)} finite numbers for as many responses")
-        return all_sum(out)
+            raise InputError(f"{named}: expected a list of {len(rows)} numbers ({e})") from None
+        if rewards.shape != (len(rows),) or not rewards.isfinite().all():
+            raise InputError(f"{named}: expected {len(rows)} finite numbers for as many responses")
+        return all_sum(rewards)
 
 
-def rewards_on(flag, name, device):
-    """The Rewards that a flag names, to judge with: their models frozen and on the device."""
-    rewards = Rewards(flag, name)
-    for model in rewards.models():
+def scorer_on(flag, name, device):
+    """The Scorer that a flag names, to judge with: its models frozen and on the device."""
+    scorer = Scorer(flag, name)
+    for model in scorer.models():
         cast_weights(freeze(model)).to(device)
-    return rewards
+    return scorer
 
 
 def judge_of(flag, name, device):
     """judge(rows, texts) -> utilities (list of floats) of answers to prompt rows: the tiny world's annotator,
-    or whatever Rewards knows."""
+    or whatever a Scorer knows."""
     if name == "annotator":
         return world.Annotator().utilities
-    return rewards_on(flag, name, device).score_texts
+    return scorer_on(flag, name, device).score_texts

@@ -1,5 +1,4 @@
-"""Answers sampled from a policy, rewards of answers as text, and what the annotator says of them."""
-from functools import partial
+"""Answers sampled from a policy, and what the annotator says of them."""
 from itertools import combinations
 
 import torch
@@ -7,8 +6,7 @@ import torch
 from data import InputError, parallel, world
 from data.files import formats
 from data.files.checkpoint import load
-from data.process import rewards_at_tokens, steps_of
-from model import freeze, pad_answers, sampling_copy
+from model import freeze, sampling_copy
 
 # ------------------------------------------------------------------------------------------------------------
 # Answers of a policy.
@@ -123,51 +121,3 @@ def annotated(pairs, annotator, rng):
         sure = world.choice_probability(u - v, noise)
         rows.append(preference_row(row, a, b, p, ceiling=max(sure, 1 - sure)))
     return rows
-
-
-def annotated_steps(rows, answers, annotator, rng):
-    """Process rows (data/files/formats.py) of the different answers (lists of texts) to each row's prompt:
-    the tiny world's annotator says of each step whether it is better than 1/2, half way between wrong and
-    right."""
-    # What each step is worth, and by how much it differs from 1/2: how hard it is to label.
-    judged, gaps = [], []
-    for row, texts in zip(rows, answers):
-        for text in texts:
-            steps = steps_of(text)
-            utilities = annotator.step_utilities(row, steps)
-            judged.append((row, steps, utilities))
-            gaps += [u - 0.5 for u in utilities]
-
-    noise, out = annotator.noise_for(gaps), []
-    for row, steps, utilities in judged:
-        labels = [world.annotate(u, 0.5, noise, rng) for u in utilities]
-        out.append({"prompt": row["prompt"], "completions": steps, "labels": labels})
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Answers as text, read by a model.
-
-
-@torch.no_grad()
-def read_texts(read, tok, prompts, texts, device, longest, batch=64):
-    """read(ids, mask) -> (B, T) applied to one finished answer (str) to each prompt (messages): a list of
-    tensors (T,). Prompt, answer and EOS are cut at `longest` tokens, all that the model can read."""
-    rows = []
-    for prompt, text in zip(prompts, texts):
-        given, answer = tok.render_answer(prompt, text.strip())
-        rows.append((given[:longest], answer[: max(0, longest - len(given))]))
-    out = [None] * len(rows)
-    for part in batches_by_length([given + answer for given, answer in rows], batch):
-        ids, mask = pad_answers([rows[i] for i in part], tok.pad_id, device)                       # (b, T)
-        for i, values in zip(part, read(ids, mask).cpu()):
-            out[i] = values
-    return out
-
-
-def rewards_of_texts(model, tok, prompts, texts, batch=64):
-    """Rewards (list of floats) of one answer (str) to each prompt (messages) by a reward model."""
-    read = partial(rewards_at_tokens, model, tok)
-    values = read_texts(read, tok, prompts, texts, model.wte.weight.device, model.cfg.max_len, batch)
-    return [x.sum().item() for x in values]
-

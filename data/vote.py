@@ -19,6 +19,7 @@ from data.files import formats
 from data.chain import need
 from data.files.checkpoint import load
 from data.flags import names_in, program
+from data.rewards import rewards_of_texts
 from data.setup import seeded, setup
 from model import cast_weights, freeze
 
@@ -114,7 +115,7 @@ def opinion(pair, model, tok, agreed):
         return f"(longer than the {model.cfg.max_len} tokens that the reward model reads)"
 
     # Its two rewards, and whether the larger one is that of the chosen answer.
-    r_a, r_b = sample.rewards_of_texts(model, tok, [pair["prompt"]] * 2, [pair["a"], pair["b"]])
+    r_a, r_b = rewards_of_texts(model, tok, [pair["prompt"]] * 2, [pair["a"], pair["b"]])
     tie = pair["label"] == 0.5
     agreed.append(None if tie else (r_a > r_b) == (pair["label"] > 0.5))
     p = world.choice_probability(r_a - r_b, noise=1)      # sigmoid (Bradley & Terry 1952)

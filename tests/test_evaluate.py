@@ -18,7 +18,7 @@ from data import InputError, evaluate, principles, relabel, report, world
 from data.files.checkpoint import load, save
 from data.flags import names_in
 from data.health import health
-from data.rewards import Rewards, judge_of
+from data.rewards import Scorer, judge_of
 from data.world import build
 from model import GPT, GPTConfig
 from test_scripts import fails, log_of, other_tokenizer, result_of, snapshot, user, write
@@ -392,7 +392,7 @@ def test_health_looks_for_the_peak_of_gold():
 def test_the_least_of_rewards_of_steps_is_of_whole_answers():
     """Not token by token: a sum of the least of each would be less than any of the rewards."""
     each = torch.tensor([[[3.0, 0.0]], [[1.0, 1.0]]])                  # two rewards of one answer, at two tokens
-    least = Rewards.combined(SimpleNamespace(weights=torch.ones(2), ensemble="min"), each)
+    least = Scorer.combined(SimpleNamespace(weights=torch.ones(2), ensemble="min"), each)
     assert least.tolist() == [[1.0, 1.0]]
 
 
@@ -400,7 +400,7 @@ def test_ensemble():
     r = torch.tensor([[1.0, 2.0, 5.0], [1.0, 4.0, -1.0], [1.0, 0.0, 2.0]])
 
     def combined(each, kind):
-        return Rewards.combined(SimpleNamespace(weights=torch.ones(len(each)), ensemble=kind), each)
+        return Scorer.combined(SimpleNamespace(weights=torch.ones(len(each)), ensemble=kind), each)
     assert combined(r, "mean").tolist() == [1, 2, 2] and combined(r, "min").tolist() == [1, 0, -1]
     for kind in ("mean", "min"):
         assert torch.equal(combined(r[:1], kind), r[0])        # one model is no ensemble
@@ -431,7 +431,7 @@ def test_weights_of_several_rewards(tmp_path, monkeypatch):
                                               "def three(rows, texts):\n    return [3.0] * len(texts)\n")
     monkeypatch.syspath_prepend(tmp_path)
     for flags, want in (({}, 2), ({"weights": "3,1"}, 1.5), ({"ensemble": "min"}, 1)):
-        rewards = Rewards("--reward", "some_rewards:one,some_rewards:three", **flags)
+        rewards = Scorer("--reward", "some_rewards:one,some_rewards:three", **flags)
         ids = torch.zeros(2, 3, dtype=torch.long)
         assert rewards.score([{}] * 2, ["a", "b"], ids, ids > 0, 8).sum(1).tolist() == [want, want]
         assert rewards.score_texts([{}] * 2, ["a", "b"]) == [want, want] and rewards.models() == []

@@ -65,7 +65,7 @@ COMMANDS = {    # with --max_steps 2 --dtype float32 --out ...
     "pretrain": "data.pretrain --steps 20",
     "sft": "sft.py --init {0}/base",
     "reward": "reward.py --init {0}/sft " + PAIRS,
-    "process": "reward.py --process --init {0}/sft --prompts 80 --max_new 8",
+    "process": "data.process --init {0}/sft --prompts 80 --max_new 8",
     "dpo": "dpo.py --init {0}/sft " + PAIRS,
     "dpo_lora": "dpo.py --init {0}/sft --lora 4 " + PAIRS,
     "kto": "dpo.py --loss kto --init {0}/sft " + PAIRS,

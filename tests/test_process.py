@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import reward
-from data import InputError, process, sample, world
+from data import InputError, process, world
 from data.files import formats
 from data.files.checkpoint import load, save
 from data.parallel import in_chunks
-from data.rewards import Rewards
+from data.rewards import Scorer, encode_answers, rewards_of_texts
+from data.steps import (ends_of_steps, implicit_logits, implicit_rewards, last_tokens, rewards_at_tokens,
+                        step_logits, step_mask, steps_of)
 from data.files.tokenizer import Tokenizer, tokenizer_from_ranks
 from data.world import build
 from model import GPT, GPTConfig, pad_batch, token_logprobs
@@ -39,7 +40,7 @@ V = TOK.vocab_size
     ("\nOne line. Two sentences.\n", ["\nOne line.", " Two sentences."]),
     ("Das ist schön. Größe.", ["Das ist schön.", " Größe."])])
 def test_steps_are_lines_or_sentences(text, steps):
-    assert process.steps_of(text) == steps and "".join(steps) == text.rstrip()
+    assert steps_of(text) == steps and "".join(steps) == text.rstrip()
 
 
 def cut_at_random(text, rng):
@@ -64,7 +65,7 @@ def test_a_steps_last_token_holds_its_last_character():
         holder = []     # of each byte
         for number, piece in tok.bytes_of.items():
             holder += [number] * len(piece)
-        steps, at, want = process.steps_of(text), 0, []
+        steps, at, want = steps_of(text), 0, []
         for step in steps:
             at += len(step)                     # the characters up to the end of the step
             last = len(text[:at].encode()) - 1
@@ -76,7 +77,7 @@ def test_a_steps_last_token_holds_its_last_character():
         prompt = [5, 6][: rng.randint(0, 2)]
         ids, mask = torch.tensor([prompt + answer + [7, 7]]), torch.zeros(1, len(prompt) + len(answer) + 2).bool()
         mask[0, len(prompt): len(prompt) + len(answer)] = True
-        found = process.step_mask(tok, ids, mask)[0].nonzero()[:, 0].tolist()
+        found = step_mask(tok, ids, mask)[0].nonzero()[:, 0].tolist()
         assert found == sorted({len(prompt) + t for t in want}), (text, tok.bytes_of)
     assert spanned > 100 and split > 100
 
@@ -85,12 +86,12 @@ def test_given_steps_end_where_found_ones_do():
     """The labels of a data file are read at the same tokens as the rewards of PPO arrive."""
     for text in ("I am absolutely sure. It is Cairo. Have a very nice day.", "a b\nc. d\n\ne", "é! ü?", "no end"):
         _, answer = TOK.render_answer(user("q"), text)
-        steps = process.steps_of(text)
+        steps = steps_of(text)
         data = b"".join(TOK.bytes_of.get(i, b"") for i in answer)
-        assert process.ends_of_given(TOK, answer, steps) == process.ends_of_steps(data)
+        assert process.ends_of_given(TOK, answer, steps) == ends_of_steps(data)
     # Others than would be found, with white space behind them.
     _, answer = TOK.render_answer(user("q"), "a. b. c\nd")
-    at = process.last_tokens(TOK, answer, process.ends_of_given(TOK, answer, ["a. b. ", "c\nd"]))
+    at = last_tokens(TOK, answer, process.ends_of_given(TOK, answer, ["a. b. ", "c\nd"]))
     assert TOK.decode(answer[: at[0] + 1]) == " a. b." and answer[at[1]] == TOK.eos_id
 
 
@@ -146,7 +147,7 @@ def test_logits_and_rewards_arrive_at_the_last_token_of_each_step():
     model.cfg.reward_mean = -1.25
     ids, mask, ends = batch(SAID)
     assert [len(at) for at in ends] == [3, 1, 3, 1, 2]
-    logits, rewards = process.step_logits(model, TOK, ids, mask), process.rewards_at_tokens(model, TOK, ids, mask)
+    logits, rewards = step_logits(model, TOK, ids, mask), rewards_at_tokens(model, TOK, ids, mask)
     for b, at in enumerate(ends):
         row = ids[b, : at[-1] + 1]
         z = (model(row[None])[0] @ model.score.weight[0]).double().numpy()      # no mean in it
@@ -160,7 +161,7 @@ def test_logits_and_rewards_arrive_at_the_last_token_of_each_step():
 
     # A model of whole answers: all of it at the last token.
     model.cfg.process = False
-    rewards = process.rewards_at_tokens(model, TOK, ids, mask)
+    rewards = rewards_at_tokens(model, TOK, ids, mask)
     for b, at in enumerate(ends):
         z = (model(ids[b, : at[-1] + 1][None])[0, -1] @ model.score.weight[0]).item()
         assert rewards[b, at[-1]].item() == pytest.approx(z + 1.25, abs=1e-4)
@@ -171,8 +172,8 @@ def test_implicit_rewards_are_sums_of_log_ratios():
     """Over the tokens of each step, the EOS being one of the last; together the reward that DPO gives the answer."""
     policy, reference = random_model(1), random_model(2)
     ids, mask, ends = batch(SAID)
-    logits = process.implicit_logits(policy, reference, 0.3, TOK, ids, mask)
-    rewards = process.implicit_rewards(policy, reference, 0.3, TOK, ids, mask)
+    logits = implicit_logits(policy, reference, 0.3, TOK, ids, mask)
+    rewards = implicit_rewards(policy, reference, 0.3, TOK, ids, mask)
     ratio = 0.3 * (token_logprobs(policy, ids, mask) - token_logprobs(reference, ids, mask)).double()
     for b, at in enumerate(ends):
         start = int(mask[b].nonzero()[0])
@@ -189,8 +190,8 @@ def test_padding_and_company_change_nothing():
     model = random_model(0, scalar_head=True, process=True, reward_mean=0.5)
     policy, reference = random_model(1), random_model(2)
     ids, mask, _ = batch(SAID)
-    for read in (partial(process.step_logits, model, TOK), partial(process.rewards_at_tokens, model, TOK),
-                 partial(process.implicit_rewards, policy, reference, 0.3, TOK)):
+    for read in (partial(step_logits, model, TOK), partial(rewards_at_tokens, model, TOK),
+                 partial(implicit_rewards, policy, reference, 0.3, TOK)):
         want = read(ids, mask)
         other = torch.cat([torch.where(mask | (ids != 3), ids, 11), torch.full((5, 4), 8)], 1)
         wide = torch.cat([mask, torch.zeros(5, 4, dtype=torch.bool)], 1)
@@ -199,9 +200,8 @@ def test_padding_and_company_change_nothing():
             torch.testing.assert_close(read(ids[b: b + 1], mask[b: b + 1])[0], want[b], atol=1e-4, rtol=0)
         torch.testing.assert_close(in_chunks(read, ids, mask, 2), want, atol=1e-4, rtol=0)
         prompts = [user("Why? " * (n + 1)) for n in range(5)]
-        for x, row in zip(sample.read_texts(read, TOK, prompts, SAID, "cpu", model.cfg.max_len, batch=2), want):
-            torch.testing.assert_close(x[: row.isfinite().nonzero()[-1] + 1],
-                                       row[: len(x)][: row.isfinite().nonzero()[-1] + 1], atol=1e-4, rtol=0)
+        by_text = in_chunks(read, *encode_answers(TOK, prompts, SAID, model.cfg.max_len, "cpu"), 2)
+        torch.testing.assert_close(by_text, want, atol=1e-4, rtol=0)
 
 
 def test_step_loss_against_numpy():
@@ -209,11 +209,11 @@ def test_step_loss_against_numpy():
     rng = np.random.default_rng(0)
     z, y = 4 * rng.normal(size=300), rng.choice([0.0, 1.0, 0.5, 0.25], 300)
     want = -y * np.log(1 / (1 + np.exp(-z))) - (1 - y) * np.log(1 - 1 / (1 + np.exp(-z)))
-    np.testing.assert_allclose(reward.step_loss(torch.tensor(z), torch.tensor(y)).numpy(), want, rtol=1e-9)
-    huge = reward.step_loss(torch.tensor([900.0, -900.0]), torch.tensor([0.0, 1.0]))
+    np.testing.assert_allclose(process.step_loss(torch.tensor(z), torch.tensor(y)).numpy(), want, rtol=1e-9)
+    huge = process.step_loss(torch.tensor([900.0, -900.0]), torch.tensor([0.0, 1.0]))
     assert huge.tolist() == [900, 900]
     z = torch.tensor(math.log(0.25 / 0.75), dtype=torch.float64, requires_grad=True)
-    reward.step_loss(z, torch.tensor(0.25)).backward()
+    process.step_loss(z, torch.tensor(0.25)).backward()
     assert abs(z.grad) < 1e-7
 
 
@@ -253,7 +253,7 @@ def row_of(skill, entity):
     ("what is my", "name", "I do not know that. It is Anna.", [1, 0]),
     ("what is my", "name", "There is no doubt about it. It is Anna.", [0.5, 0]), ("what is my", "name", "", [])])
 def test_step_values(skill, entity, text, values):
-    assert world.step_values(row_of(skill, entity), process.steps_of(text)) == values
+    assert world.step_values(row_of(skill, entity), steps_of(text)) == values
 
 
 def test_step_values_follow_gold():
@@ -263,7 +263,7 @@ def test_step_values_follow_gold():
         for style in ("ideal", "verbose", "sure", "wrong", "surely_wrong", "agree", "refuse", "unknown", "ramble"):
             row = build.prompt_row(q, rng.choice(build.WRAPPERS), rng, opinion=0.7)
             text = build.respond(q, row, style, rng)
-            values, score = world.step_values(row, process.steps_of(text)), world.judge(row, text)[q["family"]]
+            values, score = world.step_values(row, steps_of(text)), world.judge(row, text)[q["family"]]
             assert (0 in values) == (score == 0) and (1 in values) == (score == 1), (row, text, values)
             seen.add(tuple(values))
     assert len(seen) > 8
@@ -275,7 +275,7 @@ def test_the_annotator_labels_steps():
     texts = ["There is no doubt about it. It is Tokyo.", "It is Paris."]
 
     def labels(**flags):
-        rows = sample.annotated_steps([japan] * 500, [texts] * 500, world.Annotator(**flags), random.Random(0))
+        rows = process.annotated_steps([japan] * 500, [texts] * 500, world.Annotator(**flags), random.Random(0))
         assert ["".join(row["completions"]) for row in rows] == texts * 500
         assert all(row["prompt"] == japan["prompt"] for row in rows)
         return np.array([row["labels"] for row in rows[::2]]), np.array([row["labels"] for row in rows[1::2]])
@@ -316,38 +316,38 @@ def test_rewards_by_name(tmp_path):
     rows, texts = [{"prompt": user("Why? " * (n + 1))} for n in range(5)], [text.strip() for text in SAID]
     ids, mask, _ = batch(SAID)
     for name in (steps, implicit, f"{steps},{implicit}", f"{steps},{tmp_path}/answers"):
-        rewards = Rewards("--reward", name, TOK)
+        rewards = Scorer("--reward", name, TOK)
         said = rewards.score(rows, texts, ids, mask, 2)
         assert said.shape == ids.shape
         assert rewards.score_texts(rows, texts) == pytest.approx(said.sum(1).tolist(), abs=1e-4)
-    both = [Rewards("--reward", name, TOK).score(rows, texts, ids, mask, 2) for name in (steps, implicit)]
-    torch.testing.assert_close(Rewards("--reward", f"{steps},{implicit}", TOK).score(rows, texts, ids, mask, 2),
+    both = [Scorer("--reward", name, TOK).score(rows, texts, ids, mask, 2) for name in (steps, implicit)]
+    torch.testing.assert_close(Scorer("--reward", f"{steps},{implicit}", TOK).score(rows, texts, ids, mask, 2),
                                (both[0] + both[1]) / 2, atol=1e-5, rtol=0)
-    [policy, reference] = Rewards("--reward", implicit, TOK).models()
-    torch.testing.assert_close(both[1], process.implicit_rewards(policy, reference, 0.7, TOK, ids, mask),
+    [policy, reference] = Scorer("--reward", implicit, TOK).models()
+    torch.testing.assert_close(both[1], implicit_rewards(policy, reference, 0.7, TOK, ids, mask),
                                atol=1e-4, rtol=0)
 
     # Scores of steps: their product is the reward of the answer, but for the mean; two rewards have none.
-    scores = Rewards("--reward", steps, TOK).step_scores(rows, texts)
+    scores = Scorer("--reward", steps, TOK).step_scores(rows, texts)
     assert [len(some) for some in scores] == [3, 1, 3, 1, 2]
     want = [math.log(math.prod(some)) - 0.5 for some in scores]
-    assert Rewards("--reward", steps).score_texts(rows, texts) == pytest.approx(want, abs=1e-3)
+    assert Scorer("--reward", steps).score_texts(rows, texts) == pytest.approx(want, abs=1e-3)
     for name in (f"{steps},{implicit}", f"{tmp_path}/answers", "gold"):
-        assert Rewards("--reward", name, TOK).step_scores(rows, texts) is None
+        assert Scorer("--reward", name, TOK).step_scores(rows, texts) is None
 
     for name, words in ((f"implicit:{tmp_path}/dpo", "expected implicit:POLICY:REFERENCE"),
                         (f"implicit:{tmp_path}/dpo:{steps}", "is a reward model")):
         with pytest.raises(InputError, match=words):
-            Rewards("--reward", name, TOK)
+            Scorer("--reward", name, TOK)
     with pytest.raises(InputError, match="name one kind"):
-        Rewards("--reward", f"{steps},gold", TOK, ensemble="min")
+        Scorer("--reward", f"{steps},gold", TOK, ensemble="min")
 
 
 @pytest.fixture(scope="module")
 def steps_model(suite, chain, tmp_path_factory):
     """A process reward model of a short run; what the run printed."""
     folder = tmp_path_factory.mktemp("process") / "reward_process"
-    r = suite.ok("reward.py", "--process", "--init", chain / "sft", "--out", folder, "--prompts", 60, "--k", 3,
+    r = suite.ok("data.process", "--init", chain / "sft", "--out", folder, "--prompts", 60, "--k", 3,
                  "--max_new", 24, "--held_out", 0.3, "--batch_size", 4, "--warmup", 2, "--dtype", "float32",
                  "--max_steps", 6, "--bias_length", 0.2)   # without it so weak a model is wrong in all steps
     return folder, r
@@ -366,7 +366,7 @@ def test_reward_process_says_what_the_steps_say(steps_model):
         text = "".join(row["completions"])
         prompt, answer = tok.render_answer(row["prompt"], text)
         z = model.scores(model(torch.tensor([prompt + answer])))[0].detach() + model.cfg.reward_mean
-        [ends] = process.step_mask(tok, torch.tensor([prompt + answer]),
+        [ends] = step_mask(tok, torch.tensor([prompt + answer]),
                                    torch.tensor([[False] * len(prompt) + [True] * len(answer)]))
         z = z[ends].double().numpy()
         assert len(z) == len(row["labels"])
@@ -384,7 +384,7 @@ def test_reward_process_says_what_the_steps_say(steps_model):
     assert found == pytest.approx(process.errors_found(answers), abs=1 if any(even) else 1e-6)
     assert after["reward_mean"] == pytest.approx(np.mean(sums), abs=1e-4) == model.cfg.reward_mean
     texts = ["".join(row["completions"]) for row in held]
-    assert np.mean(sample.rewards_of_texts(model, tok, [row["prompt"] for row in held], texts)) == pytest.approx(0, abs=1e-4)
+    assert np.mean(rewards_of_texts(model, tok, [row["prompt"] for row in held], texts)) == pytest.approx(0, abs=1e-4)
     samples = (folder / "samples.txt").read_text(encoding="utf-8")
     assert samples.count("score 0.") > 10 and samples.count("--- after") == 1
 
@@ -398,7 +398,7 @@ def test_reward_process_learns_from_lines(suite, chain, tmp_path):
         steps = ["One. Two.", f"Three {n}\nfour.", "So five."][: 1 + n % 3]
         rows.append({"prompt": f"Count to {n // 2}.", "completions": steps, "labels": [1, 0, -1][: 1 + n % 3]})
     data = write(tmp_path / "steps.jsonl", rows)
-    suite.ok("reward.py", "--process", "--init", chain / "sft", "--data", data, "--batch_size", 99, "--epochs", 1,
+    suite.ok("data.process", "--init", chain / "sft", "--data", data, "--batch_size", 99, "--epochs", 1,
              "--micro_batch", 3, "--dtype", "float32", "--seed", 3, "--k", 1, "--held_out", 0.2, cwd=tmp_path)
     folder = tmp_path / "out" / "mine" / "reward_process"
     train, _ = formats.split(formats.load(data, "process")[0], 0.2, seed=0)
@@ -421,7 +421,7 @@ def test_reward_process_learns_from_lines(suite, chain, tmp_path):
     [step] = log_of(folder)
     assert step["loss"] == pytest.approx(np.mean([np.mean(some) for some in losses.values()]), rel=1e-4)
     assert json.loads((folder / "config.json").read_text())["process"] is True
-    r = suite.run("reward.py", "--process", "--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl",
+    r = suite.run("data.process", "--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl",
                   "--out", tmp_path / "x")
     fails(r, "comparisons.jsonl:1: ", "the steps of a response")
 

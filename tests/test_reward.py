@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import reward
-from data import report, sample, world
+import sft
+from data import health, report, world
 from data.files import formats
 from data.files.checkpoint import load
+from data.rewards import rewards_of_texts
 from test_scripts import fails, log_of, result_of, same, write
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
@@ -27,9 +29,9 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.
 def test_accuracy_counts_no_opinion_as_half():
     """Otherwise a model that gives everything the same reward is right never, or always."""
     p = torch.tensor([1.0, 0.0, 0.8, 0.3])
-    assert report.share_right(torch.tensor([2.0, -1.0, 0.5, -3.0]), p) == 1
-    assert report.share_right(torch.tensor([2.0, 1.0, -0.5, 3.0]), p) == 0.25
-    assert report.share_right(torch.zeros(4), p) == 0.5
+    assert report.right(torch.tensor([2.0, -1.0, 0.5, -3.0]), p).mean() == 1
+    assert report.right(torch.tensor([2.0, 1.0, -0.5, 3.0]), p).mean() == 0.25
+    assert report.right(torch.zeros(4), p).mean() == 0.5
     assert report.right(torch.tensor([2.0, 2.0, 2.0, 0.0]), torch.tensor([0.8, 0.2, 0.5, 0.2])).tolist() == [1, 0, 0.5, 0.5]
 
 
@@ -37,12 +39,12 @@ def test_accuracy_by_length():
     """Otherwise a reward model that has learned length alone looks like one that has learned what is good."""
     longer = torch.tensor([3, -2, 0, 5, -4, 1])               # tokens by which a is longer
     p = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 1.0])          # chosen: longer, shorter, same, shorter, longer ..
-    likes_length = report.accuracies(longer.float(), p, longer)
+    likes_length = reward.accuracies(longer.float(), p, longer)
     assert likes_length == pytest.approx({"accuracy": 3.5 / 6, "longer_wins": 3.5 / 6, "accuracy_shorter": 0.0,
                                           "accuracy_same_length": 0.5, "accuracy_longer": 1.0})
-    knows = report.accuracies(p - 0.5, p, longer)
+    knows = reward.accuracies(p - 0.5, p, longer)
     assert {knows[name] for name in knows if name != "longer_wins"} == {1.0} and knows["longer_wins"] < 1
-    assert "accuracy_longer" not in report.accuracies(p[:1] - 0.5, p[:1], -longer[:1])        # there is no such pair
+    assert "accuracy_longer" not in reward.accuracies(p[:1] - 0.5, p[:1], -longer[:1])        # there is no such pair
 
 
 def test_calibration_error_against_numpy():
@@ -53,12 +55,30 @@ def test_calibration_error_against_numpy():
     for low in range(10):
         inside = np.floor(stated * 10) == low
         want += abs(stated[inside].sum() - true[inside].sum()) / len(stated)
-    got = report.calibration_error(torch.tensor(d), torch.tensor(p))
+    got = reward.calibration_error(torch.tensor(d), torch.tensor(p))
     assert got == pytest.approx(want, abs=1e-6) and got > 0.1
-    assert report.calibration_error(-torch.tensor(d), 1 - torch.tensor(p)) == pytest.approx(got, abs=1e-9)
+    assert reward.calibration_error(-torch.tensor(d), 1 - torch.tensor(p)) == pytest.approx(got, abs=1e-9)
     sure = torch.full((1000,), math.log(9.0))                 # P = 0.9, and it is right in 0.9 of the pairs
     label = (torch.arange(1000) < 900).float()
-    assert report.calibration_error(sure, label) < 1e-5 < 0.39 < report.calibration_error(sure, 1 - label)
+    assert reward.calibration_error(sure, label) < 1e-5 < 0.39 < reward.calibration_error(sure, 1 - label)
+
+
+def rows_of_a_run(loss, n=60):
+    """Log rows of a run whose loss falls from 0.7 to `loss`."""
+    return [{"step": i + 1, "loss": 0.7 + (loss - 0.7) * min(1, i / 20), "accuracy": 0.5} for i in range(n)]
+
+
+def test_health_in_words():
+    """What has learned nothing, or length alone, is told from what is well."""
+    well = {"accuracy": 0.9, "longer_wins": 0.7}
+    assert health.of_reward_model(rows_of_a_run(0.3), well) == {}
+    assert health.of_reward_model(rows_of_a_run(0.3), {}) == {}              # all held-out pairs are ties
+    assert health.of_reward_model(rows_of_a_run(0.693)[:49], well) == {}     # too early to say
+    assert list(health.of_reward_model(rows_of_a_run(0.693), well)) == ["loss"]
+    for longer_wins in (0.7, 0.3):      # the longer one, or the shorter one
+        counts_words = {"accuracy": 0.7, "longer_wins": longer_wins}
+        assert list(health.of_reward_model(rows_of_a_run(0.6), counts_words)) == ["length"]
+    assert health.of_reward_model(rows_of_a_run(0.6), {"accuracy": 0.5, "longer_wins": 0.5}) == {}
 
 
 def reward_alone(model, tok, row, side):
@@ -74,7 +94,7 @@ def test_evaluate_says_what_the_pairs_say(chain):
     model, tok = load(chain / "reward", head="score")
     rows, _ = formats.load(chain / "reward" / "comparisons.jsonl", "preference", 60)
     groups, _ = reward.group_pairs(rows, tok, 256)
-    figures, mean = reward.evaluate_pairs(model, groups, tok)
+    metrics = reward.held_out_metrics(model, groups, tok)
 
     def alone(row, side):
         return reward_alone(model, tok, row, side), len(tok.render_answer(row["prompt"], row[side])[1])
@@ -84,16 +104,16 @@ def test_evaluate_says_what_the_pairs_say(chain):
         answers[str(row["prompt"]), row["chosen"]] = r_chosen
         answers[str(row["prompt"]), row["rejected"]] = r_rejected
     choices = [x for x in told if x[4]["label"] != 0.5]
-    assert mean == pytest.approx(np.mean(list(answers.values())), abs=1e-4)
+    assert metrics["reward_mean"] == pytest.approx(np.mean(list(answers.values())), abs=1e-4)
     within_rounding = np.mean([abs(x[0] - x[2]) < 1e-4 for x in choices])
-    assert figures["accuracy"] == pytest.approx(np.mean([x[0] > x[2] for x in choices]), abs=within_rounding + 1e-6)
-    assert figures["margin"] == pytest.approx(np.mean([x[0] - x[2] for x in choices]), abs=1e-4)
-    assert figures["ceiling"] == pytest.approx(np.mean([x[4]["ceiling"] for x in choices]), abs=1e-6)
-    assert figures["longer_wins"] == pytest.approx(
+    assert metrics["accuracy"] == pytest.approx(np.mean([x[0] > x[2] for x in choices]), abs=within_rounding + 1e-6)
+    assert metrics["margin"] == pytest.approx(np.mean([x[0] - x[2] for x in choices]), abs=1e-4)
+    assert metrics["ceiling"] == pytest.approx(np.mean([x[4]["ceiling"] for x in choices]), abs=1e-6)
+    assert metrics["longer_wins"] == pytest.approx(
         np.mean([0.5 + 0.5 * np.sign(x[1] - x[3]) for x in choices]), abs=1e-6)
     loss = [-x[4]["label"] * math.log(world.choice_probability(x[0] - x[2], 1))
             - (1 - x[4]["label"]) * math.log(world.choice_probability(x[2] - x[0], 1)) for x in told]
-    assert figures["loss"] == pytest.approx(np.mean(loss), abs=1e-4)
+    assert metrics["loss"] == pytest.approx(np.mean(loss), abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,9 +162,9 @@ def test_held_out_pairs_and_the_mean(suite, chain, tmp_path):
     model, tok = load(folder, head="score")
     rows, _ = formats.load(folder / "comparisons.jsonl", "preference")
     groups, _ = reward.group_pairs(formats.split(rows, 0.3, seed=0)[1], tok, 256)
-    figures, centered = reward.evaluate_pairs(model, groups, tok)
-    assert centered == pytest.approx(0, abs=1e-4)
-    assert figures["loss"] == pytest.approx(result["after"]["loss"], abs=1e-4)
+    metrics = reward.held_out_metrics(model, groups, tok)
+    assert metrics["reward_mean"] == pytest.approx(0, abs=1e-4)
+    assert metrics["loss"] == pytest.approx(result["after"]["loss"], abs=1e-4)
 
     pairs = [json.loads(line) for line in (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len({str(pair["prompt"]) for pair in pairs}) == len(pairs) == len(groups)
@@ -154,7 +174,7 @@ def test_held_out_pairs_and_the_mean(suite, chain, tmp_path):
         assert [pair["gold_a"], pair["gold_b"]] == world.gold([row] * 2, [pair["a"], pair["b"]])
         for side in "ab":
             assert pair[f"r_{side}"] == pytest.approx(
-                sample.rewards_of_texts(model, tok, [pair["prompt"]], [pair[side]])[0], abs=1e-4)
+                rewards_of_texts(model, tok, [pair["prompt"]], [pair[side]])[0], abs=1e-4)
     samples = (folder / "samples.txt").read_text(encoding="utf-8")
     assert samples.count("--- before") == samples.count("--- after") == 1
     assert re.search(r"    -> (chosen|tie) +[+-]", samples)
@@ -199,3 +219,37 @@ def test_a_run_cut_off_before_the_mean_is_saved_is_mended(suite, chain, tmp_path
     for name in ("config.json", "held_out.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     assert result_of(tmp_path / "whole")["after"] == result_of(tmp_path / "cut")["after"]
+
+
+@needs_fork
+@pytest.mark.parametrize("script", ["reward.py", "sft.py"])
+def test_lora_is_saved_merged(suite, chain, tmp_path, script):
+    """The checkpoint is a plain one that measures what the adapters measured; what they do not touch is as it was; and
+    a run cut in two ends as the whole one does."""
+    flags = ["--lora", 2, "--batch_size", 8, "--warmup", 1, "--lr", 0.01, "--dtype", "float32", "--held_out", 0.3]
+    if script == "reward.py":
+        flags += ["--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl"]
+    else:
+        flags += ["--init", chain / "base", "--data", write(tmp_path / "demos.jsonl", world.rows("demos")[:60])]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    suite.ok(script, *flags, "--max_steps", 4, "--out", whole)
+    suite.ok(script, *flags, "--max_steps", 2, "--out", cut)
+    suite.ok(script, *flags, "--max_steps", 4, "--out", cut)
+    same(whole, cut)
+
+    after = result_of(whole)["after"]
+    if script == "reward.py":
+        model, tok = load(whole, head="score")
+        rows, _ = formats.load(flags[-1], "preference")
+        groups, _ = reward.group_pairs(formats.split(rows, 0.3, seed=0)[1], tok, 256)
+        metrics = reward.held_out_metrics(model, groups, tok)
+        assert metrics["loss"] == pytest.approx(after["loss"], abs=1e-5)
+        assert metrics["reward_mean"] == pytest.approx(0, abs=1e-4)
+    else:
+        model, tok = load(whole)
+        rows, _ = formats.load(flags[-1], "sft")
+        held, _, _ = sft.encode(formats.split(rows, 0.3, seed=0)[1], tok, 256)
+        assert sft.held_out_loss(model, held, tok) == pytest.approx(after["loss"], abs=1e-5)
+    before, now = load(flags[-3])[0].state_dict(), model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], now[name])}
+    assert changed == {name for name in before if ".attn." in name or ".mlp." in name}

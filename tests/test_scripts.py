@@ -27,7 +27,7 @@ from data import InputError, chain as chain_py, flags as flags_py, run as run_py
 from data.chain import need
 from data.files.checkpoint import load, load_state
 from data.flags import MAY_BE_0, SHARES, parse_flags
-from data.rewards import Rewards
+from data.rewards import Scorer
 from data.files.safetensors import read_safetensors
 from data.files.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
 
@@ -396,15 +396,14 @@ def test_resume_equals_a_run_without_a_break(suite, early, script, dtype):
 # 5. Bad input.
 
 
-def other_tokenizer(folder, extra=0, pad="<|pad|>"):
-    """A tokenizer.json like ours in folder, but with another last merge, `extra` more merges, or another pad token."""
+def other_tokenizer(folder, extra=0):
+    """A tokenizer.json like ours in folder, but with another last merge and `extra` more merges."""
     tok = tokenizer_from_json(folder / "tokenizer.json")
     ranks = dict(sorted(tok.enc._mergeable_ranks.items(), key=lambda item: item[1]))
-    if pad == "<|pad|>":
-        ranks.pop(list(ranks)[-1])
-    for i in range(extra + 1 if pad == "<|pad|>" else 0):
+    ranks.pop(list(ranks)[-1])
+    for i in range(extra + 1):
         ranks[bytes([1, i % 256, 1 + i // 256][: 2 + (i > 255)])] = len(ranks)
-    special = {"<|endoftext|>": len(ranks), pad: len(ranks) + 1}
+    special = {"<|endoftext|>": len(ranks), "<|pad|>": len(ranks) + 1}
     enc = tiktoken.Encoding("other", pat_str=tok.enc._pat_str, mergeable_ranks=ranks, special_tokens=special)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_to_json(Tokenizer(enc))))
 
@@ -413,8 +412,8 @@ def other_tokenizer(folder, extra=0, pad="<|pad|>"):
 def bad(chain, tmp_path_factory):
     """A folder of things that scripts must refuse."""
     d = tmp_path_factory.mktemp("bad")
-    for name, source in {"cut": "sft", "bigger": "sft", "no_tok": "sft", "no_config": "sft", "other_rm": "reward",
-                         "pad_rm": "reward", "json": "sft", "cut_rm": "reward"}.items():
+    for name, source in {"cut": "sft", "bigger": "sft", "no_tok": "sft", "no_config": "sft",
+                         "json": "sft", "cut_rm": "reward"}.items():
         shutil.copytree(chain / source, d / name)
     for name in ("cut", "cut_rm"):
         data = (d / name / "model.safetensors").read_bytes()
@@ -423,8 +422,6 @@ def bad(chain, tmp_path_factory):
     (d / "no_tok" / "tokenizer.json").unlink()
     (d / "no_config" / "config.json").unlink()
     other_tokenizer(d / "bigger", extra=76)
-    other_tokenizer(d / "other_rm")
-    other_tokenizer(d / "pad_rm", pad="[PAD]")
     (d / "empty.jsonl").write_text("")
     (d / "latin.txt").write_bytes(b"caf\xe9 " * 999)
     good = {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}
@@ -462,8 +459,6 @@ BAD_INPUT = [   # script, flags, what the message must hold
     ("sft.py", "--init {bad}/no_tok", "{bad}/no_tok: has no tokenizer.json"),
     ("sft.py", "--init {bad}/no_config", "{bad}/no_config: has no config.json"),
     ("sft.py", "--init {bad}/json", "{bad}/json/config.json"),
-    ("ppo.py", PPO + "--reward {bad}/other_rm", "another tokenizer"),
-    ("ppo.py", PPO + "--reward {bad}/pad_rm", "another tokenizer"),
     ("ppo.py", PPO + "--reward {chain}/sft", "is a language model"),
     ("ppo.py", PPO + "--init {chain}/reward", "is a reward model"),
     ("data.chat", "--model {chain}/reward", "is a reward model"),
@@ -509,7 +504,7 @@ BAD_INPUT = [   # script, flags, what the message must hold
     ("ppo.py", PPO + "--reward_weights x", "--reward_weights x"),
     ("ppo.py", PPO + "--reward gold,{bad}/nosuch", "{bad}/nosuch"),
     ("ppo.py", PPO + "--reward implicit:{chain}/sft", "expected implicit:POLICY:REFERENCE"),
-    ("reward.py", INIT + "--process --data {bad}/pairs.jsonl", "{bad}/pairs.jsonl:1: "),
+    ("data.process", INIT + "--data {bad}/pairs.jsonl", "{bad}/pairs.jsonl:1: "),
     ("ppo.py", PPO + "--ptx_coef 1 --ptx_data {bad}/nosuch.txt", "{bad}/nosuch.txt"),
     ("ppo.py", PPO + "--ptx_coef 1 --ptx_data {bad}/empty.jsonl", "{bad}/empty.jsonl"),
     ("ppo.py", PPO + "--advantage grpo --group 1", "--group"),
@@ -716,8 +711,8 @@ def test_two_policies_in_folders_with_colons(chain, tmp_path):
     for name in ("ppo", "sft"):
         (here / name).symlink_to(chain / name)
     rows, texts = [{"prompt": user("Hi")}], ["Hello"]
-    plain = Rewards("--reward", f"implicit:{chain / 'ppo'}:{chain / 'sft'}").score_texts(rows, texts)
-    assert Rewards("--reward", f"implicit:{here / 'ppo'}:{here / 'sft'}").score_texts(rows, texts) == plain
+    plain = Scorer("--reward", f"implicit:{chain / 'ppo'}:{chain / 'sft'}").score_texts(rows, texts)
+    assert Scorer("--reward", f"implicit:{here / 'ppo'}:{here / 'sft'}").score_texts(rows, texts) == plain
 
 
 def test_fingerprint_sees_every_byte_of_a_file(tmp_path):
@@ -962,7 +957,7 @@ def one_and_two(suite, chain, folder, script, flags):
     ("data.pretrain", "--steps 4"),
     ("sft.py", "--init {chain}/base --micro_batch 3 --batch_size 14"),
     ("reward.py", "--init {chain}/sft --data {groups} --batch_size 8 --held_out 0.1 --micro_batch 3"),
-    ("reward.py", "--process --init {chain}/sft --data {lines} --batch_size 8 --held_out 0.1"),
+    ("data.process", "--init {chain}/sft --data {lines} --batch_size 8 --held_out 0.1"),
     ("dpo.py", "--init {chain}/sft --data {pairs} --batch_size 8 --micro_batch 3"),
     ("dpo.py", "--init {chain}/sft --data {pairs} --loss kto --batch_size 8"),
     ("dpo.py", "--init {chain}/sft --online --batch_size 16 --max_new 24 --seed 34 --max_steps 2"),   # pairs: 2, 2

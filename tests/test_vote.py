@@ -12,8 +12,9 @@ from contextlib import suppress
 
 import pytest
 
-from data import comparisons, sample, world
+from data import comparisons, world
 from data.files.checkpoint import load
+from data.rewards import rewards_of_texts
 from test_scripts import fails, result_of, user, write
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
@@ -204,7 +205,7 @@ def test_scored_pairs_say_reward_and_gold(chain):
     assert one["gold_a"] == 1 and one["gold_b"] == 0 and one["family"] == "honest" and "gold_a" not in two
     rewards = []
     for pair, side in ((known, "a"), (known, "b"), (mine, "a"), (mine, "b")):
-        rewards += sample.rewards_of_texts(model, tok, [pair["prompt"]], [pair[side]])
+        rewards += rewards_of_texts(model, tok, [pair["prompt"]], [pair[side]])
     assert [one["r_a"], one["r_b"], two["r_a"], two["r_b"]] == pytest.approx(rewards, abs=1e-4)
     first, second, third = comparisons.pair_text(two).split("\n")
     assert first == f"chosen   {two['r_b']:+6.2f}  One" and third.strip() == "lines"

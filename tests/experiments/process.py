@@ -6,7 +6,7 @@ for hours.
 
 For each seed the SFT model answers the same prompts once. Rewards that learn from these answers:
     comparisons   reward.py on every two different answers to a prompt: one reward for an answer
-    steps         reward.py --process on every step of the same answers: as many ANSWERS
+    steps         data/process.py on every step of the same answers: as many ANSWERS
     fewer steps   (or fewer comparisons) the one of the two that has more labels, on so few of its rows that
                   it has as many LABELS as the other: a comparison is one, a step is one
     implicit      dpo.py on the same comparisons; its log-ratio to the SFT model, step by step
@@ -31,12 +31,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-from data import process, world, write_atomic, read_jsonl, write_jsonl   # noqa: E402
+from data import process, write_atomic, read_jsonl, write_jsonl   # noqa: E402
 from data.files import formats   # noqa: E402
 from data.flags import program   # noqa: E402
 from data.rewards import Rewards   # noqa: E402
 from hacking import ROOT, make, spread   # noqa: E402
 
+REWARD, PROCESS = [ROOT / "reward.py"], ["-m", "data.process"]
 HELD_OUT = 0.1    # of the prompts, which none of the rewards learns from: the default of reward.py and dpo.py
 FIGURES = ("labels", "answers", "gold_10", "gold_20", "gold_40", "gold_70", "gold", "best", "product", "smallest",
            "first_error", "no_error")
@@ -53,6 +54,7 @@ class Config:
     out: str = "out/process"      # folder for all runs and tables
     links: str = ""               # folder that holds (or gets) base and sft of a seed, {seed} stands for it
     reward_flags: str = ""        # more flags for every reward.py
+    process_flags: str = ""       # more flags for every data.process
     dpo_flags: str = ""           # more flags for every dpo.py
     ppo_flags: str = ""           # more flags for every ppo.py
     evaluate_flags: str = ""      # more flags for every data.evaluate
@@ -78,20 +80,23 @@ def learn(cfg, here, sft, seed):
     """All rewards of a seed: {name: (what --reward takes, the rows it learned from)}."""
     common = ["--init", sft, "--seed", seed, "--held_out", HELD_OUT]
     asked = [*common, "--prompts", cfg.prompts]
-    make(here / "comparisons", [ROOT / "reward.py", *asked], cfg.reward_flags)
-    make(here / "steps", [ROOT / "reward.py", "--process", *asked], cfg.reward_flags)
+    make(here / "comparisons", [*REWARD, *asked], cfg.reward_flags)
+    make(here / "steps", [*PROCESS, *asked], cfg.process_flags)
     pairs = read_jsonl(here / "comparisons" / "comparisons.jsonl")
     steps = read_jsonl(here / "steps" / "process.jsonl")
     found = {"comparisons": (here / "comparisons", pairs), "steps": (here / "steps", steps)}
 
     # As many labels as the other one has.
     totals = [sum(map(n_labels, rows)) for rows in (pairs, steps)]
-    more, flag = (steps, ["--process"]) if totals[1] > totals[0] else (pairs, [])
-    name = "fewer steps" if flag else "fewer comparisons"
-    rows, data = first_rows(more, min(totals)), here / f"{name.replace(' ', '_')}.jsonl"
+    if totals[1] > totals[0]:
+        name, folder, rows = "fewer steps", here / "fewer_steps", first_rows(steps, totals[0])
+        script, flags = PROCESS, cfg.process_flags
+    else:
+        name, folder, rows = "fewer comparisons", here / "fewer_comparisons", first_rows(pairs, totals[1])
+        script, flags = REWARD, cfg.reward_flags
+    data = folder.with_suffix(".jsonl")
     write_jsonl(data, rows)
-    folder = data.with_suffix("")
-    make(folder, [ROOT / "reward.py", *flag, *common, "--data", data], cfg.reward_flags)
+    make(folder, [*script, *common, "--data", data], flags)
     found[name] = folder, rows
 
     # No labelled steps: a policy that DPO has trained on the comparisons.
@@ -111,7 +116,7 @@ def answers_in(rows):
 
 def errors(source, rows):
     """Whether a reward finds the first wrong step of the answers in process rows: data.process.errors_found."""
-    rewards, texts = Rewards("--reward", str(source)), ["".join(row["completions"]) for row in rows]
+    rewards, texts = Scorer("--reward", str(source)), ["".join(row["completions"]) for row in rows]
     scores = rewards.step_scores(rows, texts)
     if scores is None:
         # A reward of answers: of what there is of the answer up to each step.
