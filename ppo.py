@@ -254,9 +254,10 @@ def add_mean(sums, n, **figures):
         sums[name] = sums.get(name, 0.0) + value.detach() / n
 
 
-def load_models(policy, init, reward_models, cfg):
-    """(policy, reference, value model or None), still on the CPU, of a policy that was loaded from init. A
-    value model is copied from a reward model before that one's weights are cast."""
+def load_models(policy, init, value_start, cfg):
+    """(policy, reference, value model or None), still on the CPU, of a policy that was loaded from init. The
+    value model is copied from value_start, a reward model whose weights are not cast yet; where that is None,
+    from the policy."""
     use_value, value = cfg.advantage == "gae", None
     if cfg.lora:
         # One frozen trunk: the reference is the policy without its adapters, the value model has its own.
@@ -267,8 +268,7 @@ def load_models(policy, init, reward_models, cfg):
     else:
         reference = cast_weights(freeze(copy.deepcopy(policy)))
         if use_value:
-            reads = [model for model in reward_models if model.cfg.scalar_head]
-            value = copy.deepcopy(reads[0]) if reads else load(init, head="new")[0]
+            value = copy.deepcopy(value_start) if value_start else load(init, head="new")[0]
     return policy, reference, value
 
 
@@ -338,14 +338,15 @@ def main(cfg):
     policy, tok = load(init)
     rewards = Scorer("--reward", reward_name, tok, cfg.reward_weights, cfg.ensemble)
     reward_models = rewards.models()
-    policy, reference, value = load_models(policy, init, reward_models, cfg)
+    policy, reference, value = load_models(policy, init, rewards.value_start, cfg)
     rows, prompts = load_prompts(run, data, tok, [policy, *reward_models])
     tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, cfg.data)
     corpus = ptx_windows(cfg, tok, policy.cfg.max_len) if cfg.ptx_coef else None
 
     # Frozen copies to sample from; `refresh` copies the policy's current weights into one. Then all models
     # move to their device.
-    relabels = len(reward_models) == 1 and Relabelling.possible(cfg, reward_name)
+    can_learn = len(reward_models) == 1 and rewards.value_start is not None    # one, of the policy's tokens
+    relabels = can_learn and Relabelling.possible(cfg, reward_name)
     sampler = sampling_copy(policy).to(device)
     ref_sampler = sampling_copy(reference).to(device) if relabels else None
     trained = prepare_models(policy, reference, value, reward_models, relabels, cfg, device)

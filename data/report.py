@@ -261,7 +261,8 @@ def distinct_n(responses, n):
     everybody (Li et al. 2016, arXiv:1510.03055)."""
     grams = []
     for ids in responses:
-        grams += [tuple(ids[i: i + n]) for i in range(len(ids) - n + 1)]
+        for i in range(len(ids) - n + 1):
+            grams.append(tuple(ids[i: i + n]))
     return len(set(grams)) / max(1, len(grams))
 
 

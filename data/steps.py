@@ -114,10 +114,10 @@ def implicit_rewards(policy, reference, beta, tok, ids, mask):
 
 
 def carried(said, theirs, ours):
-    """Rewards (B, T) at a policy's tokens of what a model with another tokenizer said, (B, T'), about the same
-    answers. theirs (B, T') and ours (B, T): step_mask under the two tokenizers. The k-th step is the same
-    text under both; where they find another number of steps, because a token holds the ends of two, the rest
-    goes to the last step, so that the sum of an answer's rewards stays what it was."""
+    """What a model with another tokenizer said of answers, rewards (B, T'), as rewards (B, T) at the policy's
+    tokens. theirs (B, T') and ours (B, T): step_mask under the two tokenizers. The k-th step is the same text
+    under both; where one finds fewer steps, because a token holds the ends of two, the rest goes to the last
+    step, so that the sum of an answer's rewards stays what it was."""
     out = torch.zeros(ours.shape, device=said.device)
     for b in range(len(ours)):
         rewards = said[b][theirs[b]]                                                               # (K',)
