@@ -476,10 +476,13 @@ def main(cfg):
         run.say(f"round {n} of {cfg.rounds}: generator {model}, critic {critic_path}")
 
         # 1. The model learns to answer as the critic revises.
+        run.say(f"stage 1 (tiny world: {SECONDS['stage 1']} s): critiques and revisions, then sft.py")
         model, metrics = stage1(cfg, run, setting, n, model, critic_path)
         measured(f"round {n}, stage 1", f"{n}: SL", model, 2 * n - 1, metrics)
 
         # 2. It learns what the critic prefers.
+        learns = "dpo.py" if cfg.rl == "dpo" else "reward.py and ppo.py"
+        run.say(f"stage 2 (tiny world: {SECONDS['stage 2']} s): comparisons, then {learns}")
         model, metrics = stage2(cfg, run, setting, n, model, critic_path)
         after = measured(f"round {n}, stage 2", f"{n}: RL", model, 2 * n, metrics)
 
