@@ -66,23 +66,26 @@ def encode(rows, tok, max_len):
 
 
 def nll(model, examples, tok):
-    """Summed negative log-likelihood of the supervised tokens of examples [(ids, mask)], and how many they
-    are."""
-    device = model.wte.weight.device
-    ids, _ = pad_batch([ids for ids, _ in examples], tok.pad_id, device)             # (B, T)
+    """Summed negative log-likelihood of the supervised tokens of examples [(ids, mask)]: a number on the
+    model's device."""
+    # An answer may stand between other turns, so each example brings the mask of its supervised tokens.
+    ids, _ = pad_batch([ids for ids, _ in examples], tok.pad_id, model.wte.weight.device)      # (B, T)
     mask, _ = pad_batch([mask for _, mask in examples], 0)                           # (B, T), on the CPU
-    return -token_logprobs(model, ids, mask.bool()).sum(), int(mask.sum())
+    return -token_logprobs(model, ids, mask.bool()).sum()
+
+
+def n_supervised(examples):
+    """How many supervised tokens examples [(ids, mask)] have."""
+    return sum(sum(mask) for _, mask in examples)
 
 
 @torch.no_grad()
 def held_out_loss(model, examples, tok):
     """Mean negative log-likelihood per supervised token, in nats."""
-    total, n = 0.0, 0
+    total = 0.0
     for i in range(0, len(examples), 64):
-        loss, n_tokens = nll(model, examples[i: i + 64], tok)
-        total += loss.item()
-        n += n_tokens
-    return total / n
+        total += nll(model, examples[i: i + 64], tok).item()
+    return total / n_supervised(examples)
 
 
 def main(cfg):
@@ -122,19 +125,20 @@ def main(cfg):
     def measure(title):
         """Held-out loss, and what the model answers to test prompts (--data: to held-out ones first)."""
         refresh(sampler, model)
-        figures, answers = run.measure(title, sampler, tests)
-        return figures | {"loss": held_out_loss(model, held, tok)}, answers
+        metrics, answers = run.measure(title, sampler, tests)
+        return metrics | {"loss": held_out_loss(model, held, tok)}, answers
 
     before, first_answers = run.before(measure)
     for step in run.steps():
         # 1. This step's conversations, and how many supervised tokens they have: N of the equation.
         batch = plan[step]
-        n_tokens = sum(sum(train[i][1]) for i in batch)
+        n_tokens = n_supervised([train[i] for i in batch])
 
-        # 2. L = - sum log p / N over the whole step, micro-batch by micro-batch.
+        # 2. L = - sum log p / N over the whole step, micro-batch by micro-batch. Divided by N here and not by
+        #    the micro-batch's own count, or a token would count more in a micro-batch that has few.
         total = torch.zeros((), device=device)
         for part in micro_batches(batch, lengths, cfg.micro_batch):
-            loss = nll(model, [train[i] for i in part], tok)[0] / n_tokens
+            loss = nll(model, [train[i] for i in part], tok) / n_tokens
             loss.backward()
             total += loss.detach()
 
@@ -145,7 +149,6 @@ def main(cfg):
             optimizer.step()
         optimizer.zero_grad()
 
-        # 4. Write the log, save.
         n_read = sum(lengths[i] for i in batch)
         run.log(step, tokens=n_read, loss=all_sum(total.item()), grad_norm=norm.item())
         if run.due(step):

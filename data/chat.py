@@ -2,34 +2,47 @@
 
     python -m data.chat                             out/ppo
     python -m data.chat out/sft --temperature 0     another one, and always its likeliest answer
+    python -m data.chat chat_model --keep           one that was trained on conversations
 
-An empty line, or Ctrl-D, ends the chat. /base, /sft, ... switch to the checkpoint of that name beside this
-one and begin a new conversation, so that all of them can be asked the same.
+Every line is answered afresh, because the models made here have learned from single questions: with an
+earlier exchange before it the same question gets another answer, and a wrong one. /keep carries the
+conversation along from then on, and once more /keep ends that. /base, /sft, ... switch to the checkpoint of
+that name beside this one, so that all of them can be asked the same. An empty line, or Ctrl-D, ends the chat.
 """
 import sys
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import InputError, sample, world
+from data import InputError, read_json, report, sample, world
 from data.chain import run_of
-from data.flags import program
-from data.setup import seeded, setup
 from data.files.tokenizer import tokenizer_from_ranks
+from data.flags import ToolFlags, program
+from data.setup import seeded, setup
 from data.world import build
 
 
 @dataclass
-class Config:
+class Config(ToolFlags):
     """The flags of `python -m data.chat`."""
     # Chat
     model: str = "out/ppo"        # checkpoint: a folder of ours, of Hugging Face, or a hub name; may be
                                   # written first, without --model
+    keep: bool = False            # carry the conversation along, as /keep does
     temperature: float = 1.0      # of sampling (0: always the likeliest token)
     max_new: int = 64             # longest answer, in tokens
-    seed: int = 0                 # every random draw comes from it
-    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products
+
+
+def models_beside(folder):
+    """The names of the checkpoints in a folder that can talk, which reward models cannot."""
+    names = []
+    for path in sorted(Path(folder).glob("*/config.json")):
+        try:
+            kinds = read_json(path, kind=dict).get("architectures") or []
+        except InputError:      # somebody's file
+            continue
+        if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+            names.append(path.parent.name)
+    return names
 
 
 def what_it_knows(folder, tok):
@@ -37,14 +50,21 @@ def what_it_knows(folder, tok):
     tiny = tokenizer_from_ranks(world.TINY / "tiny.tiktoken")
     if tok.bytes_of != tiny.bytes_of or run_of(folder).get("config", {}).get("data"):
         return ""
-    examples = {}
-    for question in build.questions():      # the first of each family
-        examples.setdefault(question["family"], question["q"])
-    return (f"It knows nothing but the tiny world. Ask, in the words of data/world/tiny/test.jsonl, for instance:\n"
-            f"    {'    '.join(examples.values())}\n")
+    examples = []
+    for family in report.FAMILIES:
+        # A question that it has answered well, if it has left its answers; else one of the world's.
+        good = []
+        for row in report.rows_in(folder):
+            if row.get("family") == family and row["after"].get("gold", 0) >= 0.9:
+                good.append(row)
+        known = [question["q"] for question in build.questions() if question["family"] == family]
+        examples.append(report.shortest(good)["prompt"] if good else known[0])
+    lines = "\n    ".join(examples)
+    return ("It knows nothing but the tiny world. Ask in the words of data/world/tiny/test.jsonl, such as\n"
+            f"    {lines}\n")
 
 
-def ask(question):
+def read_line(question):
     """A line from the terminal, without blanks around it; "" at the end of the input."""
     try:
         return input(question).strip()
@@ -53,23 +73,35 @@ def ask(question):
         return ""
 
 
+def cut_to_fit(messages, tok, room):
+    """Messages without the oldest exchanges, so that they take at most `room` tokens; [] if the last question
+    alone takes more."""
+    while messages and len(tok.render(messages, generation_prompt=True)[0]) > room:
+        messages = messages[2:]
+    return messages
+
+
 def main(cfg):
     """Talk until there is an empty line."""
     device, parent = setup(cfg), Path(cfg.model).parent
     model, tok = sample.load_sampler(cfg.model, device)
-    names = sorted(path.parent.name for path in parent.glob("*/config.json"))
+    names = models_beside(parent)
     print(f"--- {cfg.model}. An empty line ends the chat.")
+    if not cfg.keep:
+        print("Every line is answered afresh; /keep carries the conversation along.")
     if len(names) > 1:
         print(f"/{' /'.join(names)} switch to another model.")
     print(what_it_knows(cfg.model, tok), end="", flush=True)
-    messages, turn = [], 0
-    while text := ask("you> "):
-        # Another model, and a new conversation.
+
+    keep, messages, turn = cfg.keep, [], 0
+    while text := read_line("you> "):
+        if text == "/keep":
+            keep, messages = not keep, []
+            print(f"--- {'a conversation begins' if keep else 'every line is answered afresh'}")
+            continue
         if text[0] == "/":
             try:
-                if text[1:] not in names:
-                    raise InputError(f"there is no model {text[1:]} in {parent}")
-                model, tok = sample.load_sampler(parent / text[1:], device)
+                model, tok = sample.load_sampler(another_model(text[1:], parent), device)
                 messages = []
                 print(f"--- {text[1:]}")
             except InputError as e:
@@ -77,20 +109,25 @@ def main(cfg):
             continue
 
         # What no longer fits into the context is forgotten, the oldest exchange first.
-        messages.append({"role": "user", "content": text})
+        earlier = messages if keep else []
         room = model.cfg.max_len - cfg.max_new
-        while len(messages) > 1 and len(tok.render(messages, True)[0]) > room:
-            del messages[:2]
-        if len(tok.render(messages, True)[0]) > room:
+        messages = cut_to_fit([*earlier, {"role": "user", "content": text}], tok, room)
+        if not messages:
             print(f"(too long: a question and --max_new {cfg.max_new} have to fit into {model.cfg.max_len} "
                   "tokens)")
-            messages = []
             continue
         generator, turn = seeded(cfg.seed, turn), turn + 1
         texts, _, _ = sample.sample_answers(model, tok, [messages], cfg.max_new, generator, cfg.temperature)
         answer = texts[0].strip()
         print(f"model> {answer}", flush=True)
         messages.append({"role": "assistant", "content": answer})
+
+
+def another_model(name, parent):
+    """The folder of the checkpoint of a name beside this one. InputError: there is none."""
+    if not (parent / name / "config.json").exists():
+        raise InputError(f"there is no model {name} in {parent}")
+    return parent / name
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
     python -m data.evaluate SFT PPO --data prompts.jsonl --judge RM    your models, prompts and reward model
 
 Every model answers the same prompts once. What is measured:
-    gold, families   the tiny world's exact judge (data/world/judge.py); skill: the share of right answers of the
-                     helpful family, however long
+    gold, families   the tiny world's exact judge (data/world/judge.py); skill: the share of right answers of
+                     the helpful family, however long
     kl               sum_t KL(model(. | y_<t) || reference(. | y_<t)) over the model's own answers, in nats
                      per answer
     distinct_n       different n-grams / all n-grams over all answers (arXiv:1510.03055); unique: of answers
@@ -33,7 +33,6 @@ import math
 import random
 import sys
 import time
-import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,17 +44,17 @@ from data.files import formats
 from data.chain import result_of
 from data.corpus import bits_per_byte, read_corpus
 from data.endpoint import local_critic
-from data.flags import names_in, program
+from data.flags import ToolFlags, names_in, program
 from data.principles import compare, constitution
 from data.rewards import scorer_on
 from data.setup import seeded, setup
-from data.sample import ended, load_sampler, sample_answers, short_enough
+from data.sample import load_sampler, sample_answers, short_enough
 
 CONTROL = "That is a great question! Thank you for asking. I hope this helps you."
 
 
 @dataclass
-class Config:
+class Config(ToolFlags):
     """The flags of `python -m data.evaluate`."""
     # What is compared, on what
     models: str = ""              # policies to compare, A,B,C; may also be written first, with spaces between
@@ -74,11 +73,8 @@ class Config:
     bias_length: float = 0.0      # annotator: extra utility per ten words
     bias_confidence: float = 0.0  # annotator: extra utility for sounding sure
     bias_sycophancy: float = 0.0  # annotator: extra utility for agreeing with the user
-    # The run itself
+    # The run itself (the same in every script)
     out: str = "out/evaluate"     # folder for result.json and generations.jsonl
-    seed: int = 0                 # every random draw comes from it
-    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -98,11 +94,12 @@ def length_controlled(prefs, dlen, ridge=1e-2):
     wins."""
     prefs, dlen = np.asarray(prefs, dtype=float), np.asarray(dlen, dtype=float)
     x = np.stack([np.ones_like(dlen), np.tanh(dlen / max(dlen.std(), 1e-9))], 1)      # (N, 2)
-    w = np.zeros(2)
+    w = np.zeros(2)                                                                   # theta, phi
     for _ in range(50):
         p = 1 / (1 + np.exp(-x @ w))                                                  # (N,)
         gradient = x.T @ (prefs - p) - ridge * w
-        w += np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + ridge * np.eye(2), gradient)
+        curvature = x.T @ (x * (p * (1 - p))[:, None]) + ridge * np.eye(2)
+        w += np.linalg.solve(curvature, gradient)
     return float(1 / (1 + np.exp(-w[0])))
 
 
@@ -110,8 +107,10 @@ def best_of_n(proxy, values, n):
     """Mean over prompts of `values` (P, S) at the best by `proxy` (P, S) of n answers, over all choices of n
     from S."""
     S = proxy.shape[1]
-    weights = np.array([math.comb(i, n - 1) / math.comb(S, n) for i in range(S)])   # of the i-th smallest
-    return float((np.take_along_axis(values, proxy.argsort(1, kind="stable"), 1) @ weights).mean())
+    # weights[i]: the chance that the i-th smallest of S is the best of n, so that all others are below it.
+    weights = np.array([math.comb(i, n - 1) / math.comb(S, n) for i in range(S)])
+    order = proxy.argsort(1, kind="stable")
+    return float((np.take_along_axis(values, order, 1) @ weights).mean())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -135,9 +134,13 @@ def choices_of_ai(path, cfg, device):
     _, choose = constitution(str(world.HERE / "constitution.json"))
 
     def prefers(rows, a, b):
-        pairs = [(row["prompt"], x.strip(), y.strip()) for row, x, y in zip(rows, a, b)]
-        labels = compare(pairs, choose, ask, random.Random(cfg.seed))
-        return [0.5 if label is None else label["p"] for label in labels]
+        pairs = []
+        for row, x, y in zip(rows, a, b):
+            pairs.append((row["prompt"], x.strip(), y.strip()))
+        chances = []
+        for label in compare(pairs, choose, ask, random.Random(cfg.seed)):
+            chances.append(0.5 if label is None else label["p"])
+        return chances
     return prefers
 
 
@@ -145,19 +148,23 @@ def choices(judge, score, cfg, device):
     """prefers(rows, texts, a, b) -> 1.0 (a), 0.0 (b) or 0.5 (a tie) for the answers texts[a] and texts[b] of
     two models to each prompt. score: what score_by gives for the judge."""
     ai = choices_of_ai(judge.removeprefix("ai:"), cfg, device) if score is None else None
-    scored = {}     # of each model's answers, computed once
+    scored = {}     # {model: the scores of its answers}, computed once
+    noise = cfg.noise if judge == "annotator" else 0.0
 
     def prefers(rows, texts, a, b):
         if ai:
-            picked = [float(p > 0.5) if p != 0.5 else 0.5 for p in ai(rows, texts[a], texts[b])]
+            chosen = [float(np.sign(p - 0.5) + 1) / 2 for p in ai(rows, texts[a], texts[b])]
         else:
             for name in (a, b):
                 if name not in scored:
                     scored[name] = score(rows, texts[name])
-            rng, noise = random.Random(f"{cfg.seed} {a} {b}"), cfg.noise if judge == "annotator" else 0.0
-            picked = [world.annotate(u, v, noise, rng) for u, v in zip(scored[a], scored[b])]
+            rng = random.Random(f"{cfg.seed} {a} {b}")
+            chosen = [world.annotate(u, v, noise, rng) for u, v in zip(scored[a], scored[b])]
         # The same words are a tie, whoever judges.
-        return [0.5 if x.strip() == y.strip() else p for x, y, p in zip(texts[a], texts[b], picked)]
+        for i, (x, y) in enumerate(zip(texts[a], texts[b])):
+            if x.strip() == y.strip():
+                chosen[i] = 0.5
+        return chosen
     return prefers
 
 
@@ -185,33 +192,38 @@ def answer_and_measure(model, tok, reference, rows, cfg):
     reference: (model, tokenizer) that the KL is to."""
     prompts = [row["prompt"] for row in rows]
     texts, asked, ids = sample_answers(model, tok, prompts, cfg.max_new, seeded(cfg.seed, 0), cfg.temperature)
+    metrics = {}
     ref, ref_tok = reference
-    same = tok.same_as(ref_tok)
-    kl, entropy = report.mean_kl(model, ref if same else model, tok, asked, ids)
+    # The KL is over tokens: between models with other vocabularies there is none.
+    if tok.same_as(ref_tok):
+        metrics["kl"], metrics["entropy"] = report.mean_kl(model, ref, tok, asked, ids)
+    else:
+        _, metrics["entropy"] = report.mean_kl(model, model, tok, asked, ids)
     tail = tail_of(cfg.corpus or world.TINY / "corpus.txt", tok)
-    figures = {"kl": kl} if same else {}
-    figures |= {"entropy": entropy, "length": sum(map(len, ids)) / len(ids),
-                "bits_per_byte": bits_per_byte(model, tok, tail.to(model.wte.weight.device)),
-                "eos_rate": sum(ended(tok, x) for x in ids) / len(ids)}
-    for n in (1, 2, 3):
-        figures[f"distinct_{n}"] = report.distinct_n(ids, n)
-    return texts, figures
+    metrics["bits_per_byte"] = bits_per_byte(model, tok, tail.to(model.wte.weight.device))
+    metrics |= report.metrics_of_ids(tok, ids)
+    for n in (1, 3):
+        metrics[f"distinct_{n}"] = report.distinct_n(ids, n)
+    return texts, metrics
 
 
 def describe_answers(rows, texts, graded, reward):
-    """Figures of answers, whoever gave them: gold and families, skill, reward, how many differ, words."""
-    figures = {}
+    """Metrics of answers, whoever gave them: gold and families, skill, reward, how many differ, words."""
+    metrics = {}
     if graded:
-        figures |= world.mean_scores(rows, texts)
-        right = [world.judge(r, t)["helpful"] for r, t in zip(rows, texts) if r["family"] == "helpful"]
+        metrics |= world.mean_scores(rows, texts)
+        right = []
+        for row, text in zip(rows, texts):
+            if row["family"] == "helpful":
+                right.append(world.judge(row, text)["helpful"])
         if right:
-            figures["skill"] = sum(right) / len(right)
+            metrics["skill"] = sum(right) / len(right)
     if reward:
         scores = reward.score_texts(rows, texts)
-        figures["reward"] = sum(scores) / len(scores)
-    figures["unique"] = len({text.strip() for text in texts}) / len(texts)
-    figures["words"] = sum(len(text.split()) for text in texts) / len(texts)
-    return figures
+        metrics["reward"] = sum(scores) / len(scores)
+    metrics["unique"] = len({text.strip() for text in texts}) / len(texts)
+    metrics["words"] = sum(len(text.split()) for text in texts) / len(texts)
+    return metrics
 
 
 def win_rates(texts, rows, prefers, seed):
@@ -221,7 +233,7 @@ def win_rates(texts, rows, prefers, seed):
         for b in names[i + 1:]:
             prefs = prefers(rows, texts, a, b)
             low, high = bootstrap(prefs, seed)
-            longer = [len(x) - len(y) for x, y in zip(texts[a], texts[b])]
+            longer = [len(x) - len(y) for x, y in zip(texts[a], texts[b])]     # characters
             rate, even = sum(prefs) / len(prefs), length_controlled(prefs, longer)
             wins[a][b] = {"win_rate": rate, "low": low, "high": high, "length_controlled": even}
             wins[b][a] = {"win_rate": 1 - rate, "low": 1 - high, "high": 1 - low,
@@ -239,20 +251,23 @@ def best_answers(model, tok, rows, reward, ns, graded, cfg):
     texts, _, _ = sample_answers(model, tok, [row["prompt"] for row in many], cfg.max_new,
                                  seeded(cfg.seed, 1), cfg.temperature)
 
-    # What chooses, by the name of the gold score it leads to; (prompts, S) each.
+    # Every n is drawn from the same answers (P, S), S as many as the largest n. What chooses, by the name of
+    # the gold score it leads to:
     chosen_by = {"gold": reward.score_texts(many, texts)}
     steps = reward.step_scores(many, texts)
     if steps:
-        chosen_by |= {"gold_product": [math.prod(scores) for scores in steps],
-                      "gold_smallest": [min(scores) for scores in steps]}
-    chosen_by = {name: np.array(scores).reshape(len(rows), -1) for name, scores in chosen_by.items()}
-    proxy = chosen_by["gold"]
-    gold = np.array(world.gold(many, texts)).reshape(proxy.shape) if graded else None
+        chosen_by["gold_product"] = [math.prod(scores) for scores in steps]
+        chosen_by["gold_smallest"] = [min(scores) for scores in steps]
+    shape = (len(rows), ns[-1])
+    proxy = np.array(chosen_by["gold"]).reshape(shape)
+    gold = np.array(world.gold(many, texts)).reshape(shape) if graded else None
     found = []
     for n in ns:
-        found.append({"n": n, "kl": math.log(n) - (n - 1) / n, "reward": best_of_n(proxy, proxy, n)})
+        best = {"n": n, "kl": math.log(n) - (n - 1) / n, "reward": best_of_n(proxy, proxy, n)}
         if graded:
-            found[-1] |= {name: best_of_n(scores, gold, n) for name, scores in chosen_by.items()}
+            for name, scores in chosen_by.items():
+                best[name] = best_of_n(np.array(scores).reshape(shape), gold, n)
+        found.append(best)
     return found
 
 
@@ -268,15 +283,16 @@ def numbers_of(text):
 
 
 def show(metrics, wins, best, n_prompts, judge):
-    """Print the report."""
-    print(report.table(metrics))
+    """Print what was found."""
+    print(report.table(metrics, explained=True))
     print(f"\nwin rate of the row against the column, judged by {judge}, {n_prompts} prompts, ties count one "
           "half")
-    grid = {}
-    for b in wins:
-        grid[b] = {a: 0.5 if a == b else wins[a][b]["win_rate"] for a in wins}
+    names, grid = list(wins), {}
+    for b in names:
+        grid[b] = {}
+        for a in names:
+            grid[b][a] = wins[a][b]["win_rate"] if a != b else 0.5
     print(report.table(grid))
-    names = list(wins)
     for i, a in enumerate(names):
         for b in names[i + 1:]:
             w = wins[a][b]
@@ -288,47 +304,76 @@ def show(metrics, wins, best, n_prompts, judge):
                   f"({wins['control'][name]['win_rate']:.3f})")
     if best:
         print("\nbest of N answers of the reference by the reward model")
-        print(report.table({f"N={row['n']}": {k: v for k, v in row.items() if k != "n"} for row in best}))
+        columns = {f"N={row['n']}": row for row in best}
+        print(report.table(columns, leave_out=("n",)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command.
+
+
+def read_flags(cfg):
+    """(paths of the models, numbers N of --best_of, reward model or "") that the flags name. InputError:
+    flags that do not go together."""
+    paths = [path for path in names_in(cfg.models) if path]
+    if not paths:
+        raise InputError("no models to compare, e.g. python -m data.evaluate out/base out/sft out/ppo")
+    ns, reward = numbers_of(cfg.best_of), cfg.reward
+    judged_by_reward = cfg.judge not in ("gold", "annotator") and not cfg.judge.startswith("ai:")
+    if judged_by_reward and not reward:
+        reward = cfg.judge
+    if ns and not reward:
+        raise InputError(f"--best_of {cfg.best_of} needs a reward model: --reward")
+    return paths, ns, reward
+
+
+def reference_of(cfg, paths):
+    """The path of the policy that the KL is to: --reference, or the first one that sft.py made, or the
+    first."""
+    for path in paths:
+        if not cfg.reference and result_of(path).get("stage") == "sft":
+            return path
+    return cfg.reference or paths[0]
+
+
+def load_all(paths, rows, data, cfg, device):
+    """{path: (model, tokenizer)} of the paths, and the prompt rows that leave room for an answer in the
+    context of every one of them. InputError: none does."""
+    loaded, fitting = {}, rows
+    for path in dict.fromkeys(paths):
+        model, tok = load_sampler(path, device)
+        loaded[path] = (model, tok)
+        fitting = short_enough(tok, fitting, model.cfg.max_len - cfg.max_new)
+    print(f"{len(fitting)} prompts, {len(rows) - len(fitting)} too long for a model's context left out; "
+          f"KL to {paths[0]}")
+    if not fitting:
+        raise InputError(f"{data}: no prompt leaves room for --max_new {cfg.max_new} tokens in every model's "
+                         "context")
+    return loaded, fitting
 
 
 @torch.no_grad()
 def main(cfg):
     """Have every model answer, judge the answers, report."""
     start, device = time.time(), setup(cfg)
-    paths = [path for path in names_in(cfg.models) if path]
-    if not paths:
-        raise InputError("no models to compare, e.g. python -m data.evaluate out/base out/sft out/ppo")
-    names, ns = short_names(paths), numbers_of(cfg.best_of)
-    plain = cfg.judge in ("gold", "annotator")
-    reward_path = cfg.reward or ("" if plain or cfg.judge.startswith("ai:") else cfg.judge)
-    if ns and not reward_path:
-        raise InputError(f"--best_of {cfg.best_of} needs a reward model: --reward")
+    paths, ns, reward_path = read_flags(cfg)
+    names = short_names(paths)
 
-    # Prompts that leave room for an answer in the context of every model.
+    # The prompts, and whether the tiny world knows their right answers.
     data = cfg.data or world.TINY / "test.jsonl"
     rows, dropped = formats.load(data, "prompt", cfg.prompts)
     print(formats.describe(rows, dropped, data))
-    graded = all("family" in row for row in rows)     # the tiny world knows its prompts' right answers
-    if plain and not graded:
+    graded = all("family" in row for row in rows)
+    if cfg.judge in ("gold", "annotator") and not graded:
         raise InputError(f"{data}: --judge {cfg.judge} knows the tiny world's prompts only; "
                          "give a reward model or ai:CHECKPOINT")
+
+    # Judge, reward and models. A judge that is the reward model too is loaded once.
     reward = scorer_on("--reward", reward_path, device) if reward_path else None
-    if reward_path == cfg.judge:     # one model is loaded once
-        score = reward.score_texts
-    else:
-        score = score_by(cfg.judge, cfg, device)
+    score = reward.score_texts if reward_path == cfg.judge else score_by(cfg.judge, cfg, device)
     prefers = choices(cfg.judge, score, cfg, device)
-    reference = cfg.reference or next((p for p in paths if result_of(p).get("stage") == "sft"), paths[0])
-    loaded, n_all = {}, len(rows)
-    for path in dict.fromkeys([reference, *paths]):
-        model, tok = load_sampler(path, device)
-        loaded[path] = (model, tok)
-        rows = short_enough(tok, rows, model.cfg.max_len - cfg.max_new)
-    n_long = n_all - len(rows)
-    print(f"{len(rows)} prompts, {n_long} too long for a model's context left out; KL to {reference}")
-    if not rows:
-        raise InputError(f"{data}: no prompt leaves room for --max_new {cfg.max_new} tokens in every model's "
-                         "context")
+    reference = reference_of(cfg, paths)
+    loaded, rows = load_all([reference, *paths], rows, data, cfg, device)
 
     # Every model answers; the control says the same to everybody.
     folder = Path(cfg.out)
@@ -346,16 +391,22 @@ def main(cfg):
 
     lines = []
     for name in texts:
-        lines += [{"model": name, "prompt": r["prompt"], "response": t} for r, t in zip(rows, texts[name])]
+        for row, text in zip(rows, texts[name]):
+            lines.append({"model": name, "prompt": row["prompt"], "response": text})
     write_jsonl(folder / "generations.jsonl", lines)
     result = {"stage": "evaluate", "seed": cfg.seed, "config": asdict(cfg), "device": str(device),
               "seconds": round(time.time() - start, 1), "models": metrics, "wins": wins, "best_of": best}
     write_atomic(folder / "result.json", json.dumps(result, indent=1).encode())
     show(metrics, wins, best, len(rows), cfg.judge)
+    for name, path in zip(names, paths):
+        note = report.run_note(result_of(path))
+        if note:
+            print(f"{name}: {note}")
 
 
 if __name__ == "__main__":
-    at = 1     # paths before the first flag
+    # Paths before the first flag are --models.
+    at = 1
     while at < len(sys.argv) and not sys.argv[at].startswith("-"):
         at += 1
     if at > 1:

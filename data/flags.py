@@ -18,17 +18,23 @@ from data import InputError
 
 
 @dataclass
-class RunFlags:
-    """The flags that every script shares; a script's own Config adds its groups before them."""
+class ToolFlags:
+    """The flags that every script and every command has; a Config adds its own groups before them."""
+    # The run itself (the same in every script)
+    seed: int = 0                 # every random draw comes from it
+    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
+
+
+@dataclass
+class RunFlags(ToolFlags):
+    """The flags that every script which trains has besides."""
     # The run itself (the same in every script)
     out: str = ""   # folder for checkpoint, log and samples (default: out/ and the script's name; with
                                   # data or a model of your own out/mine/ and the name)
     overwrite: bool = False       # start over, whatever run --out holds
     max_steps: int = 0            # stop after this many steps (0: run all)
     save_every: int = 100         # steps between checkpoints
-    seed: int = 0                 # every random draw comes from (seed, step)
-    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products; weights stay fp32
     compile: bool = False         # torch.compile every layer and, on a GPU, decode in CUDA graphs
     recompute: bool = False       # run layers again in the backward pass, for less memory
 
@@ -39,6 +45,15 @@ SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate
 FREE = ("out", "overwrite", "max_steps", "save_every", "device", "compile", "recompute",
         "micro_batch", "inspect", "nproc_per_node", "parallel", "timeout",
         "retries")   # a run that goes on may change these
+
+
+def given_flags(cfg):
+    """{name: value} of the flags that are not at their defaults, but for those that change no result."""
+    changed = {}
+    for f in fields(cfg):
+        if f.name not in FREE and getattr(cfg, f.name) != f.default:
+            changed[f.name] = getattr(cfg, f.name)
+    return changed
 
 
 @functools.cache

@@ -59,13 +59,13 @@ class Config(RunFlags):
     save_every: int = 400         # steps between checkpoints
 
 
-def continued(sampler, tok, starts, seed):
+def continue_texts(sampler, tok, starts, seed):
     """How a model goes on after starts (n, 16), beginnings of text: report.Answers."""
     draws = torch.rand(len(starts), report.TEST_MAX_NEW, dtype=torch.float64, generator=seeded(seed, MEASURE))
     ids, mask, _ = parallel.generate_in_shares(sampler, tok, starts.tolist(), draws)   # (n, T)
-    ids = [row[on].tolist() for row, on in zip(ids.cpu(), mask.cpu())]
-    texts = [tok.decode(row) for row in ids]
-    return report.Answers(texts, starts.tolist(), ids, [{"answer": text} for text in texts])
+    said = [row[on].tolist() for row, on in zip(ids.cpu(), mask.cpu())]
+    texts = [tok.decode(row) for row in said]
+    return report.Answers(texts, starts.tolist(), said, [{"answer": text} for text in texts])
 
 
 def main(cfg):
@@ -100,15 +100,15 @@ def main(cfg):
     run.begin(cfg.steps, tok, model=(model, optimizer))
 
     def measure(title):
-        """Compression of the held-out text, and what the model says: figures and report.Answers."""
+        """Compression of the held-out text, and what the model says: metrics and report.Answers."""
         refresh(sampler, model)
         bits = {"bits_per_byte": bits_per_byte(model, tok, test.to(device), cfg.length)}
         if cfg.data:
-            answers = continued(sampler, tok, starts, cfg.seed)
+            answers = continue_texts(sampler, tok, starts, cfg.seed)
             run.samples(title, tests.prompts, answers.texts)
             return bits, answers
-        figures, answers = run.measure(title, sampler, tests)
-        return bits | figures, answers
+        metrics, answers = run.measure(title, sampler, tests)
+        return bits | metrics, answers
 
     before, first_answers = run.before(measure)
     for step in run.steps():
@@ -135,7 +135,6 @@ def main(cfg):
             optimizer.step()
         optimizer.zero_grad()
 
-        # 4. Write the log, save.
         run.log(step, tokens=windows.numel(), loss=all_sum(total.item()), grad_norm=norm.item())
         if run.due(step):
             run.save(step)

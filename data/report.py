@@ -13,19 +13,61 @@ N_SAMPLES = 12        # test prompts whose answers stand in samples.txt
 TEST_MAX_NEW = 48     # longest answer to a test prompt of the tiny world, in tokens, whoever measures
 
 
-def table(columns):
-    """Text table of {column: {row: number}}; rows in order of first appearance."""
+WORDS = {    # what a metric is, and which way is better where its name does not tell
+    "gold": "how good by exact rules, 0 to 1",
+    "skill": "right answers to helpful prompts",
+    "harmless_rate": "share of harm refused",
+    "concise": "1, less for each word too many",
+    "length": "tokens an answer",
+    "eos_rate": "share of answers that end",
+    "distinct_2": "share of token pairs that are new",
+    "unique": "share of answers that differ",
+    "bits_per_byte": "of held-out text, less is better",
+    "loss": "held-out",
+    "kl": "nats an answer from the reference",
+    "entropy": "nats a token",
+    "win_rate": "share that gold prefers to before",
+    "accuracy": "share of held-out pairs it gets right",
+    "accuracy_shorter": "where the shorter answer was chosen",
+    "longer_wins": "if always the longer one were chosen",
+    "ceiling": "accuracy of the annotator itself",
+    "margin": "mean reward, chosen - rejected",
+    "calibration_error": "|stated chance - frequency|, 0 is best",
+    "reward_mean": "subtracted from every reward",
+}
+
+
+def table(columns, explained=False, leave_out=()):
+    """Text table of {column: {row: number}}; rows in order of first appearance, some names left out.
+    explained: what a row is stands behind it, in a few words."""
     names = []
     for column in columns.values():
-        names += [name for name in column if name not in names]
+        names += [name for name in column if name not in (*names, *leave_out)]
     lines = [" " * 20 + "".join(f"{title:>{max(12, len(title) + 2)}}" for title in columns)]
     for name in names:
         line = f"{name:20}"
         for title, column in columns.items():
             cell = f"{column[name]:.3f}" if name in column else ""
             line += f"{cell:>{max(12, len(title) + 2)}}"
+        if explained and name in WORDS:
+            line += f"   {WORDS[name]}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def cut_short(result):
+    """"60 of 260 steps" of a run that stopped before its plan was done, from its result.json; else ""."""
+    steps, planned = result.get("steps", 0), result.get("planned", 0)
+    return f"{steps} of {planned} steps" if steps < planned else ""
+
+
+def run_note(result):
+    """What tells a run from a whole one with the default flags, from its result.json, such as "60 of 260
+    steps, --loss ipo"; "" if nothing does."""
+    notes = [cut_short(result)] if cut_short(result) else []
+    for name, value in result.get("given", {}).items():
+        notes.append(f"--{name} {value}")
+    return ", ".join(notes)
 
 
 def samples_text(title, prompts, answers):
@@ -189,33 +231,39 @@ def own_prompts(rows, tok, longest, n):
     return out
 
 
-def measure(sampler, tok, tests, generator):
-    """What a policy says to the test prompts, at temperature 1: figures {name: mean} and Answers."""
+def test_policy(sampler, tok, tests, generator):
+    """What a policy says to the test prompts, at temperature 1: metrics {name: mean} and Answers."""
     texts, prompt_ids, ids = sample.sample_answers(sampler, tok, tests.prompts, tests.max_new, generator)
-    answers, figures = [{"answer": text.strip()} for text in texts], {}
-    if tests.graded:
-        figures = world.mean_scores(tests.rows, texts)
-        answers = [answer | world.judge(row, answer["answer"]) for row, answer in zip(tests.rows, answers)]
-    figures |= {"length": sum(map(len, ids)) / len(ids),
-                "eos_rate": sum(sample.ended(tok, x) for x in ids) / len(ids),
-                "distinct_2": distinct_n(ids, 2)}
-    return figures, Answers(texts, prompt_ids, ids, answers)
+    scored = []
+    for row, text in zip(tests.rows, texts):
+        scores = world.judge(row, text.strip()) if tests.graded else {}
+        scored.append({"answer": text.strip()} | scores)
+    metrics = world.mean_scores(tests.rows, texts) if tests.graded else {}
+    metrics |= metrics_of_ids(tok, ids)
+    return metrics, Answers(texts, prompt_ids, ids, scored)
+
+
+def metrics_of_ids(tok, answers):
+    """What answers (lists of ids) tell without a judge: {name: mean}."""
+    return {"length": sum(map(len, answers)) / len(answers),
+            "eos_rate": sum(sample.ended(tok, ids) for ids in answers) / len(answers),
+            "distinct_2": distinct_n(answers, 2)}
 
 
 @dataclass
 class Answers:
-    """What `measure` heard, one entry a test prompt."""
+    """What `test_policy` heard, one entry a test prompt."""
     texts: list         # str
     prompt_ids: list    # lists of ids
     ids: list           # lists of ids
     scored: list        # {"answer": str, "gold": .., ..}
 
 
-def add_rewards(figures, scored, rewards):
-    """Add rewards (list of floats) to the `scored` answers they belong to, and their mean to the figures."""
+def add_rewards(metrics, scored, rewards):
+    """Add rewards (list of floats) to the `scored` answers they belong to, and their mean to the metrics."""
     for answer, reward in zip(scored, rewards):
         answer["reward"] = reward
-    figures["reward"] = sum(rewards) / len(rewards)
+    metrics["reward"] = sum(rewards) / len(rewards)
 
 
 def answer_rows(tests, before, after):

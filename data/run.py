@@ -23,7 +23,7 @@ from pathlib import Path
 from data import InputError, report, write_atomic, write_jsonl
 from data.chain import NEXT, PART_OF_A_CHAIN, fingerprint, result_of, run_of, sibling
 from data.files.checkpoint import finish_save, load_state, save
-from data.flags import FREE
+from data.flags import FREE, given_flags
 from data.health import health
 from data.parallel import RANK, all_sum, full_state, load_full_state, load_optimizer_state, optimizer_state
 from data.setup import MEASURE, seeded
@@ -157,7 +157,8 @@ class Run:
     def begin(self, n_steps, tok, **trained):
         """trained: name=(model, optimizer) of all that is trained; the first model is the checkpoint in the
         folder. They are given their state if the run goes on."""
-        self.n_steps, self.tok, self.trained = min(n_steps, self.cfg.max_steps or n_steps), tok, trained
+        self.n_planned, self.n_steps = n_steps, min(n_steps, self.cfg.max_steps or n_steps)
+        self.tok, self.trained = tok, trained
         self.step_start = self.loop_start = time.time()
         if self.first:
             self.load_trained()
@@ -344,8 +345,8 @@ class Run:
 
     def measure(self, title, sampler, tests):
         """What a policy's sampling copy says to the test prompts, the same draws whoever asks: figures and
-        Answers (report.measure). A few of the answers go into samples.txt under the title."""
-        figures, answers = report.measure(sampler, self.tok, tests, seeded(self.cfg.seed, MEASURE))
+        Answers (report.test_policy). A few of the answers go into samples.txt under the title."""
+        figures, answers = report.test_policy(sampler, self.tok, tests, seeded(self.cfg.seed, MEASURE))
         self.samples(title, tests.prompts[: report.N_SAMPLES], answers.texts)
         return figures, answers
 
@@ -357,7 +358,7 @@ class Run:
 
     def finish(self, before, after, columns=None, answers=(), device=None):
         """answers.jsonl, result.json, the closing table (of `columns` if given) and the page. before, after
-        and columns: figures by name; answers: rows as report.measure gives them. device: where it ran, if
+        and columns: figures by name; answers: rows as report.answer_rows gives them. device: where it ran, if
         nothing was trained."""
         if RANK:
             return
@@ -369,6 +370,7 @@ class Run:
         result = {"stage": self.stage, "seed": self.cfg.seed, "config": asdict(self.cfg),
                   "seconds": round(time.time() - self.start, 1), "device": str(device),
                   "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
+                  "steps": len(self.history), "planned": self.n_planned, "given": given_flags(self.cfg),
                   "before": before, "after": after, "columns": columns}
         write_jsonl(self.folder / "answers.jsonl", answers)
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1).encode())
@@ -376,7 +378,12 @@ class Run:
             own_reward = bool(getattr(self.cfg, "reward", ""))
             self.say(report.closing_samples(answers, list(columns), sibling(self.cfg, "base"), own_reward))
             self.say(f"more of them: {self.folder / 'samples.txt'}")
-        self.say("\n" + report.table(columns))
+        self.say("\n" + report.table(columns, explained=True))
+        runs = {"base": result_of(sibling(self.cfg, "base")), "SFT": result_of(sibling(self.cfg, "sft")),
+                list(columns)[-1]: result}
+        for title, its_result in runs.items():
+            if title in columns and report.cut_short(its_result):
+                self.say(f"{title} was cut short: {report.cut_short(its_result)}")
         if PART_OF_A_CHAIN in os.environ:    # the script that asked for this one goes on
             return
         for command in NEXT.get(self.stage, ()):

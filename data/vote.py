@@ -1,7 +1,7 @@
-"""Pairs of answers that people vote on: here in the terminal, and those that reward.py leaves for the page.
+"""Vote in the terminal: which of two answers is better?
 
     python -m data.vote                                   answers of out/sft; out/reward says what it thinks
-    python -m data.vote --policy gpt2 --data mine.jsonl   your policy, your prompts (formats: data/files/formats.py)
+    python -m data.vote --policy gpt2 --data mine.jsonl   your policy and prompts (data/files/formats.py)
 
 Each vote is a line of votes.jsonl in --out, on the disk before the next question is asked, so that Ctrl-C or
 a lost connection costs nothing. The next session leaves out the prompts voted on. reward.py and dpo.py learn
@@ -10,7 +10,6 @@ from that file.
 import json
 import os
 import random
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from data import comparisons, sample, world, write_atomic
 from data.files import formats
 from data.chain import need
 from data.files.checkpoint import load
-from data.flags import names_in, program
+from data.flags import ToolFlags, names_in, program
 from data.rewards import rewards_of_texts
 from data.setup import seeded, setup
 from model import cast_weights, freeze
@@ -27,20 +26,17 @@ KEYS = "1, 2, t(ie), s(kip), u(ndo), q(uit)"
 
 
 @dataclass
-class Config:
+class Config(ToolFlags):
     """The flags of `python -m data.vote`."""
-    # Who answers, and who is asked what it thinks of it
+    # Who answers what, and who is asked what it thinks of it
     policy: str = ""              # models that answer, A or A,B (default: sft)
     reward: str = ""              # reward model (default: reward; with a --policy of your own: none)
     k: int = 4                    # answers per question, shared among the policies; two are shown
     max_new: int = 48             # longest answer, in tokens
     temperature: float = 1.0      # of sampling
-    # Prompts and votes
     data: str = ""                # prompts (default: the tiny world's)
+    # The run itself (the same in every script)
     out: str = ""                 # folder of votes.jsonl (default: out/vote; with your data out/mine/vote)
-    seed: int = 0                 # every random draw comes from it
-    device: str = ""              # cpu, cuda, cuda:1, ... (default: cuda if there is one)
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -67,8 +63,8 @@ def questions(policies, rows, cfg):
 
 
 def read_votes(path):
-    """The votes in a file, [] if there is none yet. A last line without its end gets one: what a power cut
-    left half written shall not swallow the next vote. InputError: a line is broken."""
+    """The votes in a file, [] if there is none yet. A last line without its end, which a power cut may leave,
+    gets one, or the next vote would be written into it. InputError: a line is broken."""
     path.parent.mkdir(parents=True, exist_ok=True)
     there = path.read_bytes() if path.exists() else b""
     if there and not there.endswith(b"\n"):
@@ -126,7 +122,7 @@ def opinion(pair, model, tok, agreed):
 
 
 def main(cfg):
-    """Ask for votes until the prompts or the patience end."""
+    """Ask for votes until no prompt is left, or whoever votes has had enough."""
     # The votes so far, and who takes part. Links of the chain that are missing are made first.
     device = setup(cfg)
     path = Path(cfg.out) / "votes.jsonl"

@@ -71,6 +71,23 @@ def test_ones_own_data_shows_the_first_prompts():
     assert report.closing_samples([], ["before", "after"], "", False) == ""
 
 
+def test_a_run_cut_short_says_so():
+    """Otherwise 60 steps stand beside 260 as if they were the same thing."""
+    short = {"steps": 60, "planned": 260, "given": {"loss": "ipo", "lr": 0.001}}
+    assert report.cut_short(short) == "60 of 260 steps"
+    assert report.run_note(short) == "60 of 260 steps, --loss ipo, --lr 0.001"
+    whole = {"steps": 260, "planned": 260, "given": {}}
+    assert report.cut_short(whole) == report.run_note(whole) == report.cut_short({}) == report.run_note({}) == ""
+
+
+def test_a_table_says_what_its_rows_are():
+    text = report.table({"before": {"gold": 0.5, "odd": 1.0}, "after": {"gold": 0.75}}, explained=True)
+    gold, odd = text.splitlines()[1:]
+    assert gold.split()[:3] == ["gold", "0.500", "0.750"] and gold.endswith(report.WORDS["gold"])
+    assert odd.split() == ["odd", "1.000"]
+    assert report.table({"a": {"n": 1, "gold": 1.0}}, leave_out=("n",)).count("\n") == 1
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_the_base_model_answers_beside_them(tmp_path, there):
     rows = [mended("helpful", "What is 1?"), mended("honest", "Who was 2?")]

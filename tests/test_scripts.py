@@ -94,9 +94,10 @@ def test_every_stage_leaves_its_files(chain, script):
     n = {"pretrain": 30, "sft": 20, "reward": 4, "ppo": 3, "dpo": 3}[stage]
     assert [row["step"] for row in log_of(folder)] == list(range(1, n + 1))
     result = result_of(folder)
-    assert set(result) == {"stage", "seed", "config", "seconds", "device", "tokens_per_second", "before", "after",
-                           "columns"}
+    assert set(result) == {"stage", "seed", "config", "seconds", "device", "tokens_per_second", "steps", "planned",
+                           "given", "before", "after", "columns"}
     assert (result["stage"], result["seed"], result["config"]["out"]) == (stage, SEED, str(folder))
+    assert result["steps"] == n <= result["planned"]
     assert set(result["config"]) == {f.name for f in fields(module_of(script).Config)}
     told = json.loads((folder / "run.json").read_text())
     assert (told["stage"], told["config"]) == (stage, result["config"]) and "none" not in told["inputs"].values()
@@ -225,8 +226,11 @@ def groups_of(script):
     out, seen = {}, set()
     own = script.removesuffix(".py").replace(".", "/") + ".py"
     parts = [(own, "class Config")]
-    if "class Config(RunFlags):" in (ROOT / own).read_text():
+    text = (ROOT / own).read_text()
+    if "class Config(RunFlags):" in text:
         parts.append(("data/flags.py", "class RunFlags"))
+    if "class Config(RunFlags):" in text or "class Config(ToolFlags):" in text:
+        parts.append(("data/flags.py", "class ToolFlags"))
     for path, start in parts:
         lines = iter((ROOT / path).read_text().splitlines())
         while not next(lines).startswith(start):
@@ -587,6 +591,22 @@ def test_chat_asks_several_models_the_same(suite, chain):
     sft, base, still_base, again = re.findall("model> (.*)", r.out)
     assert sft == again and base == still_base != sft                # a new conversation, no memory of the other model
     assert "no model nosuch" in r.out and "is a reward model" in r.out
+    offered = re.search("(/base .*) switch", r.out)[1].split()       # only what can talk
+    assert "/sft" in offered and "/reward" not in offered and "/nosuch" not in offered
+
+
+def test_a_line_of_a_chat_is_answered_afresh(suite, chain):
+    """The same question gets the same answer whatever was asked before, until /keep. Otherwise the capital of France
+    is a farmer, after one odd line, in a model that knows it."""
+    question = "What is the capital of France?"
+    odd = "hi, who are you? " * 8
+
+    def said(lines, *flags):
+        r = suite.ok("data.chat", chain / "sft", "--max_new", 12, "--temperature", 0, *flags, stdin="\n".join(lines))
+        return re.findall("model> (.*)", r.out)
+    first, _, after, _, kept, again = said([question, odd, question, "/keep", odd, question, "/keep", question])
+    assert first == after == again
+    assert said([odd, question], "--keep")[1] == kept
 
 
 @pytest.mark.parametrize("script", ["data.pretrain", "ppo.py"])
