@@ -222,10 +222,10 @@ def own_prompts(rows, tok, longest, n):
     """The first n different prompts of rows of any kind that take at most `longest` tokens: prompt rows."""
     out, seen = [], set()
     for row in rows:
-        for prompt in formats.prompts_of([row], 1):      # none where a chat begins with an answer
-            if str(prompt) not in seen:     # its other keys stay: a reward may judge by them
-                seen.add(str(prompt))
-                out += sample.short_enough(tok, [row | {"prompt": prompt}], longest)
+        prompt = formats.prompt_of(row)
+        if str(prompt) not in seen:     # its other keys stay: a reward may judge by them
+            seen.add(str(prompt))
+            out += sample.short_enough(tok, [row | {"prompt": prompt}], longest)
         if len(out) == n:
             break
     return out

@@ -1,6 +1,7 @@
 """The files people have, in and out; nothing in here is about RLHF.
 
-    formats        the data sets people bring, as rows
+    formats        the data sets people bring, as five kinds of rows
+    rows           the JSON that they are made of, and its values, checked
     tokenizer      tokenizer.json and chat templates
     checkpoint     Hugging Face folders: config and weights, and what a resumed run needs
     safetensors    the tensors in them
@@ -25,7 +26,8 @@ def require(ok, message):
 WRONG_KINDS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder",
     b"<": "a web page, not the file itself; download the file again",
-    b"PK": "pickled weights, which are never opened; save the model with safetensors"}
+    b"PK": "a zip archive, as pickled weights are, which are never opened; unpack it, or save the model with "
+           "safetensors"}
 
 
 def wrong_kind(path):
