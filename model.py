@@ -6,7 +6,6 @@ Index t of a tensor (B, T) always means token t. A `mask` (B, T) is True on the 
 included. For rewards any mask will do that ends with the answer. """
 import copy
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,114 +40,17 @@ class GPTConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None   # Llama 3.1's rule and its four numbers (rope_tables)
     scalar_head: bool = False     # reward and value models: one number per position instead of V logits
-    reward_mean: float = 0.0      # subtracted from every score: held-out answers average 0 (reward.py)
-    process: bool = False         # a reward model that scores each step of an answer (data/process.py)
 
 
 class Linear(nn.Linear):
-    """A linear layer whose matrix products run in Linear.compute_dtype, one setting for all layers: bfloat16
+    """A linear layer whose matrix product runs in Linear.compute_dtype, one setting for all layers: bfloat16
     where the hardware has it; None: the weights' own. Weights, gradients and optimizer stay in fp32."""
     compute_dtype = None
-    packed = None    # the weight as `packed_weights` keeps it
 
     def forward(self, x):
         dtype = self.compute_dtype or self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x.to(dtype), self.packed, bias, "none", [], "")
         return F.linear(x.to(dtype), self.weight.to(dtype), bias)
-
-
-CAN_PACK = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-@contextmanager
-def packed_weights(model, rows):
-    """Inside this context, bf16 products on a CPU read weights that were laid out once in oneDNN's own order,
-    for batches of about `rows` rows. Otherwise oneDNN reorders every weight for every token. The results are
-    the same, bit for bit."""
-    layers, on_cpu = [], model.wte.weight.device.type == "cpu"
-    if CAN_PACK and on_cpu and not GRAPHS and Linear.compute_dtype == torch.bfloat16:
-        layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
-    for layer in layers:
-        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to(torch.bfloat16), rows)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.packed = None
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight in fp32 (arXiv:1910.07467), handed on in the dtype it came in."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
-
-
-def make_norm(cfg):
-    """The norm of the config's dialect over the C channels."""
-    if cfg.norm == "layernorm":
-        return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
-    return RMSNorm(cfg.n_embd, cfg.norm_eps)
-
-
-def rope_tables(cfg, device):
-    """cos and sin of every position's rotary angles, (max_len, 1, D) each (arXiv:2104.09864). Channels i and
-    i + D/2 are rotated together: x_i cos - x_{i+D/2} sin and x_{i+D/2} cos + x_i sin. The first half of sin
-    carries the minus."""
-    exponents = torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim     # (D/2,)
-    freq = cfg.rope_theta ** -exponents
-    if cfg.rope_scaling:
-        # Llama 3.1: stretch slow waves by `factor`, keep fast ones, blend in between
-        s = cfg.rope_scaling
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # in the old context
-        blend = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
-        blend = blend.clamp(0, 1)
-        freq = freq * (blend + (1 - blend) / s["factor"])
-    angle = torch.outer(torch.arange(cfg.max_len, device=device).float(), freq)[:, None]   # (max_len, 1, D/2)
-    return angle.cos().repeat(1, 1, 2), torch.cat((-angle.sin(), angle.sin()), dim=-1)
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding of x (B, T, H, D) by cos, sin (T, 1, D) or (B, T, 1, D)."""
-    full = x.to(torch.promote_types(x.dtype, cos.dtype))
-    return torch.addcmul(full * cos, full.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
-def attention(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(D) + bias) v; q (B, H, T, D), k and v (B, Hkv, S, D). The bias (B, 1, T, S) is 0
-    where a query may look and -inf elsewhere. Without one, attention is causal and S = T. -> (B, H, T, D)"""
-    B, H, T, D = q.shape
-    group = H // k.shape[1]
-    # On the CPU the fused bf16 kernels are 2 to 5 times slower than the three lines below, except for a
-    # single query.
-    written_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T > 1
-    if written_out and bias is None:
-        bias = attention_bias(torch.ones(T, T, dtype=torch.bool).tril()[None, None], q.dtype)
-    if bias is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
-
-    # Query heads that share keys become further queries of one head, so no kernel needs to know of groups.
-    q = q.reshape(B, H // group, group * T, D)                                        # (B, Hkv, group T, D)
-    bias = bias.repeat(1, 1, group, 1)                                                # (B, 1, group T, S)
-    if written_out:
-        scores = (q * D ** -0.5).contiguous() @ k.contiguous().transpose(-1, -2)      # (B, Hkv, group T, S)
-        scores += bias
-        y = scores.softmax(-1) @ v.contiguous()         # softmax sums in fp32 and rounds its result to bf16
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, bias)
-    return y.reshape(B, H, T, D)
-
-
-def attention_bias(attn_mask, dtype):
-    """Where a query may look (True), as numbers to add to the scores: 0 there and -inf elsewhere."""
-    zeros = torch.zeros(attn_mask.shape, dtype=dtype, device=attn_mask.device)
-    return zeros.masked_fill(~attn_mask, -math.inf)
 
 
 class Attention(nn.Module):
@@ -195,6 +97,78 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, H * D))
 
 
+def attention(q, k, v, bias=None):
+    """softmax(q k^T / sqrt(D) + bias) v; q (B, H, T, D), k and v (B, Hkv, S, D). The bias (B, 1, T, S) is 0
+    where a query may look and -inf elsewhere. Without one, attention is causal and S = T. -> (B, H, T, D)"""
+    B, H, T, D = q.shape
+    group = H // k.shape[1]
+    # On the CPU the fused bf16 kernels are 2 to 5 times slower than the three lines below, except for a
+    # single query.
+    written_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T > 1
+    if written_out and bias is None:
+        bias = attention_bias(torch.ones(T, T, dtype=torch.bool).tril()[None, None], q.dtype)
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+
+    # Query heads that share keys become further queries of one head, so no kernel needs to know of groups.
+    q = q.reshape(B, H // group, group * T, D)                                        # (B, Hkv, group T, D)
+    bias = bias.repeat(1, 1, group, 1)                                                # (B, 1, group T, S)
+    if written_out:
+        scores = (q * D ** -0.5).contiguous() @ k.contiguous().transpose(-1, -2)      # (B, Hkv, group T, S)
+        scores += bias
+        y = scores.softmax(-1) @ v.contiguous()         # softmax sums in fp32 and rounds its result to bf16
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, bias)
+    return y.reshape(B, H, T, D)
+
+
+def attention_bias(attn_mask, dtype):
+    """Where a query may look (True), as numbers to add to the scores: 0 there and -inf elsewhere."""
+    zeros = torch.zeros(attn_mask.shape, dtype=dtype, device=attn_mask.device)
+    return zeros.masked_fill(~attn_mask, -math.inf)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, T, H, D) by cos, sin (T, 1, D) or (B, T, 1, D)."""
+    full = x.to(torch.promote_types(x.dtype, cos.dtype))
+    return torch.addcmul(full * cos, full.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+def rope_tables(cfg, device):
+    """cos and sin of every position's rotary angles, (max_len, 1, D) each (arXiv:2104.09864). Channels i and
+    i + D/2 are rotated together: x_i cos - x_{i+D/2} sin and x_{i+D/2} cos + x_i sin. The first half of sin
+    carries the minus."""
+    exponents = torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim     # (D/2,)
+    freq = cfg.rope_theta ** -exponents
+    if cfg.rope_scaling:
+        # Llama 3.1: stretch slow waves by `factor`, keep fast ones, blend in between
+        s = cfg.rope_scaling
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # in the old context
+        blend = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+        blend = blend.clamp(0, 1)
+        freq = freq * (blend + (1 - blend) / s["factor"])
+    angle = torch.outer(torch.arange(cfg.max_len, device=device).float(), freq)[:, None]   # (max_len, 1, D/2)
+    return angle.cos().repeat(1, 1, 2), torch.cat((-angle.sin(), angle.sin()), dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight in fp32 (arXiv:1910.07467), handed on in the dtype it came in."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def make_norm(cfg):
+    """The norm of the config's dialect over the C channels."""
+    if cfg.norm == "layernorm":
+        return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
+    return RMSNorm(cfg.n_embd, cfg.norm_eps)
+
+
 class MLP(nn.Module):
     """The position-wise network (B, T, C) -> (B, T, C): down(gelu(up x)) or down(silu(gate x) * up x)."""
 
@@ -233,7 +207,9 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.recompute = False    # run layers again in the backward pass, for less memory
-        self.kept_cache = None    # see new_cache
+        self.kept_cache = None    # of `generate`, for CUDA graphs
+        self.reward_mean = 0.0    # subtracted from every score: held-out answers average 0 (reward.py)
+        self.process = False      # scores the steps of an answer (data/process.py); kept here for config.json
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.pos == "learned":
             self.wpe = nn.Embedding(cfg.max_len, cfg.n_embd)
@@ -306,37 +282,13 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """Next-token logits (..., V) of hidden states (..., C)."""
-        if not self.cfg.tie and self.lm_head.packed is not None:     # see packed_weights
-            return self.lm_head(hidden)[..., : self.cfg.vocab_size]
         w = self.head()
         return F.linear(hidden.to(w.dtype), w)[..., : self.cfg.vocab_size]
 
     def scores(self, hidden):
         """One number per position (...,) of hidden states (..., C), fp32: a reward at the last token, a value
         anywhere."""
-        return self.score(hidden).squeeze(-1).float() - self.cfg.reward_mean
-
-    def new_cache(self, B, S):
-        """An empty cache: one (keys, values) a layer, (B, Hkv, S, D) each. With compiled decoding it is kept
-        from call to call and may be larger than asked for: CUDA graphs want their tensors where they were."""
-        kept = self.kept_cache
-        if kept:
-            rows, positions = len(kept[0][0]), kept[0][0].shape[2]
-            if rows >= B and positions >= S:
-                return kept
-            B, S = max(B, rows), max(S, positions)   # else calls of different shapes would replace it in turn
-        c, w = self.cfg, self.wte.weight
-        shape, dtype = (B, c.n_kv_head, S, c.head_dim), Linear.compute_dtype or w.dtype
-        cache = []
-        for _ in range(c.n_layer):
-            keys = torch.zeros(shape, device=w.device, dtype=dtype)
-            cache.append((keys, torch.zeros_like(keys)))
-        if GRAPHS:
-            for keys, values in cache:
-                torch._dynamo.mark_static_address(keys, guard=False)     # to be written in place, not copied
-                torch._dynamo.mark_static_address(values, guard=False)
-            self.kept_cache = cache
-        return cache
+        return self.score(hidden).squeeze(-1).float() - self.reward_mean
 
 
 def init_score(weight):
@@ -418,7 +370,7 @@ def with_lora(trunk, rank, scalar_head=False):
         block.attn.qkv, block.attn.proj = LoRA(block.attn.qkv, rank), LoRA(block.attn.proj, rank)
         block.mlp.up, block.mlp.down = LoRA(block.mlp.up, rank), LoRA(block.mlp.down, rank)
     if scalar_head:
-        model.cfg = replace(model.cfg, scalar_head=True, reward_mean=0.0)
+        model.cfg = replace(model.cfg, scalar_head=True)
         model.score = Linear(trunk.cfg.n_embd, 1, bias=False, device=trunk.wte.weight.device)
         init_score(model.score.weight)
     return model
@@ -440,38 +392,24 @@ def pad_batch(rows, pad_id, device="cpu", length=None):
 
 
 def pad_answers(rows, pad_id, device="cpu"):
-    """Rows (prompt, answer), two lists of ids each -> right-padded ids (B, T) int64, prompt before answer, and
-    a mask (B, T) that is True on the answers."""
+    """Rows (prompt, answer), two lists of ids each -> right-padded ids (B, T) int64, prompt before answer,
+    and a mask (B, T) that is True on the answers."""
     ids, real = pad_batch([prompt + answer for prompt, answer in rows], pad_id, device)
     starts = torch.tensor([len(prompt) for prompt, _ in rows], device=device)
     return ids, real & (torch.arange(ids.shape[1], device=device) >= starts[:, None])
 
 
-def pick_token(logits, u, top_k=0, top_p=1.0):
-    """One token per row of logits (B, V), already divided by the temperature, where u (B,), uniform in [0,
-    1), falls in the cumulative distribution: nothing waits for the host. Truncation: the top_k largest (0:
-    all), then the smallest set whose probability reaches top_p (nucleus, arXiv:1904.09751)."""
-    if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p < 1:
-        in_order, order = logits.sort(descending=True)
-        p = in_order.softmax(-1)
-        before = p.cumsum(-1) - p                             # probability of all that are likelier
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)       # (B, V)
-        logits = logits.masked_fill(drop, -math.inf)
-    # The first token whose cumulative probability exceeds u.
-    total = logits.softmax(-1).cumsum(-1, dtype=u.dtype)                                           # (B, V)
-    token = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
-    return token.clamp(max=logits.shape[-1] - 1)
-
-
-def draw(logits, u, how):
-    """Tokens (n,) drawn from logits (n, V), or the likeliest ones at temperature 0, and their log-probs (n,)
-    under softmax(logits / temperature). how: (temperature, top_k, top_p)."""
-    temperature, top_k, top_p = how
+def draw(logits, u, temperature):
+    """Tokens (n,) drawn from logits (n, V) by u (n,), uniform in [0, 1), or the likeliest ones at temperature
+    0, and their log-probs (n,) under softmax(logits / temperature). Nothing waits for the host."""
     logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)                                 # (n, V)
-    token = pick_token(logp, u, top_k, top_p) if temperature else logp.argmax(-1)
+    if temperature == 0:
+        token = logp.argmax(-1)
+    else:
+        # The first token whose cumulative probability exceeds u.
+        total = logp.softmax(-1).cumsum(-1, dtype=u.dtype)                                         # (n, V)
+        token = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
+        token = token.clamp(max=logits.shape[-1] - 1)
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
@@ -485,88 +423,138 @@ def decode(model, token, cache, S, pos):
     return model.logits(hidden[:, 0])
 
 
-# Whether `decode` is compiled to CUDA graphs. A graph belongs to one pair (n, S) and to the addresses of its
+# `decode` compiled to CUDA graphs, or None. A graph belongs to one pair (n, S) and to the addresses of its
 # tensors: the cache is kept from call to call and rows move inside it; n is B, then powers of two; S is whole
 # blocks.
-GRAPHS = False
+GRAPHS = None
 
 
 def compile_decoding():
     """From now on `generate` decodes in CUDA graphs, one for each number of rows and of positions read."""
-    global decode, GRAPHS
+    global GRAPHS
     # Beyond these limits fullgraph=True is an error; there are log2(rows) x blocks of positions shapes.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-    decode, GRAPHS = torch.compile(decode, mode="reduce-overhead", fullgraph=True, dynamic=False), True
+    GRAPHS = torch.compile(decode, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+
+def new_cache(model, B, S):
+    """An empty cache for B rows and S positions: one (keys, values) a layer, (B, Hkv, S, D) each."""
+    cfg, weight = model.cfg, model.wte.weight
+    shape, dtype = (B, cfg.n_kv_head, S, cfg.head_dim), Linear.compute_dtype or weight.dtype
+    cache = []
+    for _ in range(cfg.n_layer):
+        keys = torch.zeros(shape, device=weight.device, dtype=dtype)
+        cache.append((keys, torch.zeros_like(keys)))
+    return cache
+
+
+def kept_cache(model, B, S):
+    """The cache of the call before, for CUDA graphs, which want their tensors where they were; a larger one
+    if it is too small. It still holds that call's numbers: every position is written before it is read."""
+    rows = positions = 0
+    if model.kept_cache:
+        rows, _, positions, _ = model.kept_cache[0][0].shape
+    if rows < B or positions < S:
+        # Both at least as before, else calls of different shapes would replace it in turn.
+        model.kept_cache = new_cache(model, max(B, rows), max(S, positions))
+        for keys, values in model.kept_cache:
+            torch._dynamo.mark_static_address(keys, guard=False)     # to be written in place, not copied
+            torch._dynamo.mark_static_address(values, guard=False)
+    return model.kept_cache
+
+
+def read_prompts(model, tok, prompts, N):
+    """A cache that holds B prompts (lists of ids) and has room for N more tokens a row, and the hidden states
+    (B, C) of the prompts' last tokens. ValueError: an empty or too long prompt."""
+    B, P, device = len(prompts), max(len(prompt) for prompt in prompts), model.wte.weight.device
+    if min(len(prompt) for prompt in prompts) == 0:
+        raise ValueError("an empty prompt: generation needs at least one token to start from")
+    if P + N > model.cfg.max_len:
+        raise ValueError(f"a prompt of {P} + {N} new tokens exceeds the context of {model.cfg.max_len}")
+
+    # Every different prompt is read once, U of them, into a cache of its own.
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    which = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)             # (B,)
+    ids, real = pad_batch(list(number), tok.pad_id, device)                                        # (U, P)
+    read = new_cache(model, len(number), P)
+    hidden = model(ids, read)                                                                      # (U, P, C)
+
+    # Its keys and values are copied to all its rows.
+    cache = kept_cache(model, B, whole_blocks(P + N)) if GRAPHS else new_cache(model, B, P + N)
+    for (keys, values), (prompt_keys, prompt_values) in zip(cache, read):
+        keys[:B, :, :P], values[:B, :, :P] = prompt_keys[which], prompt_values[which]
+    last = real.sum(1) - 1                                                                         # (U,)
+    return cache, hidden[which, last[which]]
+
+
+def whole_blocks(S):
+    """Positions of the cache to read for S of them: with CUDA graphs whole blocks of 64, for few shapes."""
+    return -(-S // 64) * 64 if GRAPHS else S
+
+
+def drop_ended(cache, row, token, done):
+    """The rows that are still being written, their newest tokens, and whether they are done, (n,) each,
+    without those that are, if that saves a quarter of the rows. The cache's rows move with them."""
+    keep = (~done).nonzero()[:, 0]
+    n = len(keep)
+    if GRAPHS and n:
+        n = 1 << (n - 1).bit_length()                          # the next power of two, for few shapes
+    if n > 0.75 * len(row):
+        return row, token, done
+    keep = torch.cat((keep, done.nonzero()[: n - len(keep), 0]))     # rows that are done fill up n
+    for keys, values in cache:
+        keys[:n], values[:n] = keys[keep], values[keep]
+    return row[keep], token[keep], done[keep]
 
 
 @torch.no_grad()
-def generate(model, tok, prompts, draws, temperature=1.0, top_k=0, top_p=1.0):
+def generate(model, tok, prompts, draws, temperature=1.0):
     """Continue ragged prompts (B lists of ids) until one of tok.eos_ids, by at most N tokens.
 
     draws (B, N): a uniform number in [0, 1) for every token that may be drawn. temperature 0 is greedy.
     Returns ids (B, T): prompt, answer, padding, in that order without gaps; mask (B, T): True on the answer,
     EOS included; logp (B, T): log-prob of each token of the answer under softmax(logits / temperature), 0
-    elsewhere - also with top_k or top_p, because that is the distribution training uses. ValueError: an empty
-    or too long prompt."""
-    # Check the request; move it to the model's device.
-    device, how = model.wte.weight.device, (temperature, top_k, top_p)
-    B, N = draws.shape
-    P = max(len(prompt) for prompt in prompts)
-    if min(len(prompt) for prompt in prompts) == 0:
-        raise ValueError("an empty prompt: generation needs at least one token to start from")
-    if P + N > model.cfg.max_len:
-        raise ValueError(f"a prompt of {P} + {N} new tokens exceeds the context of {model.cfg.max_len}")
-    draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
-    eos = torch.tensor(sorted(tok.eos_ids), device=device)
-    lens = torch.tensor([len(prompt) for prompt in prompts], device=device)                        # (B,)
-
-    # Read every different prompt once, U of them, and copy its keys and values to its rows.
-    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    which = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)             # (B,)
-    block = 64 if GRAPHS else 1                # positions of the cache are read in whole blocks: few shapes
-    cache = model.new_cache(B, -(-(P + N) // block) * block)
-    shape = (len(number), model.cfg.n_kv_head, P, model.cfg.head_dim)
-    read = [(keys.new_zeros(shape), values.new_zeros(shape)) for keys, values in cache]
-    hidden = model(pad_batch(list(number), tok.pad_id, device, P)[0], read)                        # (U, P, C)
-    for (keys, values), (prompt_keys, prompt_values) in zip(cache, read):
-        keys[:B, :, :P], values[:B, :, :P] = prompt_keys[which], prompt_values[which]
-
+    elsewhere. ValueError: an empty or too long prompt."""
     # The first token follows from the hidden state of the last one of the prompt.
-    token, lp = draw(model.logits(hidden[which, lens - 1]), draws[:, 0], how)                      # (B,)
+    (B, N), device = draws.shape, model.wte.weight.device
+    draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    cache, hidden = read_prompts(model, tok, prompts, N)                                           # (B, C)
+    token, lp = draw(model.logits(hidden), draws[:, 0], temperature)                               # (B,)
 
     # The answers so far, and the rows still being written.
+    lens = torch.tensor([len(prompt) for prompt in prompts], device=device)                        # (B,)
+    longest, eos = max(map(len, prompts)), torch.tensor(sorted(tok.eos_ids), device=device)
     new, logp = torch.zeros(B, N, dtype=torch.long, device=device), torch.zeros(B, N, device=device)
     wrote = torch.zeros(B, N, dtype=torch.bool, device=device)
     row = torch.arange(B, device=device)       # (n,) the rows still being written, in the cache's order
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    with packed_weights(model, B):
-        for i in range(N):
-            # Keep the drawn tokens of all rows that have not ended before.
-            new[row, i], logp[row, i], wrote[row, i] = token, lp, ~done
-            done = done | torch.isin(token, eos)
-            if i + 1 == N:
+    for i in range(N):
+        # Keep the drawn tokens of all rows that have not ended before.
+        new[row, i], logp[row, i], wrote[row, i] = token, lp, ~done
+        done = done | torch.isin(token, eos)
+        if i + 1 == N:
+            break
+        if i % 4 == 3:      # the only wait for the GPU
+            row, token, done = drop_ended(cache, row, token, done)
+            if len(row) == 0:
                 break
-            # Every fourth step, the only wait for the GPU: drop rows that have ended, if it saves a quarter.
-            if i % 4 == 3:
-                keep = (~done).nonzero()[:, 0]
-                if len(keep) == 0:
-                    break
-                n = 1 << (len(keep) - 1).bit_length() if GRAPHS else len(keep)     # graphs: powers of two
-                if n <= 0.75 * len(row):
-                    keep = torch.cat((keep, done.nonzero()[: n - len(keep), 0]))   # ended rows fill up n
-                    row, token, done = row[keep], token[keep], done[keep]
-                    for keys, values in cache:
-                        keys[:n], values[:n] = keys[keep], values[keep]
-            # Read the newest token and draw the next one.
-            if GRAPHS:
-                torch.compiler.cudagraph_mark_step_begin()
-            S = -(-(P + i + 1) // block) * block
-            logits = decode(model, token, cache, S, lens[row] + i)                                 # (n, V)
-            token, lp = draw(logits, draws[row, i + 1], how)                                       # (n,)
 
-    # Put prompt and answer together.
+        # Read the newest token and draw the next one.
+        if GRAPHS:
+            torch.compiler.cudagraph_mark_step_begin()
+        step, S = GRAPHS or decode, whole_blocks(longest + i + 1)
+        logits = step(model, token, cache, S, lens[row] + i)                                       # (n, V)
+        token, lp = draw(logits, draws[row, i + 1], temperature)                                   # (n,)
+    return put_together(prompts, lens, new, logp, wrote, tok.pad_id)
+
+
+def put_together(prompts, lens, new, logp, wrote, pad_id):
+    """What `generate` returns, of prompts (B lists of ids) of lengths lens (B,) and their answers: ids `new`
+    and log-probs (B, N), which count where `wrote` is True."""
+    N, device = new.shape[1], new.device
     at = lens[:, None] + torch.arange(N, device=device)                                            # (B, N)
-    ids = pad_batch(prompts, tok.pad_id, device, P + N)[0].scatter(1, at, torch.where(wrote, new, tok.pad_id))
+    ids, _ = pad_batch(prompts, pad_id, device, max(map(len, prompts)) + N)
+    ids = ids.scatter(1, at, torch.where(wrote, new, pad_id))
     mask = torch.zeros_like(ids, dtype=torch.bool).scatter(1, at, wrote)
     logp = torch.zeros(ids.shape, device=device).scatter(1, at, logp * wrote)
     T = int((lens + wrote.sum(1)).max())

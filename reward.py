@@ -204,7 +204,7 @@ def main(cfg):
     # The model. Seeded here, so that a new head does not depend on whether answers were sampled before.
     torch.manual_seed(cfg.seed)
     model, tok = load(init, head="new")
-    model.cfg.reward_mean, model.cfg.process = 0.0, False
+    model.reward_mean, model.process = 0.0, False
     if cfg.lora:
         # Adapters on a frozen trunk; the head begins at random, so it is trained as a whole.
         model = with_lora(cast_weights(freeze(model)), cfg.lora)
@@ -279,7 +279,7 @@ def main(cfg):
     # The constant that Bradley-Terry leaves free: shift rewards so that held-out answers average 0, and save
     # once more as the last step. A run that is cut off before does this when it goes on.
     after = held_out_metrics(model, held, tok)
-    model.cfg.reward_mean = after["reward_mean"]
+    model.reward_mean = after["reward_mean"]
     run.save(max(run.first, run.n_steps) - 1, before=before)
     write_jsonl(run.folder / "held_out.jsonl", show_held_out("after"))
     for name, sentence in health.of_reward_model(run.history, after).items():

@@ -249,7 +249,7 @@ def main(cfg):
     # The model. Seeded here, so that a new head does not depend on whether answers were sampled before.
     torch.manual_seed(cfg.seed)
     model, tok = load(init, head="new")
-    model.cfg.reward_mean, model.cfg.process = 0.0, True
+    model.reward_mean, model.process = 0.0, True
 
     # The rows by prompt, some prompts held out.
     max_len = min(cfg.max_len, model.cfg.max_len)
@@ -313,7 +313,7 @@ def main(cfg):
     # Shift rewards so that held-out answers average 0, and save once more as the last update. A run that is
     # cut off before does this when it goes on.
     after = held_out_metrics(model, held, tok)
-    model.cfg.reward_mean = after["reward_mean"]
+    model.reward_mean = after["reward_mean"]
     run.save(max(run.first, run.n_steps) - 1, before=before)
     show_held_out("after")
     run.finish(before, after)

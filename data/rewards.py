@@ -77,7 +77,7 @@ def source_of(name, flag):
         return Source(name, [], function=function_of(name, flag))
     model, tok = load(name, head="score")
     source = Source(name, [model], tok, read=partial(rewards_at_tokens, model, tok))
-    if model.cfg.process:
+    if model.process:
         source.logits = partial(step_logits, model, tok)
     return source
 

@@ -101,8 +101,8 @@ def rewards_at_tokens(model, tok, ids, mask):
     the last token. One of steps: log P(right) at the last token of each, so that their sum is the log of the
     product of the scores; minus reward_mean at the last token of all."""
     last = is_last(mask).to(ids.device)
-    if model.cfg.process:
-        return F.logsigmoid(step_logits(model, tok, ids, mask)) - model.cfg.reward_mean * last
+    if model.process:
+        return F.logsigmoid(step_logits(model, tok, ids, mask)) - model.reward_mean * last
     return torch.where(last, answer_rewards(model, ids, mask)[:, None], 0.0)
 
 

@@ -174,7 +174,7 @@ def main(cfg):
     except (EOFError, KeyboardInterrupt):
         print()
     start = names[0]
-    if reward and not reward_model.cfg.process:     # which did not learn from comparisons
+    if reward and not reward_model.process:     # which did not learn from comparisons
         start = reward
     print(f"{len(votes)} votes in {path}; to learn from them: "
           f"python reward.py --init {start} --data {path}")

@@ -219,7 +219,7 @@ def test_out_of_memory_says_where_and_what_to_shrink(suite, chain, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_full_disk_keeps_the_last_checkpoint(suite, chain, tmp_path):
     """Every write of a file fails as on a full disk: one sentence, and what was there is still there."""
-    cfg, state, tok = load_weights(chain / "sft")
+    cfg, state, tok, _ = load_weights(chain / "sft")
     save_folder(tmp_path / "x", cfg, state, tok)
     real = open
     for k in range(6):

@@ -156,7 +156,7 @@ def test_transformers_model_loads_here(tf, tmp_path, kind):
     theirs = hf_model(tf, kind)
     theirs.save_pretrained(tmp_path)
     toy_json(tmp_path, TEMPLATE_OF[kind])
-    cfg, state, tok = load_weights(tmp_path)
+    cfg, state, tok, _ = load_weights(tmp_path)
     assert replace(cfg, rope_theta=CONFIGS[kind].rope_theta if kind == "gpt2" else cfg.rope_theta) == CONFIGS[kind]
     ours = GPT(cfg).eval()
     ours.load_state_dict(state)
@@ -175,13 +175,14 @@ def test_our_folder_loads_in_transformers(tf, tmp_path, kind):
     assert type(theirs).__name__ == config_to_hf(cfg, tok)["architectures"][0]
     assert not any(info.values()), info
     torch.testing.assert_close(ours.logits(ours(ids)), theirs.eval()(ids).logits, rtol=0, atol=1e-4)
-    cfg2, state, tok2 = load_weights(tmp_path / "lm")
+    cfg2, state, tok2, _ = load_weights(tmp_path / "lm")
     assert cfg2 == cfg and all(torch.equal(v, state[k]) for k, v in ours.state_dict().items())
     check_auto_tokenizer(tf, tmp_path / "lm", tok)
 
-    cfg = replace(cfg, scalar_head=True, reward_mean=0.75)
+    cfg = replace(cfg, scalar_head=True)
     ours = shake(GPT(cfg), 3)
-    save_folder(tmp_path / "rm", cfg, ours.state_dict(), tok)
+    ours.reward_mean = 0.75
+    save(tmp_path / "rm", ours, tok)
     theirs, info = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", output_loading_info=True)
     assert type(theirs).__name__ == config_to_hf(cfg, tok)["architectures"][0]
     assert not any(info.values()), info
@@ -192,8 +193,9 @@ def test_our_folder_loads_in_transformers(tf, tmp_path, kind):
         assert [r[-1] for r in rows] == tok.encode("\n") * 2
     score = ours.scores(ours(batch))[torch.arange(2), last]
     their = theirs.eval()(batch, attention_mask=real.long()).logits[:, 0]
-    torch.testing.assert_close(score + cfg.reward_mean, their, rtol=0, atol=1e-4)
-    assert load_weights(tmp_path / "rm")[0] == cfg
+    torch.testing.assert_close(score + ours.reward_mean, their, rtol=0, atol=1e-4)
+    again, _ = load(tmp_path / "rm", head="score")
+    assert again.cfg == cfg and again.reward_mean == 0.75
 
 
 def check_auto_tokenizer(tf, folder, tok):
@@ -214,7 +216,7 @@ def check_auto_tokenizer(tf, folder, tok):
 @pytest.mark.skipif("SMOLLM2_DIR" not in os.environ, reason="SMOLLM2_DIR is not set")
 def test_smollm2(tf, tmp_path):
     folder = os.environ["SMOLLM2_DIR"]
-    cfg, state, tok = load_weights(folder)
+    cfg, state, tok, _ = load_weights(folder)
     ours = GPT(cfg).eval()
     ours.load_state_dict(state)
     theirs = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -777,7 +779,7 @@ def test_shards(tmp_path):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_config_and_weights_round_trip(tmp_path, kind):
     tok = toy_tokenizer(tmp_path, TEMPLATE_OF[kind])
-    for cfg in (CONFIGS[kind], replace(CONFIGS[kind], scalar_head=True, reward_mean=-1.25)):
+    for cfg in (CONFIGS[kind], replace(CONFIGS[kind], scalar_head=True)):
         hf = json.loads(json.dumps(config_to_hf(cfg, tok)))
         assert config_from_hf(hf) == cfg
         state = GPT(cfg).state_dict()
@@ -790,7 +792,7 @@ def test_a_language_model_becomes_a_scalar_model_and_back(tmp_path):
         tok, cfg = toy_tokenizer(tmp_path), CONFIGS[kind]
         state = GPT(cfg).state_dict()
         save_folder(tmp_path / kind, cfg, state, tok)
-        got, loaded, _ = load_weights(tmp_path / kind, head="new")
+        got, loaded, *_ = load_weights(tmp_path / kind, head="new")
         assert got == replace(cfg, scalar_head=True) and set(loaded) == set(state) - {"lm_head.weight"}
         assert GPT(got).load_state_dict(loaded, strict=False).missing_keys == ["score.weight"]
         save_folder(tmp_path / kind, got, GPT(got).state_dict(), tok)
@@ -866,10 +868,11 @@ def test_a_head_that_contradicts_the_config(tmp_path, kind, tf):
 
 def test_what_a_model_is_needed_for(tmp_path):
     """A reward model that is asked must have its head: one drawn at random would be another judge for every seed."""
-    tok, cfg = toy_tokenizer(tmp_path), replace(CONFIGS["qwen2"], reward_mean=0.5)
+    tok, cfg = toy_tokenizer(tmp_path), CONFIGS["qwen2"]
     lm, rm, headless = tmp_path / "lm", tmp_path / "rm", tmp_path / "headless"
     save(lm, GPT(cfg), tok)
     trained = shake(GPT(replace(cfg, scalar_head=True)))
+    trained.reward_mean = 0.5
     for folder in (rm, headless):
         save(folder, trained, tok)
     tensors = {k: t.clone() for k, t in read_safetensors(rm / "model.safetensors").items() if k != "score.weight"}
@@ -882,6 +885,7 @@ def test_what_a_model_is_needed_for(tmp_path):
             load(folder)
     model, _ = load(rm, head="score")
     assert torch.equal(model.score.weight, trained.score.weight) and model.cfg == trained.cfg
+    assert model.reward_mean == 0.5
     with pytest.raises(CheckpointError, match="lm is a language model; a reward model is needed"):
         load(lm, head="score")
     with pytest.raises(CheckpointError, match=r"headless: tensor 'score.weight' \(1, 48\) is missing"):
@@ -1113,7 +1117,7 @@ def test_killed_while_saving(tmp_path):
     state = shake(GPT(cfg), 1).state_dict()
     save_folder(folder, cfg, state, tok)
     code = ("import os, signal, sys\nfrom data.files.checkpoint import load_weights, save_folder\n"
-            "cfg, state, tok = load_weights(sys.argv[1])\n"
+            "cfg, state, tok, _ = load_weights(sys.argv[1])\n"
             "save_folder(sys.argv[1], cfg, {k: v + 1 for k, v in state.items()}, tok,"
             " {'x': lambda path: os.kill(os.getpid(), signal.SIGKILL)})")
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
@@ -1199,7 +1203,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_hub_download(hub, capsys):
-    cfg, state, tok = load_weights("org/toy")
+    cfg, state, tok, _ = load_weights("org/toy")
     assert all(torch.equal(v, hub.state[k]) for k, v in state.items())
     assert "model.safetensors" in capsys.readouterr().err
     assert sorted(p.name for p in hub.folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]

@@ -31,7 +31,7 @@ from data.parallel import in_chunks, micro_batches  # noqa: E402
 from data.files.tokenizer import Tokenizer, tokenizer_from_ranks  # noqa: E402
 from data.world import build   # noqa: E402
 from model import (GPT, GPTConfig, answer_rewards, attention, attention_bias, compare_policies,  # noqa: E402
-                   cast_weights, freeze, generate, last_token, pad_answers, pad_batch, pick_token, refresh,
+                   cast_weights, draw, freeze, generate, last_token, pad_answers, pad_batch, refresh,
                    sampling_copy, token_logprobs, token_values, with_lora)
 
 torch.set_num_threads(1)
@@ -43,9 +43,10 @@ DIALECTS = {"gpt2": GPTConfig(**SHAPE),
 both = pytest.mark.parametrize("dialect", list(DIALECTS))
 
 
-def tiny(dialect, seed=0, **changes):
+def tiny(dialect, seed=0, reward_mean=0.0, **changes):
     """A small fp32 model with random numbers everywhere: nothing may hide behind a zero or a one."""
     model = GPT(GPTConfig(**{**vars(DIALECTS[dialect]), **changes}))
+    model.reward_mean = reward_mean
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -580,13 +581,12 @@ def test_sampling_is_the_naive_loop_with_the_same_noise(dialect):
 
 
 @both
-@pytest.mark.parametrize("truncation", [{}, {"top_k": 5}, {"top_p": 0.6}])
-def test_sampled_log_probs_are_those_of_training(dialect, truncation):
-    """Otherwise PPO's first ratio is not 1 - with early stops, dropped rows and truncation as well."""
+def test_sampled_log_probs_are_those_of_training(dialect):
+    """Otherwise PPO's first ratio is not 1 - with early stops and dropped rows as well."""
     model, prompts = tiny(dialect), ragged(random.Random(2), 24, 1, 9)
 
     def run(eos):
-        return generate(model, tok_of(eos, pad=30), prompts, draws(24, 14), 1.3, **truncation)
+        return generate(model, tok_of(eos, pad=30), prompts, draws(24, 14), 1.3)
 
     free, free_mask, _ = run(-1)
     # comes often, not always
@@ -602,26 +602,28 @@ def test_sampled_log_probs_are_those_of_training(dialect, truncation):
     torch.testing.assert_close(again, logp, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("top_k, top_p",
-                         [(0, 1.0), (3, 1.0), (1, 1.0), (99, 1.0), (0, 0.5), (0, 1e-9), (4, 0.7)])
-def test_sample_support_and_frequencies(top_k, top_p):
-    """Otherwise top-k or the nucleus lets too many or too few tokens through, or draws are not proportional
-    to p."""
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_sampled_frequencies(temperature):
+    """Otherwise draws are not proportional to p, or log-probs are those of another temperature."""
     logits = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.5, -4.0, 2.5])
-    p = np.exp(np64(logits))
-    order = sorted(range(7), key=lambda i: -p[i])[: top_k or 7]
-    kept, total = [], 0.0
-    for i in order:                                                   # the smallest set that reaches top_p
-        if total >= top_p:
-            break
-        kept.append(i)
-        total += p[i] / p[order].sum()
-    want = np.array([p[i] * (i in kept) for i in range(7)])
-    u = torch.rand(40000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens = pick_token(logits.expand(40000, 7), u, top_k, top_p)
+    want = np.exp(np64(logits) / temperature)
+    want /= want.sum()
+    u = torch.rand(40000, dtype=f64, generator=torch.Generator().manual_seed(0))
+    tokens, logp = draw(logits.expand(40000, 7), u, temperature)
     freq = np.bincount(tokens.numpy(), minlength=7) / 40000
-    assert set(freq.nonzero()[0]) == set(kept)
-    assert abs(freq - want / want.sum()).sum() / 2 < 0.01
+    assert abs(freq - want).sum() / 2 < 0.01
+    np.testing.assert_allclose(logp.numpy(), np.log(want)[tokens.numpy()], atol=1e-5)
+    tokens, logp = draw(logits[None], u[:1], 0.0)
+    assert tokens.tolist() == [1]
+
+
+def test_a_token_is_drawn_where_u_falls():
+    """At every border of the cumulative distribution: else the last token of the vocabulary, or one of probability
+    0, is drawn where u comes near 1."""
+    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    u = torch.tensor([0.0, 0.2, 0.25, 0.3, 0.74, 0.75, 1 - 2 ** -53], dtype=f64)
+    tokens, _ = draw(p.log().expand(len(u), 6), u, 1.0)
+    assert tokens.tolist() == [1, 1, 3, 3, 3, 4, 4]
 
 
 def test_generation_is_seeded():

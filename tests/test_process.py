@@ -99,10 +99,11 @@ def test_given_steps_end_where_found_ones_do():
 # What is said of steps, and where it arrives.
 
 
-def random_model(seed, **more):
+def random_model(seed, process=False, reward_mean=0.0, **more):
     """A small model over the tiny world's tokens, with large random weights."""
     model = GPT(GPTConfig(vocab_size=V, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_inner=32, max_len=64,
                           head_dim=8, **more))
+    model.process, model.reward_mean = process, reward_mean
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -144,7 +145,7 @@ def batch(texts, pad=3):
 def test_logits_and_rewards_arrive_at_the_last_token_of_each_step():
     """In loops, each answer alone, in float64 sums."""
     model = random_model(0, scalar_head=True, process=True)
-    model.cfg.reward_mean = -1.25
+    model.reward_mean = -1.25
     ids, mask, ends = batch(SAID)
     assert [len(at) for at in ends] == [3, 1, 3, 1, 2]
     logits, rewards = step_logits(model, TOK, ids, mask), rewards_at_tokens(model, TOK, ids, mask)
@@ -160,7 +161,7 @@ def test_logits_and_rewards_arrive_at_the_last_token_of_each_step():
                 assert logits[b, t] == math.inf and rewards[b, t] == 0
 
     # A model of whole answers: all of it at the last token.
-    model.cfg.process = False
+    model.process = False
     rewards = rewards_at_tokens(model, TOK, ids, mask)
     for b, at in enumerate(ends):
         z = (model(ids[b, : at[-1] + 1][None])[0, -1] @ model.score.weight[0]).item()
@@ -297,13 +298,13 @@ def test_the_checkpoint_knows_its_kind(tmp_path):
     save(tmp_path / "rm", random_model(0, scalar_head=True, process=True, reward_mean=0.5), TOK)
     config = json.loads((tmp_path / "rm" / "config.json").read_text())
     assert (config["process"], config["reward_mean"]) == (True, 0.5)
-    assert load(tmp_path / "rm", head="score")[0].cfg.process
+    assert load(tmp_path / "rm", head="score")[0].process
     (tmp_path / "rm" / "config.json").write_text(json.dumps(config | {"process": "yes"}))
     with pytest.raises(InputError, match="process is 'yes', neither true nor false"):
         load(tmp_path / "rm", head="score")
     del config["process"]                # as any other reward model
     (tmp_path / "rm" / "config.json").write_text(json.dumps(config))
-    assert not load(tmp_path / "rm", head="score")[0].cfg.process
+    assert not load(tmp_path / "rm", head="score")[0].process
 
 
 def test_rewards_by_name(tmp_path):
@@ -365,7 +366,7 @@ def test_reward_process_says_what_the_steps_say(steps_model):
     for row in held:
         text = "".join(row["completions"])
         prompt, answer = tok.render_answer(row["prompt"], text)
-        z = model.scores(model(torch.tensor([prompt + answer])))[0].detach() + model.cfg.reward_mean
+        z = model.scores(model(torch.tensor([prompt + answer])))[0].detach() + model.reward_mean
         [ends] = step_mask(tok, torch.tensor([prompt + answer]),
                                    torch.tensor([[False] * len(prompt) + [True] * len(answer)]))
         z = z[ends].double().numpy()
@@ -382,7 +383,7 @@ def test_reward_process_says_what_the_steps_say(steps_model):
     assert after["accuracy"] == pytest.approx(np.mean(right), abs=np.mean(even) + 1e-6)
     found = {name: after[name] for name in ("first_error", "no_error") if name in after}
     assert found == pytest.approx(process.errors_found(answers), abs=1 if any(even) else 1e-6)
-    assert after["reward_mean"] == pytest.approx(np.mean(sums), abs=1e-4) == model.cfg.reward_mean
+    assert after["reward_mean"] == pytest.approx(np.mean(sums), abs=1e-4) == model.reward_mean
     texts = ["".join(row["completions"]) for row in held]
     assert np.mean(rewards_of_texts(model, tok, [row["prompt"] for row in held], texts)) == pytest.approx(0, abs=1e-4)
     samples = (folder / "samples.txt").read_text(encoding="utf-8")

@@ -60,8 +60,8 @@ def strangers(tmp_path_factory):
     tok = toy_tokenizer(folder, "chatml")
     shape = dict(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_inner=32, max_len=128,
                  head_dim=8, scalar_head=True)
-    answers = shake(GPT(GPTConfig(**shape, reward_mean=0.25)), 1)
-    steps = shake(GPT(GPTConfig(**shape, reward_mean=-0.5, process=True)), 2)
+    answers, steps = shake(GPT(GPTConfig(**shape)), 1), shake(GPT(GPTConfig(**shape)), 2)
+    answers.reward_mean, steps.reward_mean, steps.process = 0.25, -0.5, True
     save(folder / "answers", answers, tok)
     save(folder / "steps", steps, tok)
     save(folder / "own", random_model(3, scalar_head=True), TOK)

@@ -146,15 +146,14 @@ def test_compiled_models_of_ppo_are_never_run_eagerly(dialect, counter, monkeypa
 
 @pytest.fixture
 def shapes(monkeypatch, counter):
-    """`decode` compiled as on a GPU, but by a compiler that does nothing; the (rows, positions) of each of
-    its calls."""
+    """`decode` compiled as on a GPU, but by a compiler that does nothing; the (rows, positions) of each of its
+    calls."""
     calls, compiled = [], torch.compile(model_py.decode, backend=counter, fullgraph=True, dynamic=False)
 
     def noted(model, token, cache, S, pos):
         calls.append((len(token), S))
         return compiled(model, token, cache, S, pos)
-    monkeypatch.setattr(model_py, "decode", noted)
-    monkeypatch.setattr(model_py, "GRAPHS", True)
+    monkeypatch.setattr(model_py, "GRAPHS", noted)
     with torch._dynamo.config.patch(recompile_limit=64):
         yield calls
 
@@ -218,7 +217,7 @@ def test_compiled_decoding_writes_into_the_cache_in_place(dialect):
         raise NotImplementedError("enough: no C++ compiler is needed to see it")
     torch._dynamo.reset()
     gpt = sampling_copy(small(dialect))
-    cache = gpt.new_cache(n + 2, S + 64)
+    cache = model_py.new_cache(gpt, n + 2, S + 64)
     token, pos = torch.zeros(n, dtype=torch.long), torch.arange(n) + 3
     with pytest.MonkeyPatch.context() as m, torch.no_grad(), pytest.raises(Exception, match="enough: no C"):
         m.setattr(graph, "save_output_code", stop)
@@ -256,34 +255,6 @@ def test_a_padded_vocabulary_changes_nothing(dialect, monkeypatch):
             for p in gpt.parameters():
                 p += 0.05 * torch.randn(p.shape)
         model_py.refresh(sampler, gpt)
-
-
-@pytest.mark.skipif(not model_py.CAN_PACK, reason="this torch has no oneDNN products with packed weights")
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"top_k": 5}])
-@pytest.mark.parametrize("copied", [True, False])
-@both
-def test_packed_weights_change_no_bit(dialect, copied, how, monkeypatch):
-    """Sampling with weights in oneDNN's order gives the bits of plain products, uses them for every layer and
-    the head of a sampling copy, and leaves none behind. LoRA's trunk is packed like any layer."""
-    monkeypatch.setattr(Linear, "compute_dtype", torch.bfloat16)
-    gpt = with_lora(cast_weights(freeze(small(dialect))), rank=2)
-    sampler, prompts = sampling_copy(gpt) if copied else gpt, [[1, 2, 3], [4, 5], [7]] * 3
-    used, product = [], torch.ops.mkldnn._linear_pointwise
-
-    def counted(*inputs):
-        used.append(inputs[1].shape)
-        return product(*inputs)
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
-    packed = generate(sampler, tok_of(-1), prompts, draws(9, 20), **how)
-    n_layers = sum(isinstance(layer, Linear) for layer in sampler.modules())
-    assert len(used) == 19 * n_layers
-    assert all(layer.packed is None for layer in sampler.modules() if isinstance(layer, Linear))
-
-    monkeypatch.setattr(model_py, "CAN_PACK", False)
-    plain = generate(sampler, tok_of(-1), prompts, draws(9, 20), **how)
-    assert len(used) == 19 * n_layers
-    for a, b in zip(packed, plain):
-        assert torch.equal(a, b)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -533,8 +504,7 @@ def test_gpu_graphs_are_eager_and_cached_is_uncached(dialect, monkeypatch):
     eager = go()
     with torch.no_grad():
         torch.testing.assert_close(token_logprobs(gpt, *eager[:2]), eager[2], atol=1e-3, rtol=0)
-    monkeypatch.setattr(model_py, "decode", model_py.decode)           # both are put back afterwards
-    monkeypatch.setattr(model_py, "GRAPHS", False)
+    monkeypatch.setattr(model_py, "GRAPHS", None)                      # put back afterwards
     with torch._dynamo.config.patch(recompile_limit=64):
         model_py.compile_decoding()
         for _ in range(3):                                             # recorded, then replayed

@@ -23,11 +23,12 @@ def load(path, device="cpu", head="none"):
     """(GPT, Tokenizer) of one of our folders, a Hugging Face folder or a hub name. head: "none" asks for a
     language model, "score" for a reward model with its trained head, "new" for a reward or value model, whose
     head is drawn if there is none. InputError: it is the other kind, or damaged, or cannot be had."""
-    cfg, weights, tok = load_weights(path, head)
+    cfg, weights, tok, notes = load_weights(path, head)
     with torch.device("meta"):                        # shapes without memory, which the next line takes once
         model = GPT(cfg)
     model.to_empty(device="cpu").init_weights()
     model.load_state_dict(weights, strict=head != "new")
+    model.reward_mean, model.process = notes["reward_mean"], notes["process"]
     return model.to(device), tok
 
 
@@ -52,7 +53,10 @@ def save(folder, model, tok, state=None):
     weights = full_state(model)
     if RANK == 0:
         extra = {} if state is None else {"state.pt": functools.partial(torch.save, state)}
-        save_folder(folder, model.cfg, merged(weights), tok, extra)
+        notes = {}
+        if model.cfg.scalar_head:
+            notes = {"reward_mean": model.reward_mean, "process": model.process}
+        save_folder(folder, model.cfg, merged(weights), tok, extra, notes)
     barrier()
 
 
@@ -103,13 +107,15 @@ def check_folder(folder):
 
 
 def load_weights(path, head=None):
-    """(GPTConfig, state dict, Tokenizer) of a folder or a hub model. head: as in `load`, or None for what the
-    checkpoint has. With "new" the state dict lacks score.weight if the checkpoint does."""
+    """(GPTConfig, state dict, Tokenizer, notes) of a folder or a hub model. notes: what config.json says
+    beside the model's shape, see `notes_of`. head: as in `load`, or None for what the checkpoint has. With
+    "new" the state dict lacks score.weight if the checkpoint does."""
     folder = find_folder(path)
     finish_save(folder)
     check_folder(folder)
     try:
-        cfg = config_from_hf(read_object(folder / "config.json"))
+        hf = read_object(folder / "config.json")
+        cfg, notes = config_from_hf(hf), notes_of(hf)
         if head == "none" and cfg.scalar_head:
             raise InputError(f"{folder} is a reward model; a language model is needed here")
         wanted = head != "score" or cfg.scalar_head
@@ -121,16 +127,17 @@ def load_weights(path, head=None):
                 f"tokenizer.json has {tok.vocab_size} tokens, config.json says {cfg.vocab_size}")
         drawn = ["score.weight"] if head == "new" else []
         weights = weights_from_hf(read_tensors(folder), cfg, drawn)
-        return replace(cfg, tie=cfg.tie and "lm_head.weight" not in weights), weights, tok
+        return replace(cfg, tie=cfg.tie and "lm_head.weight" not in weights), weights, tok, notes
     except CheckpointError as e:
         raise e if str(e).startswith(str(folder)) else CheckpointError(f"{folder}: {e}") from None
 
 
-def save_folder(folder, cfg, state, tok, extra_files={}):
+def save_folder(folder, cfg, state, tok, extra_files={}, notes={}):
     """Save a checkpoint in Hugging Face layout; all of it replaces the one before, or nothing does.
 
     Beside weights, tokenizer and config, extra_files {name: bytes, str, or a function that writes to the path
-    it is given} become part of the same checkpoint; other files stay as they are.
+    it is given} become part of the same checkpoint; other files stay as they are. notes become fields of
+    config.json.
     1. every file is written beside its place as .NAME.new and synced: the last good checkpoint is untouched;
     2. the list of names is renamed to .commit and synced: from here on the new checkpoint counts;
     3. each .NAME.new is renamed into place, the weights first, config.json last, and .commit is removed.
@@ -146,7 +153,7 @@ def save_folder(folder, cfg, state, tok, extra_files={}):
         settings[f"{role}_token"] = name_of.get(i)    # None where it is an ordinary token, or none
     files = {WEIGHTS: functools.partial(write_safetensors, tensors=weights_to_hf(state, cfg)),
              "tokenizer.json": tok.raw, "tokenizer_config.json": json.dumps(settings, indent=2),
-             **extra_files, "config.json": json.dumps(config_to_hf(cfg, tok), indent=2)}
+             **extra_files, "config.json": json.dumps(config_to_hf(cfg, tok) | notes, indent=2)}
     plain_names(files, folder)
     try:
         for name, content in files.items():           # step 1
@@ -223,13 +230,8 @@ def config_from_hf(hf):
     for key, values in PLAIN.items():
         if (kind, key) != ("qwen2", "attention_bias"):            # which has the biases that others may have
             check(hf.get(key) in (None, *values), f"{key} = {hf.get(key)!r} is not supported")
-    mean = hf.get("reward_mean", 0.0)
-    check(is_number(mean), f"reward_mean is {mean!r}, not a number")
-    process = hf.get("process", False)
-    check(type(process) is bool, f"process is {process!r}, neither true nor false")
     common = dict(vocab_size=field(hf, "vocab_size"), tie=bool(hf.get("tie_word_embeddings", kind == "gpt2")),
-                  scalar_head="ForSequenceClassification" in str(hf.get("architectures")),
-                  reward_mean=float(mean), process=process)
+                  scalar_head="ForSequenceClassification" in str(hf.get("architectures")))
 
     # The shape; what may be absent has a default.
     names = GPT2_FIELDS if kind == "gpt2" else LLAMA_FIELDS
@@ -253,6 +255,15 @@ def config_from_hf(hf):
         full = full and field(hf, "sliding_window", 4096) >= common["max_len"]
     check(full, "sliding_window attention is not supported")
     return GPTConfig(**common)
+
+
+def notes_of(hf):
+    """What the config.json of one of our reward models says beside its shape: reward_mean, which is subtracted
+    from its scores, because their head has no bias to put it in, and whether it scores steps (`process`)."""
+    mean, process = hf.get("reward_mean", 0.0), hf.get("process", False)
+    check(is_number(mean), f"reward_mean is {mean!r}, not a number")
+    check(type(process) is bool, f"process is {process!r}, neither true nor false")
+    return {"reward_mean": float(mean), "process": process}
 
 
 def rotary_from_hf(hf):
@@ -283,7 +294,7 @@ def dialect(cfg):
 
 def config_to_hf(cfg, tok):
     """The dict for config.json. A scalar head becomes ...ForSequenceClassification, whose one logit is our
-    score plus reward_mean (kept in an extra field: their head has no bias to put it in; so is `process`)."""
+    score plus reward_mean."""
     kind = dialect(cfg)
     head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
     if cfg.scalar_head:
@@ -293,8 +304,7 @@ def config_to_hf(cfg, tok):
           "tie_word_embeddings": cfg.tie, "torch_dtype": "float32", "bos_token_id": tok.bos_id,
           "eos_token_id": ends if len(ends) > 1 else tok.eos_id, "pad_token_id": tok.pad_id}
     if cfg.scalar_head:
-        hf |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0},
-               "reward_mean": cfg.reward_mean, "process": cfg.process}
+        hf |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
     for ours, theirs in (GPT2_FIELDS if kind == "gpt2" else LLAMA_FIELDS).items():
         hf[theirs] = getattr(cfg, ours)
     if kind == "gpt2":
