@@ -2,11 +2,9 @@
 (dpo.py)."""
 import random
 import time
-from collections import Counter
 from dataclasses import asdict
 
 from data import InputError, sample, world
-from data.files import formats
 from data.rewards import rewards_of_texts
 from data.setup import seeded
 
@@ -121,63 +119,7 @@ def pair_text(pair):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# As ids, for dpo.py. An example is (prompt ids, first answer ids, second answer ids, label). Of a pair the
-# second answer is the rejected one and the label the share that prefers the first; for KTO the label says
-# whether the first answer is good (1) or bad (0), and the second one belongs to another prompt.
-
-
-def read_examples(run, path, kind, tok, max_len):
-    """Examples of a file to train on, held-out ones, and the rows of both, held-out ones first; run: the Run,
-    whose flags they follow and which says what was left out. kind: preference or kto. InputError: nothing to
-    train on or to hold out."""
-    cfg = run.cfg
-    rows, dropped = formats.load(path, kind)
-    run.say(formats.describe(rows, dropped, path))
-    decided = [row for row in rows if row["label"] != 0.5]    # a tie only says that h should be 0
-
-    # As ids, some of the prompts held out.
-    max_prompt = min(cfg.max_prompt, max_len - 1)
-    train_rows, held_rows = formats.split(decided, cfg.held_out, seed=0)
-    train, counts = encode(train_rows, tok, max_prompt, max_len)
-    held, held_counts = encode(held_rows, tok, max_prompt, max_len)
-    counts += held_counts
-
-    # What is there now, and what is missing.
-    n_ties = len(rows) - len(decided)
-    message = (f"{len(train):,} to train on, {len(held):,} held out; left out: {n_ties:,} ties, "
-               f"{counts['long']:,} with prompts of more than {max_prompt} tokens (--max_prompt), "
-               f"{counts['equal']:,} with equal answers; {counts['cut']:,} cut at {max_len} tokens "
-               "(--max_len)")
-    if not train or not held:
-        raise InputError(f"{path}: {message}; both need at least one (--held_out)")
-    run.say(message)
-    if kind == "kto":
-        if len({label for *_, label in train}) < 2:
-            raise InputError(f"{path}: {message}; kto needs good and bad answers to train on")
-        held = mismatch(held + train, cfg.seed, max_len)[: len(held)]    # one held-out prompt may do
-        train = mismatch(train, cfg.seed, max_len)
-    return train, held, held_rows + train_rows
-
-
-def encode(rows, tok, max_prompt, max_len):
-    """Preference or KTO rows as examples, and a Counter. Prompts of more than max_prompt tokens are left out
-    ("long"), never cut: their BOS and headers tell the model what it reads. Answers are cut where prompt and
-    answer reach max_len ("cut") and then carry no EOS: a cut is not an end. Pairs whose answers do not differ
-    within it would teach nothing and are left out ("equal"). KTO's one answer also stands as the second."""
-    out, counts = [], Counter()
-    for row in rows:
-        answers = [row[key] for key in ("chosen", "rejected", "completion") if key in row]
-        prompt, first = tok.render_answer(row["prompt"], answers[0])
-        _, second = tok.render_answer(row["prompt"], answers[-1])
-        label, room = float(row["label"]), max_len - len(prompt)
-        if len(prompt) > max_prompt:
-            counts["long"] += 1
-        elif len(answers) == 2 and first[:room] == second[:room]:
-            counts["equal"] += 1
-        else:
-            counts["cut"] += max(len(first), len(second)) > room
-            out.append((prompt, first[:room], second[:room], label))
-    return out, counts
+# For dpo.py, as ids: (prompt ids, first answer ids, second answer ids, label).
 
 
 def mismatch(examples, seed, max_len):
@@ -198,16 +140,6 @@ def mismatch(examples, seed, max_len):
         other = examples[order[(k + shift) % n]][1]
         out[i] = (prompt, answer, other[: max_len - len(prompt)], label)
     return out
-
-
-def lengths_of(examples):
-    """Tokens of each example with its longer answer: what batches are sorted by (an estimate, where a row of
-    a pair holds both answers)."""
-    return [len(prompt) + max(len(first), len(second)) for prompt, first, second, _ in examples]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Of a policy's own new answers (dpo.py --online).
 
 
 def online_pairs(policy, tok, rows, judge, cfg, step):

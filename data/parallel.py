@@ -143,6 +143,14 @@ def micro_batches(rows, lengths, size):
     return [mine[i: i + size] for i in range(0, len(mine), size)]
 
 
+def filled_up(n, world=WORLD):
+    """For a step whose n rows need not divide evenly over the ranks: row numbers that do, because row 0 stands
+    there several times, and what each row counts, (n,), so that their sum is that of n rows."""
+    numbers = list(range(n))
+    numbers += numbers[:1] * (-n % world)
+    return numbers, 1 / torch.tensor(numbers, dtype=torch.long).bincount()
+
+
 def even_share(lengths):
     """This rank's share of rows of these lengths, similar ones side by side, for passes without gradients.
     All ranks get the same number, which FSDP needs, so some rows are computed twice; whoever adds the shares

@@ -13,15 +13,16 @@ from test_oracles import (BETA, N_TOKENS, PROMPTS, RESPONSES, both, exact, full_
                           wide)
 
 import dpo
-from data import InputError, comparisons, report, world
+import model
+from data import InputError, comparisons, prefix_sharing, report, world
 from data.files import formats
 from data.files.checkpoint import load, save
 from data.setup import adamw, set_lr
 from data.files.tokenizer import GPT2_REGEX, Tokenizer, tokenizer_from_ranks
-from model import GPT, GPTConfig, pad_batch, token_logprobs
+from model import GPT, GPTConfig, pad_answers, pad_batch, token_logprobs
 
 f64 = torch.float64
-LOSSES = ["dpo", "ipo", "simpo", "orpo"]
+PAIRED = [name for name, row in dpo.LOSSES.items() if row.paired]
 
 
 def config(**changes):
@@ -41,78 +42,92 @@ def numbers(seed=0, N=50):
 
 def logps(model, pairs, tok):
     """Summed log-probs (N,) of answers given prompts, [(prompt ids, answer ids)], each in a row of its own."""
-    ids, _ = pad_batch([prompt + answer for prompt, answer in pairs], tok.pad_id)
-    mask, _ = pad_batch([[0] * len(prompt) + [1] * len(answer) for prompt, answer in pairs], 0)
-    return token_logprobs(model, ids, mask.bool()).sum(1)
+    ids, mask = pad_answers(pairs, tok.pad_id)
+    return token_logprobs(model, ids, mask).sum(1)
 
 
-def oracle(loss, logp, ref, n, p, beta, gamma=1.0, lam=1.0, smooth=0.0, flip=0.0, sft=0.0):
-    """Written from the papers, one pair at a time, with plain math on Python floats."""
+def log_sigmoid(x):
+    return -np.logaddexp(0, -x)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def log_odds(x):
+    return math.log(math.exp(x) / -math.expm1(x))
+
+
+# The loss of one pair where all prefer the first answer, written from the papers: pi, ref and n are the log-probs and
+# the numbers of tokens of the two answers.
+ORACLES = {
+    "dpo": lambda pi, ref, n, beta, gamma: -log_sigmoid(beta * ((pi[0] - ref[0]) - (pi[1] - ref[1]))),
+    "dpo_norm": lambda pi, ref, n, beta, gamma: -log_sigmoid(
+        beta / n[0] * (pi[0] - ref[0]) - beta / n[1] * (pi[1] - ref[1])),
+    "ipo": lambda pi, ref, n, beta, gamma: (
+        (pi[0] - ref[0]) / n[0] - (pi[1] - ref[1]) / n[1] - 1 / (2 * beta)) ** 2,
+    "apo_zero": lambda pi, ref, n, beta, gamma: (
+        1 - sigmoid(beta * (pi[0] - ref[0])) + sigmoid(beta * (pi[1] - ref[1]))),
+    "simpo": lambda pi, ref, n, beta, gamma: -log_sigmoid(beta / n[0] * pi[0] - beta / n[1] * pi[1] - gamma),
+    "orpo": lambda pi, ref, n, beta, gamma: -beta * log_sigmoid(log_odds(pi[0] / n[0]) - log_odds(pi[1] / n[1])),
+}
+
+
+def oracle(loss, logp, ref, n, p, cfg):
+    """Losses (N,), one pair at a time, with plain math on Python floats; p: the share that prefers the first answer."""
     out = []
-    log_sigmoid = lambda x: -np.logaddexp(0, -x)   # noqa: E731
     for i in range(len(p)):
-        w, l, rw, rl, nw, nl = logp[0, i], logp[1, i], ref[0, i], ref[1, i], n[0, i], n[1, i]
-        if loss == "dpo":
-            x = beta * ((w - rw) - (l - rl))
-            win, lose = -log_sigmoid(x), -log_sigmoid(-x)
-        elif loss == "ipo":
-            x = (w - rw) / nw - (l - rl) / nl
-            win, lose = (x - 1 / (2 * beta)) ** 2, (-x - 1 / (2 * beta)) ** 2
-        elif loss == "simpo":
-            x = beta * (w / nw - l / nl)
-            win, lose = -log_sigmoid(x - gamma), -log_sigmoid(-x - gamma)
-        else:
-            odds = [math.exp(m) / -math.expm1(m) for m in (w / nw, l / nl)]
-            x = math.log(odds[0]) - math.log(odds[1])
-            win, lose = -lam * log_sigmoid(x), -lam * log_sigmoid(-x)
+        pair = logp[:, i], ref[:, i], n[:, i]
+        win = ORACLES[loss](*pair, cfg.beta, cfg.simpo_gamma)
+        lose = ORACLES[loss](*(x[::-1] for x in pair), cfg.beta, cfg.simpo_gamma)
+        smooth, flip = cfg.label_smoothing, cfg.flip_rate
         if smooth:      # cDPO: the label is wrong with this probability
-            q = p[i]
             win, lose = (1 - smooth) * win + smooth * lose, (1 - smooth) * lose + smooth * win
-            value = q * win + (1 - q) * lose
         elif flip:      # rDPO, arXiv:2403.00409, eq. 13
             win, lose = (((1 - flip) * a - flip * b) / (1 - 2 * flip) for a, b in ((win, lose), (lose, win)))
-            value = p[i] * win + (1 - p[i]) * lose
-        else:
-            value = p[i] * win + (1 - p[i]) * lose
-        out.append(value - (sft + (loss == "orpo")) * w / nw)
+        value = p[i] * win + (1 - p[i]) * lose
+        out.append(value - (cfg.sft_coef + (loss == "orpo")) * logp[0, i] / n[0, i])
     return np.array(out)
 
 
 @pytest.mark.parametrize("extra", [{}, {"label_smoothing": 0.1}, {"flip_rate": 0.2}, {"sft_coef": 0.3}])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", PAIRED)
 def test_pair_losses_against_numpy(loss, extra):
+    """Every row of the table against its paper's equation in float64; a row without one here says so."""
+    if loss not in ORACLES:
+        pytest.fail(f"{loss} has no line in ORACLES: write its paper's equation there, with plain numbers")
     logp, ref, n, p = numbers()
-    beta = 0.3 if loss != "simpo" else 2.0
-    cfg = config(loss=loss, beta=beta, simpo_gamma=0.7, **extra)
-    got, rewards = dpo.pair_loss(cfg, *(torch.from_numpy(x) for x in (logp, ref, n, p)))
-    want = oracle(loss, logp, ref, n, p, beta, 0.7, beta, extra.get("label_smoothing", 0.0),
-                  extra.get("flip_rate", 0.0), extra.get("sft_coef", 0.0))
+    cfg = config(loss=loss, beta=0.3 if loss != "simpo" else 2.0, simpo_gamma=0.7, **extra)
+    got, w, l = dpo.labelled_loss(*(torch.from_numpy(x) for x in (logp, ref, n, p)), cfg)
+    want = oracle(loss, logp, ref, n, p, cfg)
     assert np.abs(got.numpy() - want).max() < 1e-10 * max(1, np.abs(want).max())
-    assert rewards.shape == (2, 50)
+    assert w.shape == l.shape == (50,)
     if loss == "dpo":
-        assert np.abs(rewards.numpy() - beta * (logp - ref)).max() < 1e-12
+        assert np.abs(torch.stack((w, l)).numpy() - (logp - ref)).max() < 1e-12
 
 
 def test_kto_loss_against_numpy():
-    logp, ref, _, p = numbers()
+    logp, ref, n, p = numbers()
     r, good, z, beta = (logp - ref)[0], (p > 0.7).astype(float), 0.8, 0.2
-    want = [(1.5 if g else 0.5) * (1 - 1 / (1 + math.exp(-beta * ((x - z) if g else (z - x)))))
-            for x, g in zip(r, good)]
-    cfg = config(loss="kto", beta=beta, desirable_weight=1.5, undesirable_weight=0.5)
-    got = dpo.kto_loss(torch.from_numpy(r), torch.from_numpy(good), z, cfg)
+    want = [(1.5 if g else 0.5) * (1 - sigmoid(beta * ((x - z) if g else (z - x)))) for x, g in zip(r, good)]
+    cfg = config(loss="kto", beta=beta, desirable_weight=1.5, undesirable_weight=0.5, sft_coef=0.3)
+    one = (torch.from_numpy(x[:1]) for x in (logp, ref, n))
+    got, w, l = dpo.labelled_loss(*one, torch.from_numpy(good), cfg, torch.tensor(z, dtype=f64))
     assert 0 < good.sum() < len(good) and np.abs(got.numpy() - want).max() < 1e-10
+    assert np.abs(w.numpy() - r).max() < 1e-12 and (l == z).all()
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, "kto"])
+@pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_gradcheck(loss):
+    """Of every row of the table, at labels between 0 and 1 as well."""
     logp, ref, n, p = (torch.from_numpy(x[..., :6]) for x in numbers(3))
     p[0] = 0.25
-    logp.requires_grad_(True)
+    cfg, z = config(loss=loss, beta=0.4, sft_coef=0.1), None
     if loss == "kto":
+        logp, ref, n, z = logp[:1], ref[:1], n[:1], torch.tensor(0.3, dtype=f64)
         cfg = config(loss="kto", beta=0.2, desirable_weight=1.2, undesirable_weight=0.7)
-        f = lambda x: dpo.kto_loss(x[0] - ref[0], (p > 0.5).double(), 0.3, cfg).sum()   # noqa: E731
-    else:
-        f = lambda x: dpo.pair_loss(config(loss=loss, beta=0.4, sft_coef=0.1), x, ref, n, p)[0].sum()   # noqa: E731
+    logp.requires_grad_(True)
+    f = lambda x: dpo.labelled_loss(x, ref, n, p, cfg, z)[0].sum()   # noqa: E731
     assert torch.autograd.gradcheck(f, (logp,), eps=1e-6, atol=1e-6)
 
 
@@ -129,10 +144,14 @@ def test_log_odds_at_the_edges():
 def test_at_the_start_the_loss_is_ln_2():
     logp, _, n, p = (torch.from_numpy(x) for x in numbers())
     for extra in ({}, {"label_smoothing": 0.2}, {"flip_rate": 0.2}):
-        loss, rewards = dpo.pair_loss(config(beta=0.1, **extra), logp, logp, n, p)
-        assert (loss - math.log(2)).abs().max() < 1e-15 and rewards.abs().max() == 0
-    assert (dpo.pair_loss(config(loss="ipo", beta=0.25), logp, logp, n, p)[0] - 4).abs().max() < 1e-15
-    assert (dpo.kto_loss(logp[0] - logp[0], p, 0.0, config(loss="kto", beta=0.1)) - 0.5).abs().max() < 1e-15
+        for name in ("dpo", "dpo_norm"):
+            loss, w, l = dpo.labelled_loss(logp, logp, n, p, config(loss=name, beta=0.1, **extra))
+            assert (loss - math.log(2)).abs().max() < 1e-15 and w.abs().max() == l.abs().max() == 0
+    for name, start in (("ipo", 4), ("apo_zero", 1)):
+        loss, _, _ = dpo.labelled_loss(logp, logp, n, p, config(loss=name, beta=0.25))
+        assert (loss - start).abs().max() < 1e-15
+    kto = dpo.labelled_loss(logp[:1], logp[:1], n[:1], p, config(loss="kto", beta=0.1), torch.tensor(0.0, dtype=f64))
+    assert (kto[0] - 0.5).abs().max() < 1e-15
 
 
 def test_rdpo_is_unbiased_under_flips_and_cdpo_is_not():
@@ -142,7 +161,7 @@ def test_rdpo_is_unbiased_under_flips_and_cdpo_is_not():
     one, eps = torch.ones(50, dtype=f64), 0.3
 
     def of(p, **extra):
-        loss = dpo.pair_loss(config(beta=0.2, **extra), logp, ref, n, p)[0].sum()
+        loss = dpo.labelled_loss(logp, ref, n, p, config(beta=0.2, **extra))[0].sum()
         return torch.cat((loss.view(1), torch.autograd.grad(loss, logp)[0].flatten()))
 
     clean = of(one)
@@ -155,83 +174,124 @@ def test_rdpo_is_unbiased_under_flips_and_cdpo_is_not():
 def test_labels_are_symmetric():
     """Chosen and rejected exchanged with label 1 - p is the same pair, for every loss without an SFT part."""
     logp, ref, n, p = (torch.from_numpy(x) for x in numbers(2))
-    for loss in ("dpo", "ipo", "simpo"):
-        a = dpo.pair_loss(config(loss=loss, beta=0.5), logp, ref, n, p)[0]
-        b = dpo.pair_loss(config(loss=loss, beta=0.5), logp.flip(0), ref.flip(0), n.flip(0), 1 - p)[0]
+    for loss in PAIRED:
+        if dpo.LOSSES[loss].nll:
+            continue
+        a = dpo.labelled_loss(logp, ref, n, p, config(loss=loss, beta=0.5))[0]
+        b = dpo.labelled_loss(logp.flip(0), ref.flip(0), n.flip(0), 1 - p, config(loss=loss, beta=0.5))[0]
         assert (a - b).abs().max() < 1e-12
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@both
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo"])
-def test_the_loss_does_not_depend_on_batching(dialect, loss, monkeypatch):
-    model, ref, rng = tiny(dialect), tiny(dialect, 1), random.Random(0)
-    tok = SimpleNamespace(pad_id=30)
-    texts = zip(ragged(rng, 7, 1, 9), ragged(rng, 7, 1, 12), ragged(rng, 7, 1, 12))
-    examples = [(x, a, b, rng.random()) for x, a, b in texts]
+def some_examples(rng, n, label=lambda: 1.0, longest=12):
+    """n examples of random ids."""
+    texts = zip(ragged(rng, n, 1, 9), ragged(rng, n, 1, longest), ragged(rng, n, 1, longest))
+    return [(x, a, b, label()) for x, a, b in texts]
 
-    def run(name, examples, micro):
-        total = 0.0
-        for k in range(0, len(examples), micro):
-            part = examples[k: k + micro]
-            with torch.no_grad():
-                known = dpo.pair_logps(ref, part, tok)
-            out = dpo.pair_losses(model, part, known, tok, config(loss=loss, beta=0.2))[0].sum() / 7
-            out.backward()
-            total += out.item()
-        return name, total, grad_of(model)
+
+def step_loss(policy, ref_model, examples, numbers, weight, micro, cfg):
+    """(loss, gradient) of a step as dpo.main computes it, `micro` of the numbered examples at a time."""
+    tok, side = SimpleNamespace(pad_id=30), dpo.BOTH if dpo.LOSSES[cfg.loss].paired else dpo.FIRST
+    with torch.no_grad():
+        ref, _ = dpo.answer_logps(ref_model, examples, tok)
+    z = dpo.reference_point(policy, examples, ref, tok, cfg)
+    total = 0.0
+    for k in range(0, len(numbers), micro):
+        part = numbers[k: k + micro]
+        batch = [examples[i] for i in part]
+        logp, n = dpo.answer_logps(policy, batch, tok, side)
+        p = torch.tensor([label for *_, label in batch])
+        losses, _, _ = dpo.labelled_loss(logp, ref[:, part], n, p, cfg, z)
+        loss = (weight[part] * losses).sum() / len(examples)
+        loss.backward()
+        total += loss.item()
+    return total, grad_of(policy)
+
+
+@both
+@pytest.mark.parametrize("loss", dpo.LOSSES)
+def test_the_loss_does_not_depend_on_batching(dialect, loss, monkeypatch):
+    """Of every row of the table. Otherwise --micro_batch, the padding, the order of the pairs or the number of
+    processes change what is learnt."""
+    policy, ref, rng = tiny(dialect), tiny(dialect, 1), random.Random(0)
+    examples = some_examples(rng, 7, label=rng.random)
+    cfg = config(loss=loss, micro_batch=4)
+    once, twice = torch.ones(7), dpo.filled_up(7, 3)
+
+    def run(name, examples, micro, numbers=range(7), weight=once):
+        return name, *step_loss(policy, ref, examples, list(numbers), weight, micro, cfg)
 
     variants = [run("whole", examples, 7), run("micro 1", examples, 1), run("micro 3", examples, 3),
-                run("reversed", examples[::-1], 4)]
-    monkeypatch.setattr(dpo, "pad_batch", wide(pad_batch, rng, 30))
+                run("reversed", examples[::-1], 4), run("filled up for three processes", examples, 3, *twice)]
+    for room in (model, prefix_sharing):
+        monkeypatch.setattr(room, "pad_batch", wide(pad_batch, rng, 30))
     same([*variants, run("garbage in the padding", examples, 7)])
+
+
+def test_rows_are_filled_up_for_every_number_of_processes():
+    """As many rows for each process, and together they count as the rows that there are: no pair is left out or
+    counts twice."""
+    for processes in (1, 2, 3, 8):
+        for n in range(20):
+            numbers, weight = dpo.filled_up(n, processes)
+            assert len(numbers) % processes == 0 and n <= len(numbers) < n + processes and set(numbers) == set(range(n))
+            counted = torch.zeros(n)
+            for i in numbers:
+                counted[i] += weight[i]
+            assert torch.allclose(counted, torch.ones(n))
 
 
 @both
 def test_logps_are_of_the_answer_only(dialect):
-    """Equal to the sum over single tokens of an unpadded row; the prompt's own log-probs play no part."""
-    model, rng, tok = tiny(dialect), random.Random(1), SimpleNamespace(pad_id=3)
-    pairs = list(zip(ragged(rng, 6, 1, 9), ragged(rng, 6, 1, 12)))
-    got = dpo.pair_logps(model, [(x, y, [], 1.0) for x, y in pairs], tok)
-    for (x, y), value in zip(pairs, got[0].tolist()):
-        lp = full_logits(model, x + y).log_softmax(-1)
-        want = sum(lp[len(x) + i - 1, t].item() for i, t in enumerate(y))
-        assert value == pytest.approx(want, rel=1e-5)
-    assert got[1].abs().max() == 0        # of no answer
-    both_answers = dpo.all_logps(model, [(x, y, y, 1.0) for x, y in pairs], tok, 4)
-    assert torch.allclose(both_answers, got[0].detach().expand(2, -1), rtol=1e-5)
+    """Equal to the sum over single tokens of an unpadded row; the prompt's own log-probs play no part. Also for a
+    prompt of one token, and where prompt and both answers together exceed the context."""
+    gpt, rng, tok = tiny(dialect, max_len=24), random.Random(1), SimpleNamespace(pad_id=3)
+    prompts = [[5], *ragged(rng, 5, 1, 9), [7] * 12]
+    examples = [(x, a, b, 1.0) for x, a, b in zip(prompts, ragged(rng, 7, 1, 12), ragged(rng, 7, 1, 12))]
+    got, n = dpo.answer_logps(gpt, examples, tok)
+    for i, (x, *answers, _) in enumerate(examples):
+        for side, y in enumerate(answers):
+            lp = full_logits(gpt, x + y).log_softmax(-1)
+            want = sum(lp[len(x) + t - 1, token].item() for t, token in enumerate(y))
+            assert got[side, i].item() == pytest.approx(want, rel=1e-5) and n[side, i] == len(y)
+    assert torch.allclose(dpo.all_logps(gpt, examples, tok, 4), got.detach(), rtol=1e-5)
 
 
 @both
 def test_a_shared_prompt_changes_nothing(dialect):
-    """Both answers in one row behind their prompt, or each in a row of its own: the same log-probs and gradients.
-    Also for a prompt of one token, and where prompt and both answers together exceed the context."""
-    model, rng, tok = tiny(dialect, max_len=24), random.Random(2), SimpleNamespace(pad_id=3)
+    """data/prefix_sharing.py against the plain way, both answers in one row behind their prompt or each in a row of
+    its own: the same log-probs, numbers of tokens and gradients. Also for a prompt of one token, and where prompt and
+    both answers together exceed the context."""
+    gpt, rng, tok = tiny(dialect, max_len=24), random.Random(2), SimpleNamespace(pad_id=3)
     prompts = [[5], *ragged(rng, 5, 1, 9), [7] * 12]
     examples = [(x, a, b, 1.0) for x, a, b in zip(prompts, ragged(rng, 7, 1, 12), ragged(rng, 7, 1, 12))]
     weight = torch.tensor([[rng.gauss(0, 1) for _ in examples] for _ in range(2)])
-    together = dpo.pair_logps(model, examples, tok)
+    together, n = prefix_sharing.pair_logps(gpt, examples, tok.pad_id)
     (together * weight).sum().backward()
-    grad = grad_of(model)
-    apart = torch.stack([logps(model, [(e[0], e[k]) for e in examples], tok) for k in (1, 2)])
+    grad = grad_of(gpt)
+    plain = [dpo.answer_logps(gpt, examples, tok, side) for side in (dpo.FIRST, dpo.SECOND)]
+    apart = torch.cat([logp for logp, _ in plain])
     (apart * weight).sum().backward()
+    assert torch.equal(n, torch.cat([n_one for _, n_one in plain]))
     assert torch.allclose(together, apart, rtol=1e-5, atol=1e-5)
-    assert (grad_of(model) - grad).abs().max() < 2e-5 * grad.abs().max()
+    assert (grad_of(gpt) - grad).abs().max() < 2e-5 * grad.abs().max()
 
 
 @both
-def test_the_first_loss_is_ln_2(dialect):
+@pytest.mark.parametrize("loss", ["dpo", "dpo_norm"])
+def test_the_first_loss_is_ln_2(dialect, loss):
     """Policy and reference go the same way, also where the reference's batches are others than those of training."""
-    model, rng, tok = tiny(dialect), random.Random(3), SimpleNamespace(pad_id=3)
-    texts = zip(ragged(rng, 9, 1, 9), ragged(rng, 9, 1, 12), ragged(rng, 9, 1, 12))
-    examples = [(x, a, b, 1.0) for x, a, b in texts]
-    known = dpo.all_logps(model, examples, tok, 4)
-    loss, figures = dpo.pair_losses(model, examples[2:6], known[:, 2:6], tok, config())
-    assert (loss - math.log(2)).abs().max() < 1e-6 and figures["margin"].abs().max() < 1e-5
-    loss, figures = dpo.pair_losses(model, examples, dpo.pair_logps(model, examples, tok).detach(), tok, config())
-    assert figures["margin"].abs().max() == 0
+    gpt, rng, tok = tiny(dialect), random.Random(3), SimpleNamespace(pad_id=3)
+    examples = some_examples(rng, 9)
+    known, cfg = dpo.all_logps(gpt, examples, tok, 4), config(loss=loss)
+    logp, n = dpo.answer_logps(gpt, examples[2:6], tok)
+    losses, w, l = dpo.labelled_loss(logp, known[:, 2:6], n, torch.ones(4), cfg)
+    assert (losses - math.log(2)).abs().max() < 1e-5 and (w - l).abs().max() < 1e-4
+    logp, n = dpo.answer_logps(gpt, examples, tok)
+    losses, w, l = dpo.labelled_loss(logp, logp.detach(), n, torch.ones(9), cfg)
+    assert w.abs().max() == l.abs().max() == 0
 
 
 def test_a_label_below_a_half_swaps_the_answers(tmp_path):
@@ -242,7 +302,7 @@ def test_a_label_below_a_half_swaps_the_answers(tmp_path):
     found = []
     for row in (one, other):
         (tmp_path / "pair.jsonl").write_text(json.dumps(row))
-        found.append(comparisons.encode(formats.load(tmp_path / "pair.jsonl", "preference")[0], tok, 8, 8)[0])
+        found.append(dpo.encode(formats.load(tmp_path / "pair.jsonl", "preference")[0], tok, 8, 8)[0])
     assert found[0] == found[1] == [([1, 2], [97, 0], [98, 0], 0.75)]
 
 
@@ -252,64 +312,73 @@ def test_kto_needs_one_held_out_prompt(tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tok = SimpleNamespace(render_answer=lambda prompt, answer: ([*str(prompt).encode()][-9:], [*answer.encode(), 0]))
     run = SimpleNamespace(cfg=config(loss="kto"), say=lambda text: None)
-    train, held, _ = comparisons.read_examples(run, data, "kto", tok, 64)
+    train, held, _ = dpo.read_examples(run, data, False, tok, 64)
     assert len(held) == 1 and len(train) == 7
 
 
 @both
 def test_the_first_loss_of_kto_is_a_half(dialect):
-    """Although the reference reads both answers in one row, and the policy the labelled ones alone."""
-    model, rng, tok = tiny(dialect), random.Random(3), SimpleNamespace(pad_id=3)
-    texts = zip(ragged(rng, 9, 1, 9), ragged(rng, 9, 1, 12), ragged(rng, 9, 1, 12))
-    examples = [(x, a, b, float(i % 2)) for i, (x, a, b) in enumerate(texts)]
-    ref = dpo.all_logps(model, examples, tok, 4)
-    cfg = config(loss="kto", micro_batch=2)
-    losses = dpo.losses_of_step(model, examples, ref, tok, cfg)
-    loss, figures = losses(model, examples, ref, tok, cfg)
-    assert 0 <= figures["z"].min() <= figures["z"].max() < 1e-5
-    assert (loss - 0.5).abs().max() < 1e-6 and figures["margin"].abs().max() < 1e-5
+    """Although the reference reads both answers, and the policy the labelled ones and the others apart."""
+    gpt, rng, tok = tiny(dialect), random.Random(3), SimpleNamespace(pad_id=3)
+    labels = iter([0.0, 1.0] * 5)
+    examples, cfg = some_examples(rng, 9, lambda: next(labels)), config(loss="kto", micro_batch=2)
+    ref = dpo.all_logps(gpt, examples, tok, 4)
+    metrics = dpo.held_out_metrics(gpt, examples, ref, tok, cfg)
+    assert 0 <= metrics["z"] < 1e-5 and abs(metrics["loss"] - 0.5) < 1e-6 and abs(metrics["margin"]) < 1e-5
 
 
 @both
 def test_the_reference_point_is_the_mean_of_the_step(dialect):
     """max(0, mean of log pi / pi_ref) of the other answers behind these prompts, however the step is cut."""
-    model, ref_model, rng, tok = tiny(dialect), tiny(dialect, 1), random.Random(5), SimpleNamespace(pad_id=3)
-    texts = zip(ragged(rng, 7, 1, 9), ragged(rng, 7, 1, 12), ragged(rng, 7, 1, 12))
-    examples = [(x, a, b, 1.0) for x, a, b in texts]
+    gpt, ref_model, rng, tok = tiny(dialect), tiny(dialect, 1), random.Random(5), SimpleNamespace(pad_id=3)
+    examples = some_examples(rng, 7)
     others = [(x, b) for x, _, b, _ in examples]
-    want = (logps(model, others, tok) - logps(ref_model, others, tok)).mean().item()
-    for one, other, z in ((model, ref_model, max(0.0, want)), (ref_model, model, max(0.0, -want))):
+    want = (logps(gpt, others, tok) - logps(ref_model, others, tok)).mean().item()
+    for one, other, z in ((gpt, ref_model, max(0.0, want)), (ref_model, gpt, max(0.0, -want))):
         ref = dpo.all_logps(other, examples, tok, 4)
         for size in (1, 3, 7):
-            found = dpo.kto_z(one, examples, ref[1], tok, config(loss="kto", micro_batch=size))
+            found = dpo.reference_point(one, examples, ref, tok, config(loss="kto", micro_batch=size))
             assert found.item() == pytest.approx(z, abs=1e-4)
     assert abs(want) > 1e-2
 
 
 def test_a_loss_is_one_row(monkeypatch):
-    """What the header says of adding one: a hinge loss (arXiv:2305.10425) is a function and a row."""
-    row = dpo.Loss(lambda logp, ref, n: logp / n, lambda h, cfg: (1 - cfg.beta * h).relu(), 0.5,
-                   False, "sft")
-    monkeypatch.setitem(dpo.LOSSES, "slic", row)
-    logp, ref, n, _ = numbers(5)
-    got, _ = dpo.pair_loss(config(loss="slic", beta=0.5), *(torch.from_numpy(x) for x in (logp, ref, n, np.ones(50))))
-    assert np.abs(got.numpy() - np.maximum(0, 1 - 0.5 * (logp[0] / n[0] - logp[1] / n[1]))).max() < 1e-12
+    """What the header says of adding one: NCA (arXiv:2402.05369), a loss of the two rewards that their
+    difference does not decide, is a function and a row."""
+    def nca(w, l, cfg):
+        w, l = cfg.beta * w, cfg.beta * l
+        return -(w.sigmoid().log() + 0.5 * (-w).sigmoid().log() + 0.5 * (-l).sigmoid().log())
+
+    monkeypatch.setitem(dpo.LOSSES, "nca", dpo.Loss(dpo.log_ratio, nca, 0.1, True, "sft"))
+    logp, ref, n, p = (torch.from_numpy(x) for x in numbers(5))
+    cfg = config(loss="nca")
+    got, w, l = dpo.labelled_loss(logp, ref, n, p, cfg)
+    (rw, rl), want = (0.1 * (logp - ref)).tolist(), []
+    for share, a, b in zip(p.tolist(), rw, rl):
+        first, second = (-log_sigmoid(x) - 0.5 * log_sigmoid(-x) - 0.5 * log_sigmoid(-y) for x, y in ((a, b), (b, a)))
+        want.append(share * first + (1 - share) * second)
+    assert np.abs(got.numpy() - want).max() < 1e-12 and cfg.beta == 0.1
+    # Both log-ratios higher by 1: the difference, and DPO's loss with it, stays; this one moves.
+    more = [dpo.labelled_loss(logp + 1, ref, n, p, config(loss=name, beta=0.1))[0] for name in ("dpo", "nca")]
+    less = [dpo.labelled_loss(logp, ref, n, p, config(loss=name, beta=0.1))[0] for name in ("dpo", "nca")]
+    assert torch.allclose(more[0], less[0]) and (more[1] - less[1]).abs().min() > 1e-3
 
 
-def test_the_prompt_mask_changes_no_dpo_loss_but_the_rewards(monkeypatch):
-    """With one prompt for both answers the prompt's terms cancel in h: what the blog post's code gets right by luck."""
-    model, ref, rng = tiny("llama"), tiny("llama", 1), random.Random(4)
+def test_the_prompt_mask_changes_no_dpo_loss_but_the_rewards():
+    """With one prompt for both answers the prompt's terms cancel in w - l: what the blog post's code gets right by
+    luck. They do not where a loss looks at w and l apart, or at their length."""
+    gpt, ref, rng = tiny("llama"), tiny("llama", 1), random.Random(4)
     examples = [(x, a, b, 1.0) for x, a, b in zip(ragged(rng, 5, 2, 9), ragged(rng, 5, 1, 9), ragged(rng, 5, 1, 9))]
     moved = [(x[:1], x[1:] + a, x[1:] + b, p) for x, a, b, p in examples]     # the prompt counted as part of the answer
 
     def of(examples, loss):
-        logp, known = (dpo.pair_logps(m, examples, SimpleNamespace(pad_id=3)).double() for m in (model, ref))
-        n = torch.tensor([[len(e[1]) for e in examples], [len(e[2]) for e in examples]])
-        return dpo.pair_loss(config(loss=loss, beta=0.1), logp, known, n, torch.ones(5))
+        (logp, n), (known, _) = (dpo.answer_logps(m, examples, SimpleNamespace(pad_id=3)) for m in (gpt, ref))
+        return dpo.labelled_loss(logp.double(), known.double(), n, torch.ones(5), config(loss=loss, beta=0.1))
 
-    for loss, equal in (("dpo", True), ("ipo", False), ("simpo", False), ("orpo", False)):
-        (a, ra), (b, rb) = of(examples, loss), of(moved, loss)
-        assert torch.allclose(a, b, atol=1e-5) == equal and not torch.allclose(ra, rb, atol=1e-3)
+    for loss in PAIRED:
+        (a, wa, la), (b, wb, lb) = of(examples, loss), of(moved, loss)
+        assert torch.allclose(a, b, atol=1e-5) == (loss == "dpo")
+        assert not torch.allclose(wa, wb, atol=1e-3) and not torch.allclose(la, lb, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,14 +416,14 @@ def test_encode_leaves_out_and_counts():
            "rejected": "It is Paris. " * 20 + "No.", "label": 1.0}
     whole = tok.render(row["prompt"], True)[0]
     n = len(whole)
-    (x, w, l, p), = comparisons.encode([row], tok, n, n + 20)[0]
+    (x, w, l, p), = dpo.encode([row], tok, n, n + 20)[0]
     assert x == whole and tok.decode(w[:-1]).strip() == "It is Paris." and w[-1] == tok.eos_id and p == 1.0
     assert len(l) == 20 and tok.eos_id not in l                      # cut: it does not end
-    assert comparisons.encode([row], tok, n, n + 20)[1] == {"cut": 1}
-    assert comparisons.encode([row], tok, n - 1, n + 20) == ([], {"long": 1})
-    assert comparisons.encode([row | {"chosen": row["rejected"] + " More."}], tok, n, n + 20) == ([], {"equal": 1})
+    assert dpo.encode([row], tok, n, n + 20)[1] == {"cut": 1}
+    assert dpo.encode([row], tok, n - 1, n + 20) == ([], {"long": 1})
+    assert dpo.encode([row | {"chosen": row["rejected"] + " More."}], tok, n, n + 20) == ([], {"equal": 1})
     single = {"prompt": row["prompt"], "completion": "It is Paris.", "label": False}
-    (x, a, b, p), = comparisons.encode([single], tok, 200, 256)[0]
+    (x, a, b, p), = dpo.encode([single], tok, 200, 256)[0]
     assert x == whole and a == b == w and p == 0.0
 
 
@@ -370,7 +439,7 @@ def test_no_prompt_loses_its_beginning():
     tok = chat_tokenizer()
     rows = [{"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "word " * n}],
              "chosen": "a", "rejected": "b", "label": 1.0} for n in (1, 100, 2)]
-    examples, counts = comparisons.encode(rows, tok, 80, 120)
+    examples, counts = dpo.encode(rows, tok, 80, 120)
     assert len(examples) == 2 and counts["long"] == 1 and counts.total() == 1
     for row, (prompt, *_) in zip((rows[0], rows[2]), examples):
         assert prompt == tok.render(row["prompt"], True)[0] and prompt[0] == tok.bos_id
@@ -410,7 +479,8 @@ def test_the_known_optimum_is_reached(loss):
     for step in range(n_steps):
         logp = logps(policy, flat, tok).view(2, -1)                 # every answer once, then every pair
         take = lambda t: torch.stack((t[k, i], t[k, j]))   # noqa: E731
-        out = dpo.pair_loss(config(loss=loss, beta=beta), take(logp), take(known), torch.stack((n[i], n[j])), label)[0]
+        n_both, cfg = torch.stack((n[i], n[j])), config(loss=loss, beta=beta)
+        out, _, _ = dpo.labelled_loss(take(logp), take(known), n_both, label, cfg)
         out.mean().backward()
         set_lr(optimizer, 1e-2 * (1 - step / n_steps))
         optimizer.step()
@@ -444,7 +514,7 @@ def learn_politeness(suite, chain, folder, loss):
 EARLY = {"test_every_loss_learns_its_comparisons": learn_politeness}      # see the chain in conftest.py
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "kto"])
+@pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_every_loss_learns_its_comparisons(early, loss):
     """Politeness is learnt by each of them: training accuracy rises."""
     folder, r = early
