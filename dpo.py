@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, report, world
+from data import InputError, health, report, world
 from data.chain import chain_columns, need
 from data.comparisons import mismatch, online_pairs
 from data.files import formats
@@ -496,9 +496,8 @@ def main(cfg):
     after["kl"], _ = report.mean_kl(sampler, reference, tok, answers.prompt_ids, answers.ids)
     if tests.graded:
         after["win_rate"] = report.win_rate(first_answers, answers.scored)
-    if after.get("chosen_reward", 0.0) < 0 and spec.needs_reference and not cfg.sft_coef:
-        run.say("The chosen answers lost log-probability too: the loss only asks that the rejected ones lose "
-                "more, and both share tokens. --sft_coef holds the chosen ones up.")
+    for name, sentence in health.of_preferences(run.history, before, after).items():
+        run.say(f"health, {name}: {sentence}")
     columns = None
     if spec.start == "sft" and not cfg.data and not cfg.init:
         columns = chain_columns(cfg, cfg.loss.upper(), before, after)

@@ -112,6 +112,37 @@ def of_reward_model(history, held_out):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Health of a policy that learns from comparisons, in words.
+
+
+def of_preferences(history, before, after):
+    """What is wrong with a run of dpo.py, {name: sentence}, from its log rows (list of dicts) and its metrics
+    before and after. Says nothing of the training while there are fewer than 50 rows."""
+    warnings = {}
+    history = [row for row in history if "margin" in row]      # online a step may find no pair
+    if len(history) >= 50:
+        old, now = means(history[:5]), means(history[-20:])
+        # The start of every loss is where chosen and rejected answers gain alike; DPO's is ln 2 there.
+        if now["margin"] - old["margin"] < 0.03:
+            warnings["loss"] = (
+                f"after {len(history)} steps the chosen answers lead by {now['margin']:.3f}, at first by "
+                f"{old['margin']:.3f}: the loss is still that of the start (dpo: ln 2 = 0.693); try a larger "
+                "--lr. Else the labels may be random, or the two answers the same to the model")
+        # The loss asks for a distance between the two answers, which may grow while both get less likely.
+        if "chosen_reward" in now and now["chosen_reward"] < old["chosen_reward"] - 0.1:
+            warnings["chosen answers"] = (
+                f"they get less likely too: {now['accuracy']:.2f} of the pairs are in order, and their reward "
+                f"fell from {old['chosen_reward']:.2f} to {now['chosen_reward']:.2f}. The loss only asks that "
+                "the rejected ones lose more, and both share tokens; try a larger --sft_coef, fewer --epochs "
+                "or --loss apo_zero")
+    if after["length"] > 1.5 * before["length"]:
+        warnings["length"] = (
+            f"answers grew from {before['length']:.1f} to {after['length']:.1f} tokens: longer ones were "
+            "chosen more often, or sums over tokens favour them; try --loss dpo_norm or simpo")
+    return warnings
+
+
+# ------------------------------------------------------------------------------------------------------------
 # One PPO iteration, token by token.
 
 INSPECTED = 3     # responses, to as many prompts

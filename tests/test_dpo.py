@@ -14,7 +14,7 @@ from test_oracles import (BETA, N_TOKENS, PROMPTS, RESPONSES, both, exact, full_
 
 import dpo
 import model
-from data import InputError, comparisons, prefix_sharing, report, world
+from data import InputError, comparisons, health, prefix_sharing, report, world
 from data.files import formats
 from data.files.checkpoint import load, save
 from data.setup import adamw, set_lr
@@ -590,6 +590,24 @@ def test_an_error_in_a_judge_is_shown_with_its_place(suite, chain, tmp_path):
     assert r.rc == 1 and "mine.py\", line 2, in score" in r.err and "--judge mine:score failed: FileNotFound" in r.err
     r = suite.run("dpo.py", *flags, "mine:nan", cwd=tmp_path)
     assert r.rc == 1 and "Traceback" not in r.err and "--judge mine:nan: expected 8 finite numbers" in r.err
+
+
+def test_health_says_what_is_wrong_and_nothing_else():
+    """Each warning where its trouble is, none in a run that learns, none before there is enough to judge by."""
+    def log(margin, chosen, n=80):
+        return [{"loss": 0.7, "accuracy": 1.0, "margin": margin * i / n, "chosen_reward": chosen * i / n,
+                 "rejected_reward": (chosen - margin) * i / n} for i in range(n)]
+
+    def found(history, before=10.0, after=10.0):
+        return set(health.of_preferences(history, {"length": before}, {"length": after}))
+
+    assert found(log(2.0, 0.5)) == set() and found(log(0.0, 0.0, 49)) == set()
+    assert found(log(0.01, 0.0)) == {"loss"}
+    assert found(log(2.0, -1.0)) == {"chosen answers"}
+    assert found(log(2.0, 0.5), 10.0, 16.0) == {"length"}
+    # Steps of online DPO that found no pair log none of this; KTO logs no reward of a chosen answer.
+    assert found([*log(2.0, 0.5), {"pairs": 0}]) == set()
+    assert found([{"accuracy": 0.5, "margin": 0.0, "z": 0.0}] * 60) == {"loss"}
 
 
 def test_win_rate():
