@@ -321,7 +321,7 @@ def reference_point(policy, examples, ref_logp, tok, cfg):
     gradient. ref_logp (2, B): see reference_logps. None for pairs, which need none."""
     if LOSSES[cfg.loss].paired:
         return None
-    logp = all_logps(policy, examples, tok, cfg.micro_batch, SECOND)             # (1, B)
+    logp = all_logps(policy, examples, tok, cfg.micro_batch, SECOND)                # (1, B)
     return (logp - ref_logp[1]).mean().clamp(min=0.0)
 
 
@@ -399,11 +399,10 @@ def main(cfg):
     cfg = replace(cfg, beta=cfg.beta or spec.beta)      # run.json says which beta it was
 
     # What the run reads. A link of the chain that is missing is trained first, by its own script: minutes.
-    data = cfg.data
-    if not data and cfg.online:
-        data = world.TINY / "rl.jsonl"
-    elif not data:
-        data = Path(need(cfg, "reward")) / "comparisons.jsonl"       # makes the SFT model too
+    if cfg.online:
+        data = cfg.data or world.TINY / "rl.jsonl"
+    else:
+        data = cfg.data or Path(need(cfg, "reward")) / "comparisons.jsonl"      # makes the SFT model too
     init = cfg.init or need(cfg, spec.start)
     run = Run.open(cfg, "dpo", [init, data, cfg.judge] if cfg.online else [init, data])
     policy, tok = load(init)
@@ -470,7 +469,7 @@ def main(cfg):
             batch = [examples[i] for i in part]
             logp, n = answer_logps(policy, batch, tok, side)                         # (2, b), KTO: (1, b)
             p = torch.tensor([label for *_, label in batch], device=device)          # (b,)
-            loss, w, l = labelled_loss(logp, ref_logp[:, part], n, p, cfg, z)                # (b,) each
+            loss, w, l = labelled_loss(logp, ref_logp[:, part], n, p, cfg, z)        # (b,) each
             ((weight[part] * loss).sum() / len(examples)).backward()
             add_metrics(total, weight[part], loss, w, l, p, cfg)
 

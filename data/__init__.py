@@ -4,6 +4,7 @@
     run                      a run's folder, log, save and resume
     flags, chain             the command line; making the links that a script starts from
     sample, comparisons      answers of a policy; pairs of them, from people, from the annotator
+    prefix_sharing           both answers of a pair in one row, for dpo.py: faster, the same numbers
     rewards, relabel         what scores answers; asking the annotator again
     steps                    the steps of an answer, and where rewards arrive
     report, health, page     measures, tables; what is wrong, and one PPO iteration; out/index.html

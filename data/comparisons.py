@@ -43,8 +43,8 @@ def answer_prompts(run, path, device):
 
 
 def compare_answers(run, path, device):
-    """Preference rows (data/files/formats.py) of the tiny world: the annotator compares every two different answers
-    of the policy at `path` to a prompt. InputError: there are no two."""
+    """Preference rows (data/files/formats.py) of the tiny world: the annotator compares every two different
+    answers of the policy at `path` to a prompt. InputError: there are no two."""
     cfg = run.cfg
     pairs = sample.all_pairs(*answer_prompts(run, path, device))
     run.say(f"the annotator compares {len(pairs):,} pairs")

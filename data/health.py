@@ -97,9 +97,9 @@ def of_reward_model(history, held_out):
         loss = means(history[-20:])["loss"]
         if loss > 0.98 * math.log(2):
             warnings["loss"] = (
-                f"after {len(history)} steps it is {loss:.3f}, and guessing has ln 2 = {math.log(2):.3f}: the "
-                "model tells no answer from another; try a larger --lr. Else the labels may be random, or the "
-                "two answers the same to it")
+                f"after {len(history)} steps it is {loss:.3f}, and guessing has ln 2 = {math.log(2):.3f}: "
+                "the model tells no answer from another; try a larger --lr. Else the labels may be random, "
+                "or the two answers the same to it")
     # By length alone: always the longer answer, or always the shorter one.
     if "longer_wins" in held_out:
         by_length = max(held_out["longer_wins"], 1 - held_out["longer_wins"])
@@ -131,10 +131,10 @@ def of_preferences(history, before, after):
         # The loss asks for a distance between the two answers, which may grow while both get less likely.
         if "chosen_reward" in now and now["chosen_reward"] < old["chosen_reward"] - 0.1:
             warnings["chosen answers"] = (
-                f"they get less likely too: {now['accuracy']:.2f} of the pairs are in order, and their reward "
-                f"fell from {old['chosen_reward']:.2f} to {now['chosen_reward']:.2f}. The loss only asks that "
-                "the rejected ones lose more, and both share tokens; try a larger --sft_coef, fewer --epochs "
-                "or --loss apo_zero")
+                f"they get less likely too: {now['accuracy']:.2f} of the pairs are in order, and their "
+                f"reward fell from {old['chosen_reward']:.2f} to {now['chosen_reward']:.2f}. The loss only "
+                "asks that the rejected ones lose more, and both share tokens; try a larger --sft_coef, "
+                "fewer --epochs or --loss apo_zero")
     if after["length"] > 1.5 * before["length"]:
         warnings["length"] = (
             f"answers grew from {before['length']:.1f} to {after['length']:.1f} tokens: longer ones were "

@@ -144,8 +144,9 @@ def micro_batches(rows, lengths, size):
 
 
 def filled_up(n, world=WORLD):
-    """For a step whose n rows need not divide evenly over the ranks: row numbers that do, because row 0 stands
-    there several times, and what each row counts, (n,), so that their sum is that of n rows."""
+    """For a step of n rows that need not divide evenly over the ranks: row numbers that do, because row 0 may
+    stand there several times, and what each row then counts, (n,), so that a weighted sum over these numbers
+    is the sum over the n rows."""
     numbers = list(range(n))
     numbers += numbers[:1] * (-n % world)
     return numbers, 1 / torch.tensor(numbers, dtype=torch.long).bincount()
