@@ -22,6 +22,7 @@ from data.steps import (carried, implicit_logits, implicit_rewards, is_last, rew
 from model import cast_weights, freeze, pad_answers
 
 BETA = 0.3    # of an implicit reward if the policy's run.json names none: dpo.py's default
+OF_MEANS = ("dpo_norm", "ipo", "simpo", "orpo")    # losses of dpo.py whose beta weighs means over tokens
 AT_ONCE = 64  # answers given as text that a model reads in one pass
 
 
@@ -95,7 +96,10 @@ def implicit_source(name, flag):
     (policy, tok), (reference, other) = load(first), load(second)
     if not tok.same_as(other):
         raise InputError(f"{flag} {name}: the two have different tokenizers")
-    beta = run_of(first).get("config", {}).get("beta") or BETA
+    config = run_of(first).get("config", {})
+    beta = config.get("beta") or BETA
+    if config.get("loss") in OF_MEANS:      # ours weighs the sum
+        beta = BETA
     both = (policy, reference, beta, tok)
     return Source(name, [policy, reference], tok, partial(implicit_rewards, *both),
                   partial(implicit_logits, *both))

@@ -327,6 +327,10 @@ def test_rewards_by_name(tmp_path):
     [policy, reference] = Scorer("--reward", implicit, TOK).models()
     torch.testing.assert_close(both[1], implicit_rewards(policy, reference, 0.7, TOK, ids, mask),
                                atol=1e-4, rtol=0)
+    # A beta of means over tokens, such as 5, would weigh the sum far too much.
+    (tmp_path / "dpo" / "run.json").write_text(json.dumps({"config": {"loss": "dpo_norm", "beta": 5.0}}))
+    torch.testing.assert_close(Scorer("--reward", implicit, TOK).score(rows, texts, ids, mask, 2),
+                               implicit_rewards(policy, reference, 0.3, TOK, ids, mask), atol=1e-4, rtol=0)
 
     # Scores of steps: their product is the reward of the answer, but for the mean; two rewards have none.
     scores = Scorer("--reward", steps, TOK).step_scores(rows, texts)
