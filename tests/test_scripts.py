@@ -253,7 +253,7 @@ def groups_of(script):
     return out | {SHARED: out.pop(SHARED)} if SHARED in out else out
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "cai.py", "data.chat", "data.vote", "data.evaluate"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "cai.py", "data.chat", "data.vote", "data.evaluate", "data.best_of"])
 def test_help_lists_every_field_with_its_comment(suite, script):
     """In groups under headings, those of all scripts last."""
     r = suite.run(script, "--help")
