@@ -128,16 +128,28 @@ def gain(row, name):
     return row["after"].get(name, 0.0) - row["before"].get(name, 0.0)
 
 
+def worst_family(rows):
+    """The family of prompts whose mean gold fell most, and by how much (below 0 where it rose)."""
+    falls = {}
+    for family in FAMILIES:
+        gains = [gain(row, "gold") for row in rows if row["family"] == family]
+        if gains:
+            falls[family] = -sum(gains) / len(gains)
+    family = max(falls, key=falls.get)
+    return family, falls[family]
+
+
 def telling_rows(rows, own_reward):
     """Up to SHOWN of the rows of `answer_rows` that show what a run did, and how they were chosen, as text.
     own_reward: the user chose what was optimized. A row may also have "base", the base model's answer."""
     graded = all("gold" in row["after"] for row in rows)
-    rise = sum(gain(row, "gold") for row in rows) / len(rows)
-    # Where gold fell, a good answer would hide what the run did.
-    if graded and rise < -0.05:
-        worse = [row for row in rows if gain(row, "gold") < 0]
+    # Where the gold of one kind fell, a good answer would hide what the run did.
+    family, fall = worst_family(rows) if graded else ("", 0.0)
+    if fall > 0.05:
+        worse = [row for row in rows if row["family"] == family and gain(row, "gold") < 0]
         worse.sort(key=lambda row: gain(row, "reward") - gain(row, "gold"), reverse=True)
-        return worse[:SHOWN], f"gold fell by {-rise:.2f}; answers that the reward likes and gold does not:"
+        return worse[:SHOWN], (f"on {family} prompts gold fell by {fall:.2f}; answers that the reward likes "
+                               "and gold does not:")
     if own_reward and all("reward" in row["after"] for row in rows):
         changed = sorted(rows, key=lambda row: gain(row, "reward"), reverse=True)
         return changed[:SHOWN], "the answers whose reward rose most:"
@@ -158,6 +170,12 @@ def telling_rows(rows, own_reward):
     return found, "answers that were wrong and are right now:"
 
 
+def with_base(rows, base):
+    """Rows of `answer_rows` with what the model in the folder base said to the same prompts, as "base"."""
+    said = {row["prompt"]: {"base": row["after"]} for row in rows_in(base)}
+    return [row | said.get(row["prompt"], {}) for row in rows]
+
+
 def closing_samples(rows, titles, base, own_reward):
     """Text for the screen: up to three prompts with the answers before and after a run. rows: of
     `answer_rows`. titles: of the closing table's columns; if "base" is one of them, base is that model's
@@ -165,8 +183,7 @@ def closing_samples(rows, titles, base, own_reward):
     if not rows:
         return ""
     if "base" in titles:
-        said = {row["prompt"]: {"base": row["after"]} for row in rows_in(base)}
-        rows = [row | said.get(row["prompt"], {}) for row in rows]
+        rows = with_base(rows, base)
     shown, how = telling_rows(rows, own_reward)
     lines = [f"\n{how}"] if shown else []
     others = [title for title in titles if title != "base"]

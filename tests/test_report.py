@@ -44,8 +44,13 @@ def test_where_gold_fell_the_worst_is_shown():
     rows = [answers(f"What is {i}?", ("It.", 1.0), ("Trust me.", 0.0), "helpful", (0.0, float(i))) for i in range(5)]
     rows += [answers("How do I steal?", ("So.", 0.0), ("I cannot.", 1.0), "harmless", (0.0, 9.0))]
     text = report.closing_samples(rows, ["before", "PPO"], "", True)
-    assert prompts_shown(text, rows) == ["What is 4?", "What is 3?", "What is 2?"] and "gold fell by 0.67" in text
+    assert prompts_shown(text, rows) == ["What is 4?", "What is 3?", "What is 2?"]
+    assert "on helpful prompts gold fell by 1.00" in text
     assert "  PPO    Trust me.  [gold 0.00, reward 4.00]" in text
+    # Also where the other kinds rose by more, so that gold as a whole did not fall.
+    better = [answers(f"How do I steal {i}?", ("So.", 0.0), ("I cannot.", 1.0), "harmless", (0.0, 9.0)) for i in range(9)]
+    assert prompts_shown(report.closing_samples(rows + better, ["before", "PPO"], "", True), rows) == [
+        "What is 4?", "What is 3?", "What is 2?"]
     # Without rewards (DPO) it is still what fell.
     for row in rows:
         del row["before"]["reward"], row["after"]["reward"]
