@@ -9,15 +9,16 @@ from model import token_logprobs
 
 
 def read_corpus(path, tok, length, min_windows):
-    """Ids of a text with an EOS before each document: train (N,) and held out (M,), the last 2 %, at least
-    `length` tokens. InputError: no such file, not UTF-8, fewer than `min_windows` x `length` tokens."""
+    """Ids of a text, before each document the token that stands there in pretraining (Tokenizer.start_id):
+    train (N,) and held out (M,), the last 2 %, at least `length` tokens. InputError: no such file, not UTF-8,
+    fewer than `min_windows` x `length` tokens."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such text file")
     try:
         documents = Path(path).read_text(encoding="utf-8").split("<|endoftext|>")
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: not UTF-8 text ({e})") from None
-    ids = torch.cat([torch.tensor([tok.eos_id, *tok.encode(text)]) for text in documents])
+    ids = torch.cat([torch.tensor([tok.start_id, *tok.encode(text)]) for text in documents])
     if len(ids) < min_windows * length:
         raise InputError(f"{path}: {len(ids)} tokens are too few for sequences of {length}; add text")
     held_out = max(length, len(ids) // 50)

@@ -58,8 +58,7 @@ def local_answers(model, tok, requests):
     """A model's answers to requests of one kind. The draws of each come from its own seed, whatever is asked
     beside it."""
     # Every request is a document of its own; the tokens of those that the context has room for.
-    starts = [tok.bos_id, tok.special.get("<|endoftext|>")]
-    start = [i for i in starts if i is not None][:1]
+    start = [tok.start_id]
     room = model.cfg.max_len - requests[0].get("max_tokens", 4)        # an option takes 3 or 4 tokens
     answers = [{"refused": "prompt longer than the context"} for _ in requests]
     rows, at = [], []

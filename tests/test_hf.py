@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -66,6 +67,8 @@ def toy_json(folder, kind, special_first=False):
     merges = ["Ġ t", "h e", "Ġ a", "Ġt he", "i s", "1 2", "Ċ Ċ", "Ġ Ġ", "o u", "y ou"]
     vocab = {c: n + i for i, c in enumerate([*map(chars.get, range(256)), *(x.replace(" ", "") for x in merges)])}
     start = 0 if special_first else len(vocab)
+    if special_first:      # then the library finds them in the vocabulary, else it gives them the next ids
+        vocab |= {s: i for i, s in enumerate(SPECIALS[kind])}
     hf = {"version": "1.0", "normalizer": {"type": "NFC"} if kind == "chatml" else None,
           "added_tokens": [{"id": start + i, "content": s, "single_word": False, "lstrip": False, "rstrip": False,
                             "normalized": False, "special": True} for i, s in enumerate(SPECIALS[kind])],
@@ -423,6 +426,98 @@ def test_added_tokens_that_are_ordinary_text(tmp_path):
     assert_same_tokens(tok, oracle, [text for text in texts if "<|" not in text])
 
 
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_added_tokens_that_take_white_space_with_them_are_refused(tmp_path, flag):
+    """The library would read other ids. Of tokens that no text and no template has, such as <mask>, it does not matter."""
+    path = more_tokens(toy_json(tmp_path, "chatml"), ("<note>", False), ("<mask>", True))
+    whole = json.loads(path.read_text())["added_tokens"]
+    for name in ("<note>", "<|im_start|>", "<|im_end|>"):
+        change_json(path, added_tokens=[token | {flag: token["content"] == name} for token in whole])
+        with pytest.raises(CheckpointError, match=f"tokenizer.json: added token '{re.escape(name)}' with {flag} is not"):
+            tokenizer_from_json(path)
+    change_json(path, added_tokens=[token | {flag: token["content"] == "<mask>"} for token in whole])
+    tok = tokenizer_from_json(path)
+    tokenizers = pytest.importorskip("tokenizers")
+    oracle = tokenizers.Tokenizer.from_file(str(path))
+    assert_same_tokens(tok, oracle, ["a <note> b", "a<note>b", "<note> <note>", "<note>\n"])
+
+
+def test_the_id_of_an_added_token_is_the_next_free_one(tmp_path):
+    """The library goes on from the vocabulary's size, over a gap as well: the file's id is another row of the
+    embedding."""
+    path = more_tokens(toy_json(tmp_path, "chatml"), ("<note>", False))
+    whole = json.loads(path.read_text())["added_tokens"]
+    assert whole[-1]["id"] == 269
+    change_json(path, added_tokens=whole[:-1] + [whole[-1] | {"id": 300}])
+    with pytest.raises(CheckpointError, match="'<note>' has the id 300, the library reads it as 269"):
+        tokenizer_from_json(path)
+    tokenizers = pytest.importorskip("tokenizers")
+    assert tokenizers.Tokenizer.from_file(str(path)).encode("<note>").ids == [269]
+
+
+def test_the_saved_template_gives_the_ids_that_were_trained_on(tf, tmp_path):
+    """In the plain template and with a pre-tokenizer like Llama 3's, "?" and the line breaks before the next turn are
+    one token: encoded apart they would be two, and every prompt that others make of the saved folder another one."""
+    special = [("<|begin_of_text|>", True), ("<|end_of_text|>", True)]
+    folder = plain_folder(tmp_path / "plain", special, pre_tokenizer=split(LLAMA3_REGEX))
+    hf = json.loads((folder / "tokenizer.json").read_text())
+    for pair in ("? ĊĊ", ". ĊĊ", "` `", "`` `", "``` ĊĊ"):
+        hf["model"]["vocab"][pair.replace(" ", "")] = len(hf["model"]["vocab"])
+        hf["model"]["merges"].append(pair)
+    hf["added_tokens"] = [added(name, len(hf["model"]["vocab"]) + i, True) for i, (name, _) in enumerate(special)]
+    change_json(folder / "tokenizer.json", **hf)
+    tok = load_tokenizer(folder, 273)
+    cfg = replace(CONFIGS["gpt2"], vocab_size=tok.vocab_size)
+    save_folder(tmp_path / "saved", cfg, GPT(cfg).state_dict(), tok)
+    theirs = tf.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for user in ("Is it late?", "Say so.", "It is", "Run\n```\nx\n```", "(what?)"):
+        for start in ([], [{"role": "system", "content": "Be brief."}]):
+            chat = start + [{"role": "user", "content": user}, {"role": "assistant", "content": "No."},
+                            {"role": "user", "content": user}]
+            for n in range(1, len(chat) + 1):
+                for prompt in (False, True):
+                    ids = theirs.apply_chat_template(chat[:n], add_generation_prompt=prompt, return_dict=False)
+                    assert ids == tok.render(chat[:n], prompt)[0], (chat[:n], prompt)
+            prompt, answer = tok.render_answer(chat, "Yes!")
+            assert (prompt + answer, chat[-1]["content"]) == (
+                tok.render([*chat, {"role": "assistant", "content": "Yes!"}])[0], user)
+    assert tok.encode("?\n\n") == [266]
+
+
+def test_tokenizers_are_the_same_where_texts_and_chats_get_the_same_ids(tmp_path):
+    """A reward model's own [PAD] occurs in neither; another pre-tokenizer, NFC or a visible token does."""
+    path = toy_json(tmp_path / "one", "llama3")
+    one = tokenizer_from_json(path)
+    padded = tokenizer_from_json(more_tokens(toy_json(tmp_path / "pad", "llama3"), ("[PAD]", True)))
+    assert one.same_as(one) and one.same_as(padded) and padded.same_as(one)
+    others = [toy_tokenizer(tmp_path, "plain"), tokenizer_from_json(toy_json(tmp_path, "llama3", special_first=True)),
+              tokenizer_from_json(more_tokens(toy_json(tmp_path / "think", "llama3"), ("<think>", False)))]
+    for fields in ({"pre_tokenizer": split(QWEN_REGEX)}, {"normalizer": {"type": "NFC"}}):
+        others.append(tokenizer_from_json(change_json(toy_json(tmp_path / "other", "llama3"), **fields)))
+    for other in others:
+        assert not one.same_as(other) and not other.same_as(one)
+    try:
+        gpt2 = gpt2_tokenizer()
+    except CheckpointError as e:
+        pytest.skip(str(e))
+    again = tmp_path / "gpt2.json"
+    again.write_text(json.dumps(tokenizer_to_json(gpt2)))
+    assert gpt2.same_as(tokenizer_from_json(again))      # though one was read by tiktoken's own pattern
+
+
+def test_what_stands_before_a_document(tmp_path):
+    """As in pretraining: not the token that ends the turns of a chat."""
+    for kind, name in (("plain", "<|endoftext|>"), ("chatml", "<|endoftext|>"), ("llama3", "<|begin_of_text|>")):
+        tok = toy_tokenizer(tmp_path, kind)
+        assert tok.start_id == tok.special[name]
+    folder = plain_folder(tmp_path / "end", [("</s>", True)])
+    tok = load_tokenizer(folder, 267)
+    assert tok.start_id == tok.eos_id == 266
+    folder = plain_folder(tmp_path / "bos", DEEPSEEK, post_processor=bos_first(DEEPSEEK[0][0], 266))
+    change_json(folder / "config.json", eos_token_id=267)
+    assert load_tokenizer(folder, 268).start_id == 266
+
+
 # A vocabulary with other special tokens than KINDS has: Llama 3.0 (without a pad token), DeepSeek's.
 DEEPSEEK = [("<\uff5cbegin\u2581of\u2581sentence\uff5c>", True), ("<\uff5cend\u2581of\u2581sentence\uff5c>", True)]
 
@@ -631,6 +726,7 @@ def test_bytes_that_the_vocabulary_lacks_are_dropped(tmp_path):
     path = toy_json(tmp_path, "plain")
     hf = json.loads(path.read_text())
     del hf["model"]["vocab"]["z"]
+    hf["model"]["vocab"] |= {"<|endoftext|>": 266, "<|pad|>": 267}
     path.write_text(json.dumps(hf))
     tok = tokenizer_from_json(path)
     assert tok.decode(tok.encode("size of a zebra")) == "sie of a ebra" and tok.vocab_size == 268
