@@ -424,7 +424,7 @@ def main(cfg):
     # reference is a second model, loaded when one is needed: for new answers, and for the KL at the end.
     reference = None
     if cfg.lora:
-        reference = cast_weights(freeze(policy)).to(device)
+        reference = cast_weights(freeze(policy), exactly=True).to(device)
         policy = with_lora(reference, cfg.lora)
     elif cfg.online:
         reference = cast_weights(freeze(load(init)[0])).to(device)

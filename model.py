@@ -34,7 +34,8 @@ class GPTConfig:
     mlp: str = "gelu"             # "gelu" (GPT-2) or "swiglu" (arXiv:2002.05202)
     bias: bool = True             # biases in every linear layer and norm (GPT-2)
     qkv_bias: bool = False        # biases in q, k, v only (Qwen2.5)
-    qk_norm: bool = False         # RMSNorm on each head's q and k (Qwen3)
+    qk_norm: str = ""             # RMSNorm of q and k: "head", of each (Qwen3); "all" as one (OLMo-2)
+    post_norm: bool = False       # norms behind attention and MLP instead of before them (OLMo-2)
     tie: bool = True              # the output head is the token embedding
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -64,8 +65,9 @@ class Attention(nn.Module):
         self.qkv = Linear(cfg.n_embd, n_rows, bias=cfg.bias or cfg.qkv_bias)
         self.proj = Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.bias)
         if cfg.qk_norm:
-            self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
-            self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+            q_heads, k_heads = (cfg.n_head, cfg.n_kv_head) if cfg.qk_norm == "all" else (1, 1)
+            self.q_norm = RMSNorm(q_heads * cfg.head_dim, cfg.norm_eps)
+            self.k_norm = RMSNorm(k_heads * cfg.head_dim, cfg.norm_eps)
 
     def forward(self, x, rope, bias, cache=None, pos=None):
         # q, k and v of all heads in one product; k and v may have fewer heads.
@@ -74,7 +76,7 @@ class Attention(nn.Module):
         qk, v = self.qkv(x).view(B, T, H + 2 * Hkv, D).split([H + Hkv, Hkv], dim=2)
         if self.cfg.qk_norm:
             q, k = qk.split([H, Hkv], dim=2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+            qk = torch.cat((norm_heads(self.q_norm, q), norm_heads(self.k_norm, k)), dim=2)
         if rope is not None:
             qk = rotate(qk, *rope)                                                     # q and k at once
         q, k = qk.split([H, Hkv], dim=2)
@@ -162,6 +164,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
+def norm_heads(norm, x):
+    """The norm of heads x (B, T, H, D), each by itself or as one, whichever the norm has weights for."""
+    return norm(x.flatten(2).unflatten(2, (-1, len(norm.weight)))).view_as(x)
+
+
 def make_norm(cfg):
     """The norm of the config's dialect over the C channels."""
     if cfg.norm == "layernorm":
@@ -191,10 +198,14 @@ class Block(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        self.post_norm = cfg.post_norm
         self.ln_1, self.attn = make_norm(cfg), Attention(cfg)
         self.ln_2, self.mlp = make_norm(cfg), MLP(cfg)
 
     def forward(self, x, rope, bias, cache=None, pos=None):
+        if self.post_norm:    # what is added is normed, not what is read
+            x = x + self.ln_1(self.attn(x, rope, bias, cache, pos))
+            return x + self.ln_2(self.mlp(x))
         x = x + self.attn(self.ln_1(x), rope, bias, cache, pos)
         return x + self.mlp(self.ln_2(x))
 
@@ -210,6 +221,7 @@ class GPT(nn.Module):
         self.kept_cache = None    # of `generate`, for CUDA graphs
         self.reward_mean = 0.0    # subtracted from every score: held-out answers average 0 (reward.py)
         self.process = False      # scores the steps of an answer (data/process.py); kept here for config.json
+        self.read_before = None   # an end token before which rewards are read, instead of at it
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.pos == "learned":
             self.wpe = nn.Embedding(cfg.max_len, cfg.n_embd)
@@ -305,20 +317,23 @@ def freeze(model):
     return model.requires_grad_(False)
 
 
-def cast_weights(model):
-    """Cast the weights of a model's linear layers, in place, to the dtype of their products, for which they
-    would be cast in every call anyway: half the memory, the same numbers. For what is never trained: a
-    reference, a reward model, LoRA's trunk. Returns the model."""
+def cast_weights(model, exactly=False):
+    """Cast the weights of a frozen model's linear layers to the dtype of their products, for which they would
+    be cast in every call anyway: half the memory, the same numbers. exactly: only those that lose nothing by
+    it, in what is saved again, as LoRA's trunk is with its adapters. Returns the model."""
     for layer in model.h.modules():
         if isinstance(layer, Linear) and Linear.compute_dtype:
-            layer.to(Linear.compute_dtype)
+            for name, p in list(layer.named_parameters()):
+                cast = p.to(Linear.compute_dtype)
+                if cast.dtype != p.dtype and not (exactly and (cast != p).any()):
+                    setattr(layer, name, nn.Parameter(cast, requires_grad=False))
     return model
 
 
 def sampling_copy(model):
     """A frozen copy of the model to sample from, its weights and its head cast once instead of for every
     token. `refresh` brings it up to date."""
-    # Copy what is trained, share what is frozen, which is cast in the model itself as well.
+    # Copy what is trained or has to be cast, share the rest.
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     sampler = cast_weights(freeze(copy.deepcopy(model, shared)))
 
@@ -646,7 +661,10 @@ def token_values(model, ids, mask):
 def answer_rewards(model, ids, mask):
     """Rewards (B,) of a reward model, read at the last token where mask (B, T) is True: the answer's EOS."""
     hidden = model(ids[:, : width_of(mask)])                                                       # (B, T, C)
-    return model.scores(hidden[torch.arange(len(ids), device=ids.device), last_token(mask).to(ids.device)])
+    row, last = torch.arange(len(ids), device=ids.device), last_token(mask).to(ids.device)
+    if model.read_before is not None:
+        last = last - (ids[row, last] == model.read_before).long()
+    return model.scores(hidden[row, last])
 
 
 @torch.no_grad()

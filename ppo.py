@@ -261,7 +261,7 @@ def load_models(policy, init, value_start, cfg):
     use_value, value = cfg.advantage == "gae", None
     if cfg.lora:
         # One frozen trunk: the reference is the policy without its adapters, the value model has its own.
-        reference = cast_weights(freeze(policy))
+        reference = cast_weights(freeze(policy), exactly=True)
         policy = with_lora(reference, cfg.lora)
         if use_value:
             value = with_lora(reference, cfg.lora, scalar_head=True)

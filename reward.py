@@ -207,7 +207,7 @@ def main(cfg):
     model.reward_mean, model.process = 0.0, False
     if cfg.lora:
         # Adapters on a frozen trunk; the head begins at random, so it is trained as a whole.
-        model = with_lora(cast_weights(freeze(model)), cfg.lora)
+        model = with_lora(cast_weights(freeze(model), exactly=True), cfg.lora)
         model.score.requires_grad_(True)
 
     # The rows by prompt, some prompts held out.

@@ -96,7 +96,7 @@ def main(cfg):
     run = Run.open(cfg, "sft", [init, data])
     model, tok = load(init)
     if cfg.lora:
-        model = with_lora(cast_weights(freeze(model)), cfg.lora)
+        model = with_lora(cast_weights(freeze(model), exactly=True), cfg.lora)
 
     # The demonstrations as ids, some of them held out.
     rows, dropped = formats.load(data, "sft")

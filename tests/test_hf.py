@@ -25,7 +25,7 @@ from data.files.hub import fetch_hub
 from data.files.safetensors import DTYPES, read_safetensors, read_tensors, write_safetensors
 from data.files.tokenizer import (byte_chars, gpt2_tokenizer, load_tokenizer, tokenizer_from_json, tokenizer_from_ranks,
                             tokenizer_to_json)
-from model import GPT, GPTConfig, generate, pad_batch
+from model import GPT, GPTConfig, answer_rewards, generate, pad_answers, pad_batch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SMOL_JSON = SHARED / "models" / "smollm2-135m-instruct" / "tokenizer.json"
@@ -103,8 +103,9 @@ CONFIGS = {
     "llama": GPTConfig(**LLAMA, rope_theta=500000.0, norm_eps=1e-5, rope_scaling={
         "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
     "qwen2": GPTConfig(**LLAMA, qkv_bias=True, tie=False, rope_theta=1e6, norm_eps=1e-6),
-    "qwen3": GPTConfig(**LLAMA | {"head_dim": 16}, qk_norm=True, norm_eps=1e-6)}
-TEMPLATE_OF = {"gpt2": "plain", "llama": "llama3", "qwen2": "chatml", "qwen3": "chatml"}
+    "qwen3": GPTConfig(**LLAMA | {"head_dim": 16}, qk_norm="head", norm_eps=1e-6),
+    "olmo2": GPTConfig(**LLAMA, qk_norm="all", post_norm=True, tie=False, rope_theta=5e5, norm_eps=1e-6)}
+TEMPLATE_OF = {"gpt2": "plain", "llama": "llama3", "qwen2": "chatml", "qwen3": "chatml", "olmo2": "plain"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,6 +130,9 @@ def hf_model(tf, kind):
     elif kind == "qwen2":
         cfg = tf.Qwen2Config(**llama | {"tie_word_embeddings": False},
                              rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    elif kind == "olmo2":
+        cfg = tf.Olmo2Config(**llama | {"tie_word_embeddings": False}, rms_norm_eps=1e-6,
+                             rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     else:
         cfg = tf.Qwen3Config(**llama, head_dim=16)
     return shake(tf.AutoModelForCausalLM.from_config(cfg, attn_implementation="eager"))
@@ -213,6 +217,62 @@ def check_auto_tokenizer(tf, folder, tok):
         for prompt in (False, True):
             ids = theirs.apply_chat_template(SAFE_CHAT[:n], add_generation_prompt=prompt, return_dict=False)
             assert ids == tok.render(SAFE_CHAT[:n], prompt)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pad", ["as saved", "the end", "none"])
+def test_a_reward_is_read_where_transformers_reads_it(tf, tmp_path, pad):
+    """Also where config.json calls the end token padding, as many models on the hub do: transformers then reads the
+    token before it, on which such a model was trained. And a vocabulary without padding gets none: with GPT-2's,
+    where id 0 is "!", transformers would read a text that ends in "!" too early."""
+    hf = json.loads(toy_json(tmp_path / "toy", "plain").read_text())
+    hf["added_tokens"] = hf["added_tokens"][:1]
+    vocab = hf["model"]["vocab"]                      # id 0: "!", as in GPT-2's vocabulary
+    first = next(name for name, i in vocab.items() if i == 0)
+    vocab[first], vocab["!"] = vocab["!"], 0
+    (tmp_path / "toy" / "tokenizer.json").write_text(json.dumps(hf))
+    tok, folder = tokenizer_from_json(tmp_path / "toy" / "tokenizer.json"), tmp_path / "rm"
+    assert tok.encode("!") == [0] == [tok.pad_id]
+    save(folder, shake(GPT(replace(CONFIGS["llama"], scalar_head=True))), tok)
+    assert json.loads((folder / "config.json").read_text())["pad_token_id"] is None
+    if pad == "the end":
+        change_json(folder / "config.json", pad_token_id=tok.eos_id)
+    elif pad == "none":
+        change_json(folder / "config.json", pad_token_id=None)
+
+    def compare():
+        ours, _ = load(folder, head="score")
+        theirs = tf.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        for text in ("Stop!", "Hello there! How nice.", "7"):
+            for end in ([tok.eos_id], []):
+                prompt, answer = tok.render(CHAT[:2], True)[0], tok.encode(text) + end
+                ids, mask = pad_answers([(prompt, answer)], tok.pad_id)
+                want = theirs(ids).logits.item()
+                assert answer_rewards(ours, ids, mask).item() == pytest.approx(want, abs=1e-4)
+                padded, wider = pad_answers([(prompt, answer), (prompt, answer + answer)], tok.pad_id)
+                assert answer_rewards(ours, padded, wider)[0].item() == pytest.approx(want, abs=1e-4)
+        return ours
+    save(folder, compare(), tok)                      # and saved again
+    compare()
+    # A language model with such a padding token, from which a reward model is to come, is read at the end.
+    lm = tmp_path / "lm"
+    save(lm, shake(GPT(CONFIGS["llama"])), tok)
+    change_json(lm / "config.json", pad_token_id=tok.eos_id)
+    assert load(lm, head="new")[0].read_before is None
+
+
+def test_every_end_is_saved_for_generate(tf, tmp_path):
+    """Otherwise transformers' generate, which looks into generation_config.json, talks on after one of the ends."""
+    llama = [(name, True) for name in SPECIALS["llama3"][:-1] + ["<|eom_id|>"]]
+    tok = load_tokenizer(plain_folder(tmp_path / "llama", llama), 272)
+    assert len(tok.eos_ids) == 3
+    save(tmp_path / "saved", GPT(CONFIGS["llama"]), tok)
+    theirs = tf.GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert set(theirs.eos_token_id) == tok.eos_ids and theirs.eos_token_id[0] == tok.eos_id
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert set(model.generation_config.eos_token_id) == tok.eos_ids
+    assert model.generation_config.bos_token_id == tok.bos_id and model.generation_config.pad_token_id is None
+    assert load_tokenizer(tmp_path / "saved", 320).eos_ids == tok.eos_ids
 
 
 @torch.no_grad()
@@ -901,6 +961,20 @@ def test_a_language_model_becomes_a_scalar_model_and_back(tmp_path):
                 weights_from_hf(tensors, cfg)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_weights_that_are_not_finite_are_named(tmp_path, kind, bad):
+    """When they are read: later the sampler draws nonsense from them, a judge or the learning rate is blamed."""
+    model = shake(GPT(CONFIGS[kind]))
+    with torch.no_grad():
+        model.h[1].mlp.down.weight[3, 4] = bad
+    save(tmp_path / "m", model, toy_tokenizer(tmp_path))
+    name = {"gpt2": "transformer.h.1.mlp.c_proj.weight", "llama": "model.layers.1.mlp.down_proj.weight"}[kind]
+    for head in ("none", "new"):
+        with pytest.raises(CheckpointError, match=f"m: tensor '{name}' holds values that are not finite"):
+            load(tmp_path / "m", head=head)
+
+
 def test_weights_by_other_names():
     """GPT-2 on the hub has no prefix, carries mask buffers and sometimes the tied head; bf16 files become fp32."""
     cfg = CONFIGS["gpt2"]
@@ -1125,7 +1199,7 @@ def test_configs_in_either_style_and_unsupported_ones(tmp_path):
                 except CheckpointError:
                     pass
     for kind, change in [("gpt2", {"n_kv_head": 2}), ("gpt2", {"pos": "rope"}), ("llama", {"bias": True}),
-                         ("qwen2", {"qk_norm": True}), ("llama", {"mlp": "gelu"})]:
+                         ("qwen2", {"qk_norm": "head"}), ("olmo2", {"post_norm": False}), ("llama", {"mlp": "gelu"})]:
         with pytest.raises(CheckpointError):
             config_to_hf(replace(CONFIGS[kind], **change), tok)
 
@@ -1282,7 +1356,8 @@ def hub(tmp_path, monkeypatch):
     tok, cfg = toy_tokenizer(tmp_path), CONFIGS["gpt2"]
     state = shake(GPT(cfg)).state_dict()
     save_folder(tmp_path / "src", cfg, state, tok)
-    files = {p.name: p.read_bytes() for p in (tmp_path / "src").iterdir() if p.name != "tokenizer_config.json"}
+    files = {name: (tmp_path / "src" / name).read_bytes()
+             for name in ("config.json", "model.safetensors", "tokenizer.json")}
     handler = type("H", (Hub,), {"files": files, "log": [], "tokens": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()

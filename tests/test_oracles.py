@@ -1181,6 +1181,31 @@ def test_a_sampling_copy_gives_the_same_numbers(dialect, rank, compute, monkeypa
         assert sampler.wte.weight is model.wte.weight and sampler.wte is not model.wte
 
 
+@both
+@pytest.mark.parametrize("rounded", [True, False], ids=["bf16 weights", "fp32 weights"])
+def test_a_trunk_is_saved_as_it_was_loaded(dialect, rounded, monkeypatch):
+    """With bf16 products a LoRA trunk keeps fp32 weights that bf16 cannot hold: else they are saved rounded, and an
+    update smaller than half of their last bit is lost. Weights that bf16 holds take half the memory."""
+    monkeypatch.setattr(model_py.Linear, "compute_dtype", torch.bfloat16)
+    model = tiny(dialect)
+    if rounded:
+        model.to(torch.bfloat16).float()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trunk = cast_weights(freeze(model), exactly=True)
+    assert trunk.h[0].attn.qkv.weight.dtype == (torch.bfloat16 if rounded else torch.float32)
+    policy = with_lora(trunk, 2)
+    sampler, ids = sampling_copy(policy), torch.randint(V, (3, 11))
+    assert sampler.h[0].attn.qkv.linear.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(sampler.logits(sampler(ids)), policy.logits(policy(ids)))
+        policy.h[0].mlp.down.b.weight.fill_(1e-5)
+    saved = merged(policy.state_dict())
+    update = 2 * policy.h[0].mlp.down.b.weight @ policy.h[0].mlp.down.a.weight
+    for name, x in saved.items():
+        want = before[name] + (update if name == "h.0.mlp.down.weight" else 0)
+        assert x.dtype == torch.float32 and torch.equal(x, want)
+
+
 @pytest.mark.parametrize("compute", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_freeze_changes_no_weight(compute, monkeypatch):
     """Otherwise a model that is frozen for a while, or copied afterwards, has lost the lower bits of its weights."""

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from data.files.safetensors import INDEX, WEIGHTS, plain_names, read_tensors, sy
 from data.files.tokenizer import load_tokenizer, tokenizer_to_json
 from model import GPT, GPTConfig
 
+
 def load(path, device="cpu", head="none"):
     """(GPT, Tokenizer) of one of our folders, a Hugging Face folder or a hub name. head: "none" asks for a
     language model, "score" for a reward model with its trained head, "new" for a reward or value model, whose
@@ -29,6 +30,7 @@ def load(path, device="cpu", head="none"):
     model.to_empty(device="cpu").init_weights()
     model.load_state_dict(weights, strict=head != "new")
     model.reward_mean, model.process = notes["reward_mean"], notes["process"]
+    model.read_before = notes["read_before"]
     return model.to(device), tok
 
 
@@ -56,6 +58,8 @@ def save(folder, model, tok, state=None):
         notes = {}
         if model.cfg.scalar_head:
             notes = {"reward_mean": model.reward_mean, "process": model.process}
+            if model.read_before is not None:
+                notes["pad_token_id"] = model.read_before
         save_folder(folder, model.cfg, merged(weights), tok, extra, notes)
     barrier()
 
@@ -115,7 +119,7 @@ def load_weights(path, head=None):
     check_folder(folder)
     try:
         hf = read_object(folder / "config.json")
-        cfg, notes = config_from_hf(hf), notes_of(hf)
+        cfg = config_from_hf(hf)
         if head == "none" and cfg.scalar_head:
             raise InputError(f"{folder} is a reward model; a language model is needed here")
         wanted = head != "score" or cfg.scalar_head
@@ -125,6 +129,7 @@ def load_weights(path, head=None):
         tok = load_tokenizer(folder, cfg.vocab_size)
         require(tok.vocab_size <= cfg.vocab_size,
                 f"tokenizer.json has {tok.vocab_size} tokens, config.json says {cfg.vocab_size}")
+        notes = notes_of(hf, tok)
         drawn = ["score.weight"] if head == "new" else []
         weights = weights_from_hf(read_tensors(folder), cfg, drawn)
         return replace(cfg, tie=cfg.tie and "lm_head.weight" not in weights), weights, tok, notes
@@ -153,7 +158,8 @@ def save_folder(folder, cfg, state, tok, extra_files={}, notes={}):
         settings[f"{role}_token"] = name_of.get(i)    # None where it is an ordinary token, or none
     files = {WEIGHTS: functools.partial(write_safetensors, tensors=weights_to_hf(state, cfg)),
              "tokenizer.json": tok.raw, "tokenizer_config.json": json.dumps(settings, indent=2),
-             **extra_files, "config.json": json.dumps(config_to_hf(cfg, tok) | notes, indent=2)}
+             "generation_config.json": json.dumps(ids_to_hf(tok), indent=2), **extra_files,
+             "config.json": json.dumps(config_to_hf(cfg, tok) | notes, indent=2)}
     plain_names(files, folder)
     try:
         for name, content in files.items():           # step 1
@@ -189,14 +195,77 @@ def finish_save(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# config.json, both ways, for GPT-2, Llama (and Mistral), Qwen2.5 and Qwen3.
+# Model families: what a Hugging Face model type calls our fields and tensors, and how it departs from Llama.
 
-HF_CLASS = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}   # mistral is read as llama
+LLAMA = {"norm": "rmsnorm", "pos": "rope", "mlp": "swiglu", "bias": False, "qkv_bias": False, "qk_norm": "",
+         "post_norm": False}
+LLAMA_FIELDS = {
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim", "n_embd": "hidden_size", "n_inner": "intermediate_size",
+    "max_len": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
+# Ours is theirs, stacked along the rows where they have several. Within a layer they follow the name of "h".
+LLAMA_NAMES = {
+    "wte": "model.embed_tokens", "ln_f": "model.norm", "h": "model.layers",
+    "ln_1": ["input_layernorm"], "ln_2": ["post_attention_layernorm"],
+    "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
+    "attn.proj": ["self_attn.o_proj"],
+    "mlp.up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"]}
+LLAMA_WRITES = {"hidden_act": "silu"}
 GPT2_FIELDS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_inner": "n_inner",
                "max_len": "n_positions", "norm_eps": "layer_norm_epsilon"}
-LLAMA_FIELDS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",
-                "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "n_inner": "intermediate_size",
-                "max_len": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
+GPT2_NAMES = {
+    "wte": "transformer.wte", "wpe": "transformer.wpe", "ln_f": "transformer.ln_f", "h": "transformer.h",
+    "ln_1": ["ln_1"], "ln_2": ["ln_2"], "attn.qkv": ["attn.c_attn"], "attn.proj": ["attn.c_proj"],
+    "mlp.up": ["mlp.c_fc"], "mlp.down": ["mlp.c_proj"]}
+GPT2_WRITES = {"activation_function": "gelu_new", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type of Hugging Face."""
+    name: str                                      # its classes are <name>ForCausalLM and so on
+    shape: dict = field(default_factory=dict)      # fields of GPTConfig that are not Llama's
+    names: dict = field(default_factory=dict)      # names of tensors that are not Llama's
+    defaults: dict = field(default_factory=dict)   # of fields that its config.json may leave out
+    fields: dict = field(default_factory=LLAMA_FIELDS.copy)     # our fields: their names in config.json
+    writes: dict = field(default_factory=LLAMA_WRITES.copy)     # what its config.json says besides
+    head: str = "ForCausalLM"                      # the end of the name of its language model
+    tied: bool = False                             # whether the head is the embedding by default
+    transposed: bool = False                       # whether matrices are stored as (in, out)
+
+
+# By model_type. A new family is a row here and, where it computes something new, a field of GPTConfig and the
+# lines of model.py that read it; OLMo-2 needed two such fields. Gemma needs more (embeddings scaled by
+# sqrt(C), norms that multiply by 1 + weight, GeGLU, soft caps on logits, layers that see a window), and so do
+# Phi-3 (whose tensors hold q, k, v and gate, up together) and mixtures of experts.
+FAMILIES = {
+    "llama": Family("Llama"),            # SmolLM2 and many others say that they are of this type
+    "mistral": Family("Mistral"),        # the same numbers; saved as llama
+    "qwen2": Family("Qwen2", {"qkv_bias": True}),
+    "qwen3": Family("Qwen3", {"qk_norm": "head"}, defaults={"head_dim": 128}),
+    "olmo2": Family("Olmo2", {"qk_norm": "all", "post_norm": True}, defaults={"norm_eps": 1e-5},
+                    names={"ln_1": ["post_attention_layernorm"], "ln_2": ["post_feedforward_layernorm"]}),
+    "gpt2": Family("GPT2", {"norm": "layernorm", "pos": "learned", "mlp": "gelu", "bias": True}, GPT2_NAMES,
+                   {"max_len": 1024, "norm_eps": 1e-5}, GPT2_FIELDS, GPT2_WRITES, "LMHeadModel", tied=True,
+                   transposed=True)}
+
+
+def family_of(cfg):
+    """The model type, as FAMILIES has it, that computes what cfg describes."""
+    for kind, family in FAMILIES.items():
+        shape = LLAMA | family.shape
+        if all(getattr(cfg, name) == value for name, value in shape.items()):
+            # GPT-2's config.json has no place for other heads.
+            square = cfg.n_kv_head == cfg.n_head and cfg.n_head * cfg.head_dim == cfg.n_embd
+            if square or "head_dim" in family.fields:
+                return kind
+    raise CheckpointError(f"no Hugging Face model type computes this combination: {cfg}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# config.json, both ways.
+
 ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 PLAIN = {   # fields that change what a model computes, and the values with which it is what GPT computes
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
@@ -211,10 +280,11 @@ def check(ok, what):
 
 
 def is_number(x):
+    """Whether a value of a config.json is a finite number."""
     return type(x) in (int, float) and abs(x) < 1e30
 
 
-def field(hf, key, default=0):
+def positive(hf, key, default=0):
     """A positive number of a config.json, an int or a float like the default, which stands for null."""
     value = default if hf.get(key) is None else hf[key]
     ok = type(value) is type(default) and 0 < value < 2**31
@@ -226,44 +296,55 @@ def config_from_hf(hf):
     """GPTConfig from the dict in a config.json. CheckpointError: a field would change the outputs in a way
     that this GPT does not implement."""
     kind = hf.get("model_type")
-    check(kind in (*HF_CLASS, "mistral"), f"model_type {kind!r} is not one of {', '.join(HF_CLASS)}, mistral")
+    known = isinstance(kind, str) and kind in FAMILIES
+    check(known, f"model_type {kind!r} is not one of {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    cfg = LLAMA | family.shape
     for key, values in PLAIN.items():
-        if (kind, key) != ("qwen2", "attention_bias"):            # which has the biases that others may have
+        if not (key == "attention_bias" and cfg["qkv_bias"]):     # old Qwen2 files say that they have biases
             check(hf.get(key) in (None, *values), f"{key} = {hf.get(key)!r} is not supported")
-    common = dict(vocab_size=field(hf, "vocab_size"), tie=bool(hf.get("tie_word_embeddings", kind == "gpt2")),
-                  scalar_head="ForSequenceClassification" in str(hf.get("architectures")))
+    cfg |= {"vocab_size": positive(hf, "vocab_size"),
+            "tie": bool(hf.get("tie_word_embeddings", family.tied)),
+            "scalar_head": is_reward_model(hf)}
 
-    # The shape; what may be absent has a default.
-    names = GPT2_FIELDS if kind == "gpt2" else LLAMA_FIELDS
-    C, H = field(hf, names["n_embd"]), field(hf, names["n_head"])
-    if kind == "gpt2":
+    # The sizes. Most have no default: a file that leaves one out is damaged.
+    C, H = positive(hf, family.fields["n_embd"]), positive(hf, family.fields["n_head"])
+    cfg |= {"n_kv_head": H, "head_dim": C // H, "norm_eps": 1e-6} | family.defaults
+    if "head_dim" not in family.fields:     # GPT-2
         check(C % H == 0, f"n_embd {C} is not a multiple of n_head {H}")
-        defaults = {"n_inner": 4 * C, "max_len": 1024, "norm_eps": 1e-5}
-        common |= dict(n_kv_head=H, head_dim=C // H)
-    else:
-        defaults = {"n_kv_head": H, "head_dim": 128 if kind == "qwen3" else C // H, "norm_eps": 1e-6}
-        theta, scaling = rotary_from_hf(hf)
-        common |= dict(norm="rmsnorm", pos="rope", mlp="swiglu", bias=False, qkv_bias=kind == "qwen2",
-                       qk_norm=kind == "qwen3", rope_theta=theta, rope_scaling=scaling)
-    for ours, theirs in names.items():
-        common[ours] = field(hf, theirs, defaults.get(ours, 0))
+        cfg["n_inner"] = 4 * C
+    for ours, theirs in family.fields.items():
+        cfg[ours] = positive(hf, theirs, cfg.get(ours, 0))
+    if cfg["pos"] == "rope":
+        cfg["rope_theta"], cfg["rope_scaling"] = rotary_from_hf(hf)
 
     # Layers that look at a window only; Mistral's is 4096 where it does not say.
     layers, window = hf.get("layer_types") or [], hf.get("sliding_window", 4096)
     full = isinstance(layers, list) and set(map(str, layers)) <= {"full_attention"}
     if kind == "mistral" and window is not None:
-        full = full and field(hf, "sliding_window", 4096) >= common["max_len"]
+        full = full and positive(hf, "sliding_window", 4096) >= cfg["max_len"]
     check(full, "sliding_window attention is not supported")
-    return GPTConfig(**common)
+    return GPTConfig(**cfg)
 
 
-def notes_of(hf):
-    """What the config.json of one of our reward models says beside its shape: reward_mean, which is subtracted
-    from its scores, because their head has no bias to put it in, and whether it scores steps (`process`)."""
+def notes_of(hf, tok):
+    """What config.json says of a reward model beside its shape: reward_mean, which we subtract from its
+    scores, because the head has no bias to put it in; whether it scores steps (`process`); and read_before,
+    an end token or None."""
     mean, process = hf.get("reward_mean", 0.0), hf.get("process", False)
     check(is_number(mean), f"reward_mean is {mean!r}, not a number")
     check(type(process) is bool, f"process is {process!r}, neither true nor false")
-    return {"reward_mean": float(mean), "process": process}
+    # transformers reads a reward at the last token that is not padding. Where padding is an end token, as in
+    # many models on the hub, that is the token before the end, and there the head has learned to be read.
+    pad_id, read_before = hf.get("pad_token_id"), None
+    if is_reward_model(hf) and type(pad_id) is int and pad_id in tok.eos_ids:
+        read_before = pad_id
+    return {"reward_mean": float(mean), "process": process, "read_before": read_before}
+
+
+def is_reward_model(hf):
+    """Whether the dict in a config.json is that of a model with a scalar head."""
+    return "ForSequenceClassification" in str(hf.get("architectures"))
 
 
 def rotary_from_hf(hf):
@@ -279,75 +360,54 @@ def rotary_from_hf(hf):
     return float(theta), scaling or None
 
 
-def dialect(cfg):
-    """'gpt2', 'llama', 'qwen2' or 'qwen3': the Hugging Face model type that computes what cfg describes."""
-    parts = (cfg.norm, cfg.pos, cfg.mlp, cfg.bias)
-    square = cfg.n_kv_head == cfg.n_head and cfg.n_head * cfg.head_dim == cfg.n_embd
-    if parts == ("layernorm", "learned", "gelu", True) and square and not cfg.qk_norm:
-        return "gpt2"
-    kinds = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}
-    kind = kinds.get((cfg.qkv_bias, cfg.qk_norm))
-    require(kind and parts == ("rmsnorm", "rope", "swiglu", False),
-            f"no Hugging Face model type computes this combination: {cfg}")
-    return kind
-
-
 def config_to_hf(cfg, tok):
     """The dict for config.json. A scalar head becomes ...ForSequenceClassification, whose one logit is our
     score plus reward_mean."""
-    kind = dialect(cfg)
-    head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
-    if cfg.scalar_head:
-        head = "ForSequenceClassification"
-    ends = [tok.eos_id, *sorted(tok.eos_ids - {tok.eos_id})]
-    hf = {"architectures": [HF_CLASS[kind] + head], "model_type": kind, "vocab_size": cfg.vocab_size,
-          "tie_word_embeddings": cfg.tie, "torch_dtype": "float32", "bos_token_id": tok.bos_id,
-          "eos_token_id": ends if len(ends) > 1 else tok.eos_id, "pad_token_id": tok.pad_id}
+    kind = family_of(cfg)
+    family = FAMILIES[kind]
+    head = "ForSequenceClassification" if cfg.scalar_head else family.head
+    hf = {"architectures": [family.name + head], "model_type": kind, "vocab_size": cfg.vocab_size,
+          "tie_word_embeddings": cfg.tie, "torch_dtype": "float32", **ids_to_hf(tok)}
     if cfg.scalar_head:
         hf |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
-    for ours, theirs in (GPT2_FIELDS if kind == "gpt2" else LLAMA_FIELDS).items():
+    for ours, theirs in family.fields.items():
         hf[theirs] = getattr(cfg, ours)
-    if kind == "gpt2":
-        return hf | {"activation_function": "gelu_new", "attn_pdrop": 0.0, "embd_pdrop": 0.0,
-                     "resid_pdrop": 0.0}
-    scaling = {"rope_type": "llama3", **cfg.rope_scaling} if cfg.rope_scaling else None
-    return hf | {"hidden_act": "silu", "rope_theta": cfg.rope_theta, "rope_scaling": scaling,
-                 "attention_bias": kind == "qwen2"}
+    if cfg.pos == "rope":
+        scaling = {"rope_type": "llama3", **cfg.rope_scaling} if cfg.rope_scaling else None
+        hf |= {"rope_theta": cfg.rope_theta, "rope_scaling": scaling, "attention_bias": cfg.qkv_bias}
+    return hf | family.writes
+
+
+def ids_to_hf(tok):
+    """The ids with which texts begin and end, for config.json and generation_config.json. Where the
+    vocabulary has no padding token it is null: transformers would take real tokens of that id for padding."""
+    ends = [tok.eos_id, *sorted(tok.eos_ids - {tok.eos_id})]
+    pad_id = tok.pad_id if tok.pad_id in tok.special.values() else None
+    return {"bos_token_id": tok.bos_id, "eos_token_id": ends if len(ends) > 1 else tok.eos_id,
+            "pad_token_id": pad_id}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The names of the weights, both ways. Ours is theirs, stacked along the rows where they have several.
-
-GPT2_NAMES = {
-    "wte": "transformer.wte", "wpe": "transformer.wpe", "ln_f": "transformer.ln_f", "h": "transformer.h",
-    "attn.qkv": ["attn.c_attn"], "attn.proj": ["attn.c_proj"],
-    "mlp.up": ["mlp.c_fc"], "mlp.down": ["mlp.c_proj"]}
-LLAMA_NAMES = {
-    "wte": "model.embed_tokens", "ln_f": "model.norm", "h": "model.layers",
-    "ln_1": ["input_layernorm"], "ln_2": ["post_attention_layernorm"],
-    "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
-    "attn.proj": ["self_attn.o_proj"],
-    "mlp.up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"]}
+# The weights, both ways.
 
 
 def weight_table(cfg):
     """Yields (our name, [(their name, their shape), ...], transposed) of each tensor of GPT(cfg)."""
-    gpt2 = dialect(cfg) == "gpt2"
-    names = GPT2_NAMES if gpt2 else LLAMA_NAMES
+    family = FAMILIES[family_of(cfg)]
+    names = LLAMA_NAMES | family.names
     q, kv = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
     with torch.device("meta"):                        # one layer, as all are alike
         state = GPT(replace(cfg, n_layer=1)).state_dict()
     for name, t in state.items():
         part, kind = name.rsplit(".", 1)              # h.0.attn.qkv, weight
         if not part.startswith("h.0."):
-            yield name, [(f"{names.get(part, part)}.{kind}", tuple(t.shape))], False
+            yield name, [(f"{names.get(part, part)}.{kind}", tuple(t.shape))], False     # part: a head
             continue
         part = part.removeprefix("h.0.")
-        theirs = names.get(part, [part])
+        theirs = names[part]
         rows = [q, kv, kv] if len(theirs) == 3 else [len(t) // len(theirs)] * len(theirs)
         shapes = [tuple(piece.shape) for piece in t.split(rows)]
-        flip = gpt2 and t.dim() == 2                  # its matrices are stored (in, out)
+        flip = family.transposed and t.dim() == 2
         if flip:
             shapes = [tuple(t.T.shape)]
         for i in range(cfg.n_layer):
@@ -359,7 +419,8 @@ def weights_from_hf(tensors, cfg, drawn=()):
     """Our state dict from Hugging Face names. A head that cfg has no use for is dropped; one of `drawn` that
     the file lacks is left out, for the caller to draw. CheckpointError: any other tensor is missing, extra or
     of another shape."""
-    prefix = "transformer." if dialect(cfg) == "gpt2" else "model."
+    names = LLAMA_NAMES | FAMILIES[family_of(cfg)].names
+    prefix = names["wte"].partition(".")[0] + "."     # which some files leave out
     buffers = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")   # tables in old files
     left = {}                                         # {full name: name in the file}
     for name in tensors:
@@ -369,7 +430,7 @@ def weights_from_hf(tensors, cfg, drawn=()):
 
     # A head that differs from the embedding is kept, whatever the config says (transformers does the same).
     # One that a file has in place of the embedding is both.
-    _, [(embedding, _)], _ = next(weight_table(cfg))
+    embedding = names["wte"] + ".weight"
     if cfg.tie and "lm_head.weight" in left:
         same = left.setdefault(embedding, "lm_head.weight")
         cfg = replace(cfg, tie=torch.equal(tensors[same].float(), tensors["lm_head.weight"].float()))
@@ -384,6 +445,7 @@ def weights_from_hf(tensors, cfg, drawn=()):
             t = tensors[key]
             require(tuple(t.shape) == shape and t.is_floating_point(),
                     f"tensor {key!r} is {t.dtype} {tuple(t.shape)}, expected floats {shape}")
+            require(t.isfinite().all(), f"tensor {key!r} holds values that are not finite")
             parts.append((t.T if flip else t).float())
         ours[name] = torch.cat(parts)
     for key in left.values():
