@@ -33,5 +33,5 @@ def bits_per_byte(model, tok, ids, length=128, batch=32):
     n_bytes = sum(tok.byte_counts(ids[:, 1:].flatten().tolist()))
     nll = 0.0
     for x in ids.split(batch):
-        nll -= token_logprobs(model, x, torch.ones_like(x, dtype=torch.bool)).double().sum().item()
+        nll -= token_logprobs(model, x, torch.ones_like(x, dtype=torch.bool)).cpu().double().sum().item()
     return nll / math.log(2) / n_bytes

@@ -27,6 +27,11 @@ def setup(cfg):
         raise InputError(f"--device {device}: expected cpu, cuda, cuda:1 or the like")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: this torch sees no CUDA device; try --device cpu")
+    if device.startswith("mps"):
+        if not torch.backends.mps.is_available():
+            raise InputError(f"--device {device}: this torch sees no Apple GPU; try --device cpu")
+        print("--device mps has never been tried by us; with PYTORCH_ENABLE_MPS_FALLBACK=1 the CPU does what "
+              "it lacks", flush=True)
     device = start_processes(device)
     if RANK:
         sys.stdout = open(os.devnull, "w")   # the first rank speaks

@@ -294,6 +294,22 @@ def test_bf16_is_chosen_where_the_hardware_has_it(capability, bf16, monkeypatch)
         torch.set_float32_matmul_precision(precision)
 
 
+def test_apples_gpu_is_named_untried(monkeypatch, capsys):
+    """One line says so, and one that there is none."""
+    monkeypatch.setattr(Linear, "compute_dtype", None)
+    state, precision = random.getstate(), torch.get_float32_matmul_precision()
+    try:
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        with pytest.raises(InputError, match="--device mps: this torch sees no Apple GPU"):
+            setup_py.setup(SimpleNamespace(seed=0, device="mps", dtype="auto"))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        assert setup_py.setup(SimpleNamespace(seed=0, device="mps", dtype="auto")) == torch.device("mps")
+        assert "PYTORCH_ENABLE_MPS_FALLBACK=1" in capsys.readouterr().out and Linear.compute_dtype is None
+    finally:
+        random.setstate(state)
+        torch.set_float32_matmul_precision(precision)
+
+
 def test_several_processes_have_a_backend_for_both_kinds_of_tensors(monkeypatch):
     """Numbers travel on the CPU also where models are on GPUs; each process has a GPU of its own, whoever
     started it."""
