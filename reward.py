@@ -103,7 +103,7 @@ def group_pairs(rows, tok, max_len, margin=0.0):
         # The prompt's answers so far, {ids: number}, each only once, and its pairs.
         answers, pairs = groups.setdefault(str(row["prompt"]), ({}, []))
         i, j = [answers.setdefault(ids, len(answers)) for ids in sides]
-        pairs.append((i, j, row["label"], margin * row["margin"], row.get("ceiling", 1.0)))
+        pairs.append((i, j, row["label"], margin * row.get("margin", 0.0), row.get("ceiling", 1.0)))
     return [(list(answers), pairs) for answers, pairs in groups.values()], n_too_long
 
 

@@ -30,6 +30,11 @@ def health(history, cfg=None):
         warnings["negative KL"] = (
             f"the KL is estimated at {now['kl']:.2f}, and no KL is negative: the log-probs are not those of "
             "what was sampled from; see the checks before the first update, try --dtype float32")
+    if now.get("mismatch", 0) > max(0.02, 3 * old.get("mismatch", 0)):
+        warnings["mismatch"] = (
+            f"the sampler's log-probs are {now['mismatch']:.3f} nats a token off those of a whole pass, it "
+            f"was {old['mismatch']:.3f}: what is sampled is no longer what is trained; try --dtype float32, "
+            "and without --compile")
     if now["eos_rate"] < min(0.9, old["eos_rate"] - 0.1):
         warnings["EOS rate"] = (
             f"only {now['eos_rate']:.2f} of the responses end, it was {old['eos_rate']:.2f}: rambling pays; "
@@ -146,13 +151,13 @@ def of_preferences(history, before, after):
 # One PPO iteration, token by token.
 
 INSPECTED = 3     # responses, to as many prompts
+BEFORE = ("logp", "ref_logp", "reward", "value", "advantage", "whitened", "return")
 
 
 def inspection(policy, value, tok, rows, batch, numbers, cfg):
     """The numbers of a response to each of the first prompts of an iteration, for inspect.json. rows: the
-    prompt rows of all B responses; batch: (ids, mask), (B, T) each. numbers: {"score": (B,), and (B, T)
-    tensors of before the update: "logp", "ref_logp", "reward", "value", "advantage", "whitened", "return"};
-    the models are those of after the update."""
+    prompt rows of all B responses; batch: (ids, mask), (B, T) each. numbers: tensors (B, T) of before the
+    update by name, "score" and those of BEFORE; the models are those of after the update."""
     raw = numbers["advantage"][batch[1]]     # of all response tokens
     some = slice(0, INSPECTED * cfg.group, cfg.group)     # the answers to a prompt follow one another
     ids, mask, rows = batch[0][some], batch[1][some], rows[some]
@@ -163,8 +168,8 @@ def inspection(policy, value, tok, rows, batch, numbers, cfg):
     ratio = (logp - numbers["logp"]).exp()
     # clipped: clip(ratio) A is the smaller one in min(ratio A, clip(ratio) A), so that the token has no
     # gradient
-    up = numbers["whitened"] > 0
-    clipped = torch.where(up, ratio > 1 + cfg.clip, ratio < 1 - cfg.clip)
+    up, clip_high = numbers["whitened"] > 0, cfg.clip_high or cfg.clip
+    clipped = torch.where(up, ratio > 1 + clip_high, ratio < 1 - cfg.clip)
 
     # To the CPU once, not number by number.
     ids, mask, logp, values, ratio, clipped = (x.cpu() for x in (ids, mask, logp, values, ratio, clipped))
@@ -173,15 +178,16 @@ def inspection(policy, value, tok, rows, batch, numbers, cfg):
     for i in range(len(ids)):
         m = mask[i]
         tokens = ["<eos>" if t in tok.eos_ids else tok.decode([t]) for t in ids[i][m].tolist()]
-        before = {name: x[i][m].tolist() for name, x in numbers.items() if name != "score"}
+        before = {name: numbers[name][i][m].tolist() for name in BEFORE}
         after = {"logp": logp[i][m].tolist(), "value": values[i][m].tolist(), "ratio": ratio[i][m].tolist(),
                  "clipped": clipped[i][m].tolist()}
         text = tok.decode(ids[i][m].tolist()).strip()
         responses.append({"prompt": rows[i]["prompt"][-1]["content"], "response": text, "tokens": tokens,
-                          "score": numbers["score"][i].item(), "ended": tokens[-1] == "<eos>",
+                          "score": numbers["score"][i].sum().item(), "ended": tokens[-1] == "<eos>",
                           "before": before, "after": after})
-    return {"gamma": cfg.gamma, "lam": cfg.lam, "clip": cfg.clip, "advantage": cfg.advantage,
-            "mean": raw.mean().item(), "std": raw.std(correction=0).item(), "responses": responses}
+    return {"beta": cfg.kl_coef, "gamma": cfg.gamma, "lam": cfg.lam, "clip": cfg.clip,
+            "clip_high": clip_high, "advantage": cfg.advantage, "mean": raw.mean().item(),
+            "std": raw.std(correction=0).item(), "responses": responses}
 
 
 def inspection_text(page):
@@ -194,14 +200,14 @@ def inspection_text(page):
              f"eps = {page['clip']:g}",
              "R_t = -beta (logp - ref), plus r at the last token (of each step);  return = A + V;  "
              "ratio = exp(new logp - logp)",
-             f"A -> whitened (gae): minus the mean {page['mean']:.4f}, over the standard deviation "
-             f"{page['std']:.4f} of all tokens", "",
+             f"A, {page['advantage']}: {page['how']}",
+             f"A -> whitened (gae, reinforce++): minus the mean {page['mean']:.4f}, over the standard "
+             f"deviation {page['std']:.4f} of all tokens", "",
              "before the update"]
-    names = ("logp", "ref_logp", "reward", "value", "advantage", "whitened", "return")
     titles = ("logp", "ref", "R", "V", "A", "whitened", "return")
     lines.append(f"{'t':>3} {'token':14}" + "".join(f"{title:>11}" for title in titles))
     for t, token in enumerate(response["tokens"]):
-        cells = "".join(f"{before[name][t] + 0.0:>11.5f}" for name in names)
+        cells = "".join(f"{before[name][t] + 0.0:>11.5f}" for name in BEFORE)
         lines.append(f"{t:>3} {token!r:14.14}{cells}")
     lines += ["", "after it", f"{'t':>3} {'token':14}{'logp':>11}{'V':>11}{'ratio':>11}    clipped"]
     for t, token in enumerate(response["tokens"]):

@@ -94,6 +94,27 @@ def copy_suite(folder, **rows):
     return folder
 
 
+STOPPER = """
+import os, runpy, sys
+root, step, signum, script, *flags = sys.argv[1:]
+sys.path.insert(0, root)
+sys.argv = [script, *flags]
+from data.run import Run
+log = Run.log
+
+def log_then_stop(self, at, *args, **metrics):
+    log(self, at, *args, **metrics)
+    if at + 1 == int(step):
+        os.kill(os.getpid(), int(signum))
+
+Run.log = log_then_stop
+if script.endswith(".py"):
+    runpy.run_path(os.path.join(root, script), run_name="__main__")
+else:
+    runpy.run_module(script, run_name="__main__", alter_sys=True)
+"""
+
+
 class Suite:
     """The copy at `root`; `run` and `start` run its scripts."""
 
@@ -124,6 +145,12 @@ class Suite:
             self.server.stdin.write(json.dumps(told) + "\n")
             self.server.stdin.flush()
         return job
+
+    def start_and_stop(self, step, script, *args, signum=signal.SIGINT, **kw):
+        """Begin a script that gets a signal in the midst of this step (from 1), after which it saves and ends."""
+        path = self.jobs / "stopper.py"
+        path.write_text(STOPPER)
+        return self.start(path, self.root, step, int(signum), script, *args, **kw)
 
     def finish(self, job, timeout=300):
         """SimpleNamespace(rc, out, err) of a started job."""

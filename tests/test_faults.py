@@ -102,30 +102,13 @@ def test_constitutional_ai_killed_at_any_moment_and_resumed(suite, chain, tmp_pa
     print(f"cai.py: {killed} kills in {runs} runs")
 
 
-SIGNALLED = """
-import os, runpy, sys
-import torch.nn.utils
-clip, steps = torch.nn.utils.clip_grad_norm_, []
-def clip_and_signal(*args, **kw):
-    steps.append(1)
-    if len(steps) == 3:
-        os.kill(os.getpid(), int(signum))
-    return clip(*args, **kw)
-torch.nn.utils.clip_grad_norm_ = clip_and_signal
-_, signum, *sys.argv = sys.argv
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_a_signal_finishes_the_step_and_saves(suite, chain, tmp_path, signum):
     """One that arrives in the midst of the third step, whatever the machine is busy with."""
-    (tmp_path / "signalled.py").write_text(SIGNALLED)
     flags = ["--init", chain / "base", "--batch_size", 8, "--warmup", 2, "--max_new", 8, "--dtype", "float32",
              "--max_steps", 6]
     suite.ok("sft.py", *flags, "--out", tmp_path / "whole")
-    r = suite.run(tmp_path / "signalled.py", int(signum), suite.root / "sft.py", *flags, "--out", tmp_path / "cut",
-                  env={"PYTHONPATH": str(suite.root)})
+    r = suite.finish(suite.start_and_stop(3, "sft.py", *flags, "--out", tmp_path / "cut", signum=signum))
     assert r.rc == 1 and load_state(tmp_path / "cut")["step"] == 3
     assert re.fullmatch(rf"sft: interrupted after step 3, saved in {tmp_path / 'cut'}; .* goes on.*\n", r.err)
     assert "stopping after this step" in r.out and not (tmp_path / "cut" / "result.json").exists()

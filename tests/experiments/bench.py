@@ -219,7 +219,7 @@ def ppo_work(size, cfg, device):
     options = ppo.Config(rollouts=B, group=1, epochs=4, minibatches=1, micro_batch=B, max_new=cfg.new,
                          lora=cfg.lora, compile=cfg.compile, recompute=cfg.recompute)
     reward_model = new_model(size, device, scalar_head=True)
-    policy, reference, value = ppo.load_models(new_model(size, device), "", [reward_model], options)
+    policy, reference, value = ppo.load_models(new_model(size, device), "", reward_model, options)
     sampler = sampling_copy(policy).to(device)
     trained_models = ppo.prepare_models(policy, reference, value, [reward_model], False, options, device)
     for _, optimizer in trained_models.values():
@@ -248,15 +248,15 @@ def ppo_work(size, cfg, device):
 
     def train(ids, mask, old_logp, old_values, advantages, returns):
         """5. of ppo.py: four steps of policy and value model."""
-        widths, n_tokens = (last_token(mask) + 1).tolist(), mask.sum()
+        widths, weights = (last_token(mask) + 1).tolist(), ppo.token_weights(mask, "tokens", cfg.new)
         for _ in range(options.epochs):
             for part in micro_batches(range(B), widths, options.micro_batch):
-                x, m = ids[part], mask[part]
+                x, m, w = ids[part], mask[part], weights[part]
                 logp = token_logprobs(policy, x, m, options.temperature)
-                loss, _ = ppo.policy_loss(logp, old_logp[part], advantages[part], m, options.clip, n_tokens)
+                loss, _ = ppo.policy_loss(logp, old_logp[part], advantages[part], w, options.clip, options.clip)
                 loss.backward()
                 v = token_values(value, x, m)
-                ppo.value_loss(v, old_values[part], returns[part], m, options.value_clip, n_tokens).backward()
+                ppo.value_loss(v, old_values[part], returns[part], w, options.value_clip).backward()
             for model, optimizer in trained_models.values():
                 clip_grad_norm_(model.parameters(), options.grad_clip)
                 optimizer.step()

@@ -46,7 +46,6 @@ REWARDS = {   # reward models: flags of reward.py
 CURES = {     # flags of ppo.py; {reward} and the like are paths of the reward models above
     "none": "--reward {reward}",
     "kl": "--reward {reward} --kl_coef 0.3",
-    "adaptive": "--reward {reward} --kl_target 0.7 --kl_horizon 300",
     "budget": "--reward {reward} --kl_budget 0.7",
     "entropy": "--reward {reward} --entropy_coef 0.02",
     "min": "--reward {reward},{second},{third} --ensemble min",
