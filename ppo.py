@@ -24,8 +24,8 @@ One iteration:
 
 Losses are means over the response tokens, EOS included, of a whole minibatch; for grpo and dr_grpo see
 `token_weights`. Four models: policy (trained), reference (frozen policy), reward model, value model (trained;
-starts as the reward model, but with --lora, or where no reward has a scalar head, as the policy with a new
-head).
+starts as the reward model, but with --lora, or where no reward has a scalar head that reads the policy's own
+tokens, as the policy with a new head).
 
 What is not as in InstructGPT, and why:
   - Step 6 (iterated RLHF, arXiv:2204.05862, 4.5): the policy finds what a reward model that stands still gets
