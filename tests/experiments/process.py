@@ -34,7 +34,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from data import process, write_atomic, read_jsonl, write_jsonl   # noqa: E402
 from data.files import formats   # noqa: E402
 from data.flags import program   # noqa: E402
-from data.rewards import Rewards   # noqa: E402
+from data.rewards import Scorer   # noqa: E402
 from hacking import ROOT, make, spread   # noqa: E402
 
 REWARD, PROCESS = [ROOT / "reward.py"], ["-m", "data.process"]
