@@ -62,7 +62,7 @@ from data.parallel import all_sum, filled_up, in_shares, micro_batches, prepare
 from data.prefix_sharing import pair_logps
 from data.rewards import judge_of
 from data.run import Run
-from data.sample import read_prompts
+from data.sample import hold_out, read_prompts
 from data.setup import adamw, batches, cosine, set_lr, setup
 from model import cast_weights, freeze, pad_answers, refresh, sampling_copy, token_logprobs, with_lora
 
@@ -411,14 +411,21 @@ def main(cfg):
     context, plan, train, held = policy.cfg.max_len, [], [], []
     if cfg.online:
         rows = read_prompts(run, data, tok, min(cfg.max_prompt, context - cfg.max_new))
-        judge = judge_of("--judge", cfg.judge, device)
+        n_rows = len(rows)
+        judge, rows = judge_of("--judge", cfg.judge, device, rows, cfg.max_new)
+        run.say(f"{n_rows - len(rows):,} of them left out that leave the judge no room for an answer")
+        if not rows:
+            raise InputError(f"--judge {cfg.judge}: no prompt leaves room for an answer in its context")
+        own = rows
+        if cfg.data:
+            rows, own = hold_out(run, rows)
         for step in range(cfg.online_steps):
             plan.append(random.Random(f"{cfg.seed} {step}").choices(range(len(rows)), k=cfg.batch_size))
     else:
-        train, held, rows = read_examples(run, data, spec.paired, tok, min(cfg.max_len, context))
+        train, held, own = read_examples(run, data, spec.paired, tok, min(cfg.max_len, context))
         for epoch in range(cfg.epochs):
             plan += batches(lengths_of(train), cfg.batch_size, cfg.seed, epoch)
-    tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, data)
+    tests = report.test_prompts(policy, tok, cfg.max_new, own if cfg.data else None, data)
 
     # The policy on its device and its optimizer. With adapters, its frozen trunk is the reference. Else the
     # reference is a second model, loaded when one is needed: for new answers, and for the KL at the end.

@@ -55,7 +55,7 @@ from data.relabel import Relabelling
 from data.rewards import Scorer
 from data.run import Run
 from data.setup import RELABEL, adamw, seeded, set_lr, setup
-from data.sample import read_prompts
+from data.sample import hold_out, read_prompts
 from data.steps import is_last
 from model import (answer_rewards, cast_weights, compare_policies, freeze, last_token, refresh, sampling_copy,
                    token_logprobs, token_values, with_lora)
@@ -277,13 +277,17 @@ def check_flags(cfg):
 
 
 def load_prompts(run, path, tok, policy, reward_models):
-    """Prompt rows of a file, their ids, and the prompts that the policy is measured on. Left out are prompts
-    longer than --max_prompt, and those that leave a model's context no room for an answer."""
+    """Prompt rows of a file to train on, their ids, and what the policy is measured on: the tiny world's test
+    prompts, or some of --data, held out. Left out are prompts longer than --max_prompt, and those that leave
+    a model's context no room for an answer."""
     cfg, context = run.cfg, min(model.cfg.max_len for model in (policy, *reward_models))
     rows = read_prompts(run, path, tok, min(cfg.max_prompt, context - cfg.max_new))
-    if "gold" in names_in(cfg.reward) and not all("family" in row for row in rows):
+    if "gold" in names_in(cfg.reward) and not all(map(world.knows, rows)):
         raise InputError(f"{path}: --reward gold judges the tiny world's prompts only")
-    tests = report.test_prompts(policy, tok, cfg.max_new, rows if cfg.data else None, cfg.data)
+    held = None
+    if cfg.data:
+        rows, held = hold_out(run, rows)
+    tests = report.test_prompts(policy, tok, cfg.max_new, held, cfg.data)
     return rows, [tok.render(row["prompt"], generation_prompt=True)[0] for row in rows], tests
 
 

@@ -82,7 +82,7 @@ def main(cfg):
     rows, dropped = formats.load(data, "prompt", cfg.prompts)
     print(formats.describe(rows, dropped, data))
     rows = short_enough(tok, rows, policy.cfg.max_len - cfg.max_new)
-    graded = all("family" in row for row in rows)
+    graded = all(map(world.knows, rows))
     if not rows:
         raise InputError(f"{data}: no prompt leaves room for --max_new {cfg.max_new} tokens")
     if "gold" in names_in(reward_name) and not graded:

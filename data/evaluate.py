@@ -117,19 +117,29 @@ def best_of_n(proxy, values, n):
 # Judges: score(rows, texts) gives an answer a number; an AI judge compares two answers directly.
 
 
-def score_by(judge, cfg, device):
+def load_scorers(cfg, reward, device):
+    """{name: Scorer} of the reward (a path, or "") and of the judge that the flags name, each loaded once."""
+    scorers = {}
+    if reward:
+        scorers[reward] = scorer_on("--reward", reward, device)
+    if cfg.judge not in ("annotator", reward) and not cfg.judge.startswith("ai:"):
+        scorers[cfg.judge] = scorer_on("--judge", cfg.judge, device)
+    return scorers
+
+
+def score_by(judge, scorers, cfg):
     """The function (rows, texts) -> list of floats of a judge named in the flags; None for an AI judge."""
     if judge.startswith("ai:"):
         return None
     if judge == "annotator":
         annotator = world.Annotator(cfg.noise, 0.0, cfg.bias_length, cfg.bias_confidence, cfg.bias_sycophancy)
         return annotator.utilities
-    return scorer_on("--judge", judge, device).score_texts
+    return scorers[judge].score_texts
 
 
 def choices_of_ai(path, cfg, device):
     """prefers(rows, a, b) -> P(a preferred to b), a list of floats, by a language model that picks (A) or (B)
-    under a principle of the constitution, averaged over both orders."""
+    under a principle of the constitution, averaged over both orders; None where it cannot read the two."""
     _, ask = local_critic(path, device)
     _, choose = constitution(str(world.HERE / "constitution.json"))
 
@@ -139,21 +149,23 @@ def choices_of_ai(path, cfg, device):
             pairs.append((row["prompt"], x.strip(), y.strip()))
         chances = []
         for label in compare(pairs, choose, ask, random.Random(cfg.seed)):
-            chances.append(0.5 if label is None else label["p"])
+            chances.append(None if label is None else label["p"])
         return chances
     return prefers
 
 
 def choices(judge, score, cfg, device):
-    """prefers(rows, texts, a, b) -> 1.0 (a), 0.0 (b) or 0.5 (a tie) for the answers texts[a] and texts[b] of
-    two models to each prompt. score: what score_by gives for the judge."""
+    """prefers(rows, texts, a, b) -> 1.0 (a), 0.0 (b), 0.5 (a tie) or None (not judged) for the answers
+    texts[a] and texts[b] of two models to each prompt. score: what score_by gives for the judge."""
     ai = choices_of_ai(judge.removeprefix("ai:"), cfg, device) if score is None else None
     scored = {}     # {model: the scores of its answers}, computed once
     noise = cfg.noise if judge == "annotator" else 0.0
 
     def prefers(rows, texts, a, b):
         if ai:
-            chosen = [float(np.sign(p - 0.5) + 1) / 2 for p in ai(rows, texts[a], texts[b])]
+            chosen = []
+            for p in ai(rows, texts[a], texts[b]):
+                chosen.append(None if p is None else float(np.sign(p - 0.5) + 1) / 2)
         else:
             for name in (a, b):
                 if name not in scored:
@@ -227,17 +239,27 @@ def describe_answers(rows, texts, graded, reward):
 
 
 def win_rates(texts, rows, prefers, seed):
-    """{a: {b: {"win_rate", "low", "high", "length_controlled"}}} of every two models' answers, both ways."""
+    """{a: {b: {"win_rate", "low", "high", "length_controlled", "not_judged"}}} of every two models' answers,
+    both ways. What a judge could not read is no tie: it is left out and counted. InputError: nothing is
+    left."""
     names, wins = list(texts), {name: {} for name in texts}
     for i, a in enumerate(names):
         for b in names[i + 1:]:
-            prefs = prefers(rows, texts, a, b)
+            prefs, longer = [], []
+            for p, x, y in zip(prefers(rows, texts, a, b), texts[a], texts[b]):
+                if p is not None:
+                    prefs.append(p)
+                    longer.append(len(x) - len(y))     # characters
+            if not prefs:
+                raise InputError(f"--judge can read none of {len(rows)} comparisons of {a} and {b}: they are "
+                                 "too long for its context")
             low, high = bootstrap(prefs, seed)
-            longer = [len(x) - len(y) for x, y in zip(texts[a], texts[b])]     # characters
             rate, even = sum(prefs) / len(prefs), length_controlled(prefs, longer)
-            wins[a][b] = {"win_rate": rate, "low": low, "high": high, "length_controlled": even}
+            n_lost = len(rows) - len(prefs)
+            wins[a][b] = {"win_rate": rate, "low": low, "high": high, "length_controlled": even,
+                          "not_judged": n_lost}
             wins[b][a] = {"win_rate": 1 - rate, "low": 1 - high, "high": 1 - low,
-                          "length_controlled": 1 - even}
+                          "length_controlled": 1 - even, "not_judged": n_lost}
     return wins
 
 
@@ -298,6 +320,8 @@ def show(metrics, wins, best, n_prompts, judge):
             w = wins[a][b]
             print(f"{a} against {b}: {w['win_rate']:.3f} [{w['low']:.3f}, {w['high']:.3f}], "
                   f"length-controlled {w['length_controlled']:.3f}")
+            if w["not_judged"]:
+                print(f"    without {w['not_judged']} of {n_prompts} comparisons, too long for the judge")
     for name in names[:-1]:
         if wins["control"][name]["low"] > 0.5:
             print(f"THE JUDGE IS BROKEN: {judge} prefers \"{CONTROL}\", said to every prompt, to {name} "
@@ -336,10 +360,12 @@ def reference_of(cfg, paths):
     return cfg.reference or paths[0]
 
 
-def load_all(paths, rows, data, cfg, device):
+def load_all(paths, scorers, rows, data, cfg, device):
     """{path: (model, tokenizer)} of the paths, and the prompt rows that leave room for an answer in the
-    context of every one of them. InputError: none does."""
+    context of every one of them, and of what judges (Scorers). InputError: none does."""
     loaded, fitting = {}, rows
+    for scorer in scorers:
+        fitting = scorer.readable(fitting, cfg.max_new)
     for path in dict.fromkeys(paths):
         model, tok = load_sampler(path, device)
         loaded[path] = (model, tok)
@@ -363,17 +389,17 @@ def main(cfg):
     data = cfg.data or world.TINY / "test.jsonl"
     rows, dropped = formats.load(data, "prompt", cfg.prompts)
     print(formats.describe(rows, dropped, data))
-    graded = all("family" in row for row in rows)
+    graded = all(map(world.knows, rows))
     if cfg.judge in ("gold", "annotator") and not graded:
         raise InputError(f"{data}: --judge {cfg.judge} knows the tiny world's prompts only; "
                          "give a reward model or ai:CHECKPOINT")
 
-    # Judge, reward and models. A judge that is the reward model too is loaded once.
-    reward = scorer_on("--reward", reward_path, device) if reward_path else None
-    score = reward.score_texts if reward_path == cfg.judge else score_by(cfg.judge, cfg, device)
+    # Judge, reward and models.
+    scorers = load_scorers(cfg, reward_path, device)
+    reward, score = scorers.get(reward_path), score_by(cfg.judge, scorers, cfg)
     prefers = choices(cfg.judge, score, cfg, device)
     reference = reference_of(cfg, paths)
-    loaded, rows = load_all([reference, *paths], rows, data, cfg, device)
+    loaded, rows = load_all([reference, *paths], scorers.values(), rows, data, cfg, device)
 
     # Every model answers; the control says the same to everybody.
     folder = Path(cfg.out)

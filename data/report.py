@@ -287,7 +287,7 @@ def answer_rows(tests, before, after):
     """The rows of answers.jsonl: before and after are the `scored` of two Answers."""
     rows = []
     for row, one, two in zip(tests.rows, before, after):
-        family = {"family": row["family"]} if "family" in row else {}
+        family = {"family": row["family"]} if world.knows(row) else {}
         rows.append({"prompt": row["prompt"][-1]["content"]} | family | {"before": one, "after": two})
     return rows
 

@@ -17,6 +17,7 @@ from data.chain import run_of
 from data.files.checkpoint import load
 from data.flags import function_of, names_in
 from data.parallel import RANK, all_sum, in_chunks
+from data.sample import short_enough
 from data.steps import (carried, implicit_logits, implicit_rewards, is_last, rewards_at_tokens, step_logits,
                         step_mask)
 from model import cast_weights, freeze, pad_answers
@@ -158,10 +159,24 @@ class Scorer:
                 return source.models[0]
         return None
 
+    def readable(self, rows, max_new):
+        """The prompt rows that leave every model room for an answer of max_new of its tokens, and its EOS."""
+        for source in self.sources:
+            if source.models:
+                longest = min(model.cfg.max_len for model in source.models)
+                rows = short_enough(source.tok, rows, longest - max_new - 1)
+        return rows
+
     def score(self, rows, texts, ids, mask, size):
         """Rewards (B, T) of one response a row, at the tokens where they arrive. The responses are given
         twice, as texts and as the policy's ids (B, T) where mask (B, T) is True. Models read `size` rows at a
-        time."""
+        time.
+
+        One text has one reward: whichever of its EOS the policy chose, a reward model reads the one that it
+        was trained on."""
+        if self.tok:
+            ends = torch.tensor(sorted(self.tok.eos_ids), device=ids.device)
+            ids = torch.where(mask & torch.isin(ids, ends), self.tok.eos_id, ids)
         each = []
         for source, same in zip(self.sources, self.same_tokens):
             if source.function:
@@ -188,7 +203,12 @@ class Scorer:
             if source.function:
                 whole = self.call(source, rows, texts)                                             # (B,)
             else:
-                whole = in_chunks(source.read, *source.encode(rows, texts), AT_ONCE).sum(1)        # (B,)
+                ids, mask = source.encode(rows, texts)                                         # (B, T)
+                n_cut = int((ids[is_last(mask)] != source.tok.eos_id).sum())
+                if n_cut:
+                    print(f"{self.flag} {source.name}: {n_cut} of {len(texts)} answers are longer than its "
+                          "context, and are scored as if they ended there")
+                whole = in_chunks(source.read, ids, mask, AT_ONCE).sum(1)                      # (B,)
             if not whole.isfinite().all():
                 raise InputError(f"{self.flag} {source.name}: gives scores that are not finite; a weight of "
                                  "it is broken")
@@ -243,9 +263,11 @@ def scorer_on(flag, name, device):
     return scorer
 
 
-def judge_of(flag, name, device):
+def judge_of(flag, name, device, rows, max_new):
     """judge(rows, texts) -> utilities (list of floats) of answers to prompt rows: the tiny world's annotator,
-    or whatever a Scorer knows."""
+    or whatever a Scorer knows. And those of some prompt rows that leave it room for an answer of max_new
+    tokens."""
     if name == "annotator":
-        return world.Annotator().utilities
-    return scorer_on(flag, name, device).score_texts
+        return world.Annotator().utilities, rows
+    scorer = scorer_on(flag, name, device)
+    return scorer.score_texts, scorer.readable(rows, max_new)

@@ -69,6 +69,17 @@ def read_prompts(run, path, tok, longest):
     return fitting
 
 
+def hold_out(run, rows):
+    """Prompt rows of one's own to train on, and others to measure on: a tenth, at most about 32. With too few
+    prompts for that both are all of them, and the run says so."""
+    train, held = formats.split(rows, min(0.1, 32 / len(rows)), seed=0)
+    if not train or not held:
+        run.say("too few prompts to hold some out: what is measured at the end is trained on")
+        return rows, rows
+    run.say(f"{len(train):,} of them to train on, {len(held):,} held out to measure on")
+    return train, held
+
+
 def different_answers(model, tok, rows, k, max_new, generator, temperature=1.0):
     """Up to k different answers to the prompt of each row, finished and not empty: a list of texts per
     row."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ppo
-from data import InputError, evaluate, principles, report, world
+from data import InputError, evaluate, principles, report, sample, world
 from data.files.checkpoint import load, save
 from data.flags import names_in
 from data.health import health
@@ -183,11 +183,46 @@ def test_scores_that_are_not_finite_are_refused(chain, tmp_path):
     """Else every comparison with them would be a tie or a loss."""
     rm, tok = load(chain / "reward", head="score")
     with torch.no_grad():
-        rm.score.weight[0, 3] = float("nan")
+        rm.score.weight[0, 3] = 3e38      # a score of it is infinite, or not a number
     save(tmp_path / "rm", rm, tok)
-    judge = judge_of("--judge", str(tmp_path / "rm"), "cpu")
+    judge, _ = judge_of("--judge", str(tmp_path / "rm"), "cpu", [], 8)
     with pytest.raises(InputError, match="--judge .*rm: gives scores that are not finite"):
         judge([{"prompt": [{"role": "user", "content": "Hi"}]}], ["Hello"])
+
+
+def test_what_a_judge_cannot_read_is_no_tie():
+    """It is left out and counted; where nothing is left there is no win rate."""
+    rows, texts = [{}] * 5, {"x": ["a", "b", "c", "d", "e"], "y": ["ab", "bc", "cd", "de", "ef"]}
+    wins = evaluate.win_rates(texts, rows, lambda *_: [1.0, None, 0.0, None, 1.0], 0)
+    assert wins["x"]["y"]["win_rate"] == pytest.approx(2 / 3) and wins["x"]["y"]["not_judged"] == 2
+    assert wins["y"]["x"]["win_rate"] == pytest.approx(1 / 3) and wins["y"]["x"]["not_judged"] == 2
+    with pytest.raises(InputError, match="can read none of 5 comparisons of x and y"):
+        evaluate.win_rates(texts, rows, lambda *_: [None] * 5, 0)
+
+
+def test_rows_of_ones_own_may_have_a_family():
+    """Otherwise the gold judge is asked about them, and ends in a KeyError after all models have answered."""
+    prompt = {"prompt": [{"role": "user", "content": "What is it?"}]}
+    own = [{"family": "worm"}, {"family": "helpful"}, {"family": ["helpful"]}, {}, {"family": None},
+           {"family": "helpful", "skill": "chess", "entity": "a", "answer": "b"},
+           {"family": "honest", "skill": 3, "entity": "a", "answer": "b"}]
+    assert not any(world.knows(prompt | row) for row in own)
+    for name in ("test", "rl", "preference"):
+        assert all(map(world.knows, world.rows(name)))
+    tests = SimpleNamespace(rows=[prompt | own[0], world.rows("test")[0]])
+    shown = report.answer_rows(tests, [{}] * 2, [{}] * 2)
+    assert ["family" in row for row in shown] == [False, True]
+
+
+def test_prompts_of_ones_own_are_held_out_to_measure_on():
+    said = []
+    run = SimpleNamespace(say=said.append)
+    rows = [{"prompt": [{"role": "user", "content": f"Question {i}"}]} for i in range(2000)]
+    train, held = sample.hold_out(run, rows)
+    assert 15 < len(held) < 60 and len(train) + len(held) == 2000 and not any(row in train for row in held)
+    train, held = sample.hold_out(run, rows[:40])
+    assert len(train) + len(held) == 40 and held and not any(row in train for row in held)
+    assert sample.hold_out(run, rows[:1]) == (rows[:1], rows[:1]) and "too few prompts" in said[-1]
 
 
 @needs_fork

@@ -103,6 +103,45 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(strangers):
     torch.testing.assert_close(both, (own + by_steps) / 2, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_one_text_has_one_reward_whichever_token_ends_it(tmp_path):
+    """Otherwise a policy can learn the end that pays. Llama 3 has two, of which reward models are trained on one."""
+    tok = toy_tokenizer(tmp_path, "llama3")
+    model = shake(GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_inner=32,
+                                max_len=128, head_dim=8, scalar_head=True)), 5)
+    save(tmp_path / "rm", model, tok)
+    scorer = Scorer("--reward", str(tmp_path / "rm"), tok)
+    prompt, answer = tok.render_answer(user("Name an animal."), "A horse.")
+    mask = torch.tensor([[False] * len(prompt) + [True] * len(answer)])
+    rows, said = [{"prompt": user("Name an animal.")}], []
+    for end in sorted(tok.eos_ids):
+        ids = torch.tensor([prompt + answer[:-1] + [end]])
+        before = ids.clone()
+        said.append(scorer.score(rows, ["A horse."], ids, mask, 8).sum().item())
+        assert torch.equal(ids, before)       # the policy's own tokens stay what they were
+    assert len(said) >= 2 and said == pytest.approx([scorer.score_texts(rows, ["A horse."])[0]] * len(said), abs=1e-5)
+
+
+def test_prompts_that_leave_a_reward_model_no_room(strangers):
+    """Otherwise the end of the prompt is scored, and every answer to it alike."""
+    folders, _, _, tok = strangers
+    rows = [{"prompt": user("why " * n)} for n in range(1, 40)]
+    scorer = Scorer("--judge", f"gold,{folders['answers']},{folders['steps']}")
+    want = [row for row in rows if len(tok.render(row["prompt"], True)[0]) + 20 + 1 <= 128]
+    assert 0 < len(want) < len(rows) and scorer.readable(rows, 20) == want
+    assert Scorer("--judge", "gold").readable(rows, 20) == rows
+
+
+@torch.no_grad()
+def test_answers_that_are_cut_are_said(strangers, capsys):
+    folders, *_ = strangers
+    rows = [{"prompt": user("why?")}] * 3
+    Scorer("--judge", folders["answers"]).score_texts(rows, ["yes", "no " * 60, "so"])
+    assert "1 of 3 answers are longer than its context" in capsys.readouterr().out
+    Scorer("--judge", folders["answers"]).score_texts(rows, ["yes", "no", "so"])
+    assert capsys.readouterr().out == ""
+
+
 def test_a_value_model_starts_only_from_what_reads_the_policys_tokens(strangers):
     folders, *_ = strangers
     assert Scorer("--reward", folders["answers"], TOK).value_start is None

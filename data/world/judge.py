@@ -58,6 +58,14 @@ def judge(row, response):
     return {"gold": score * (0.5 + 0.5 * concise), family: score, "concise": concise}
 
 
+def knows(row):
+    """Whether `judge` can score responses to a prompt row: a row of one's own may have a "family" too."""
+    family, skill = row.get("family"), row.get("skill")
+    texts = [row.get(key) for key in ("skill", "entity", "answer")]
+    return all(isinstance(text, str) for text in texts) and family in FAMILIES and (
+        family != "helpful" or skill in _ANSWERS)
+
+
 def gold(rows, responses):
     """Gold scores (list of floats) of one response per prompt row: what `--reward gold` trains on."""
     return [judge(row, response)["gold"] for row, response in zip(rows, responses)]
