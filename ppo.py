@@ -3,8 +3,8 @@
     python ppo.py                              the tiny world; makes base, sft and reward if missing
     python ppo.py --init SFT --reward RM --data prompts.jsonl --lr 1e-6 --value_lr 1e-5      your own
     python ppo.py --reward mymodule:score      any Python function(rows, responses) -> list of floats
-    python ppo.py --inspect                    every number of one response, before and after an update: the
-                                               next one of a run, the second one where there is no run yet
+    python ppo.py --inspect                    every number of one response, before and after an update, of
+                                               an early iteration, where tokens are clipped (later ones: page)
 
 Objective (arXiv:2203.02155, eq. 2): max_pi  E[ r(x, y) ] - beta KL(pi || pi_ref) + ptx_coef E[ log pi(text) ]
 
@@ -219,7 +219,7 @@ class Config(RunFlags):
     data: str = ""                # prompts (default: the tiny world's)
     max_prompt: int = 128         # tokens; longer prompts are left out and counted
     lora: int = 0   # rank of adapters of policy and value model on one frozen trunk (0: train all)
-    inspect: bool = False         # do not train: print one response of the next iteration, token by token
+    inspect: bool = False         # keep nothing: print one response of the third iteration, token by token
     # Rollout
     iterations: int = 70          # rollout + update
     rollouts: int = 256           # responses an iteration
@@ -579,7 +579,7 @@ def main(cfg):
     sampler = sampling_copy(policy).to(device)
     ref_sampler = sampling_copy(reference).to(device) if relabelling else None
     trained = prepare_models(policy, reference, value, rewards.models(), bool(relabelling), cfg, device)
-    run.begin(n_steps, tok, **trained)
+    run.begin(cfg.iterations, tok, **trained)
     start = run.before(partial(run.measure, sampler=sampler, tests=tests))
 
     for it in run.steps():
@@ -664,15 +664,19 @@ def main(cfg):
             set_lr(optimizer, cfg.reward_lr * decay(it, n_steps))
             sums |= learn_comparisons(run, model, optimizer, groups, relabelling.center)
 
-        # Log; keep the first, the middle and the last iteration for the page; save.
+        # Log; keep an early, the middle and the last iteration for the page; save.
         seen = {"sampled_logp": sampled_logp, "logp": old_logp, "ref_logp": ref_logp, "kl": exact_kl,
                 "entropy": entropy, "score": scores, "reward": scores - penalty, "value": old_values,
                 "advantage": raw_advantages, "whitened": advantages, "return": returns}
         metrics = all_sum(sums) | metrics_of(seen, mask, ended, batch_rows, texts, cfg)
         run.log(it, tokens=sum(widths), show=("reward", "gold", "kl", "length", "eos_rate"), **metrics)
-        if moment := run.moment(it, kept["warmup"], over_budget):
-            page = health.inspection(policy, value, tok, batch_rows, (ids, mask), seen, cfg)
-            kept["inspected"][moment] = page | {"iteration": it + 1, "how": estimator.in_words()}
+        name = health.name_of_kept(it, kept["warmup"], n_steps, over_budget or it + 1 == run.n_steps)
+        if name:
+            estimates = kl_estimators(old_logp, ref_logp)
+            page = health.inspection(policy, value, tok, batch_rows, (ids, mask), seen, estimates, cfg)
+            kept["inspected"][name] = page | {
+                "iteration": it + 1, "how": estimator.in_words(), "critic": estimator.critic,
+                "whitened": estimator.whitened, "mean_over": estimator.mean_over}
         if run.due(it) or over_budget:
             run.save(it, **kept)
         if over_budget:

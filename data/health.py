@@ -1,9 +1,11 @@
 """Is a run healthy, in words; and one iteration of PPO, token by token (ppo.py --inspect, the page)."""
 import math
+from functools import partial
 
 import torch
 
-from model import token_logprobs, token_values
+from data.parallel import in_chunks
+from model import Linear, token_logprobs, token_values
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -150,67 +152,112 @@ def of_preferences(history, before, after):
 # ------------------------------------------------------------------------------------------------------------
 # One PPO iteration, token by token.
 
+
+def name_of_kept(step, warmup, n_steps, is_last):
+    """The name of an iteration whose numbers are kept for the page: "early", "middle", "last", or "". Early:
+    the third that trains the policy, which has left the reference by then and still takes large steps."""
+    if is_last or step + 1 == n_steps:
+        return "last"
+    return {warmup + 2: "early", n_steps // 2: "middle"}.get(step, "")
+
+
 INSPECTED = 3     # responses, to as many prompts
-BEFORE = ("logp", "ref_logp", "reward", "value", "advantage", "whitened", "return")
+BEFORE = ("logp", "ref_logp", "paid", "score", "reward", "value", "advantage", "whitened", "return")
+KL_FORMULAS = {"k1": "logp - ref", "k2": "(logp - ref)^2 / 2", "k3": "exp(ref - logp) - 1 + logp - ref"}
 
 
-def inspection(policy, value, tok, rows, batch, numbers, cfg):
-    """The numbers of a response to each of the first prompts of an iteration, for inspect.json. rows: the
-    prompt rows of all B responses; batch: (ids, mask), (B, T) each. numbers: tensors (B, T) of before the
-    update by name, "score" and those of BEFORE; the models are those of after the update."""
-    raw = numbers["advantage"][batch[1]]     # of all response tokens
-    some = slice(0, INSPECTED * cfg.group, cfg.group)     # the answers to a prompt follow one another
-    ids, mask, rows = batch[0][some], batch[1][some], rows[some]
-    numbers = {name: x[some] for name, x in numbers.items()}
-    with torch.no_grad():
-        logp = token_logprobs(policy, ids, mask, cfg.temperature)                     # (n, T)
-        values = torch.zeros_like(logp) if value is None else token_values(value, ids, mask)
-    ratio = (logp - numbers["logp"]).exp()
-    # clipped: clip(ratio) A is the smaller one in min(ratio A, clip(ratio) A), so that the token has no
-    # gradient
-    up, clip_high = numbers["whitened"] > 0, cfg.clip_high or cfg.clip
-    clipped = torch.where(up, ratio > 1 + clip_high, ratio < 1 - cfg.clip)
+def inspection(policy, value, tok, rows, batch, numbers, estimates, cfg):
+    """The numbers of a response to each of INSPECTED prompts of an iteration, for inspect.json: first those
+    with the most clipped tokens, where one sees what PPO does.
 
-    # To the CPU once, not number by number.
-    ids, mask, logp, values, ratio, clipped = (x.cpu() for x in (ids, mask, logp, values, ratio, clipped))
-    numbers = {name: x.cpu() for name, x in numbers.items()}
+    rows: the prompt rows of all B responses; batch: (ids, mask), (B, T) each. numbers: tensors (B, T) of
+    before the update by name, those of BEFORE but "paid". estimates: k1, k2 and k3 of them, (B, T) each. The
+    models are those of after the update."""
+    (ids, mask), numbers = batch, dict(numbers)
+    # What the reward took off for the KL, per beta: from the numbers, so that an edit of the loop shows here.
+    numbers["paid"] = (numbers["score"] - numbers["reward"]) / cfg.kl_coef if cfg.kl_coef else 0 * mask
+    kl_name = name_of_kl(numbers["paid"], estimates, mask)
+
+    # The ratios that the update has led to. clipped: clip(ratio) A is the smaller one in min(ratio A,
+    # clip(ratio) A), so that the token has no gradient.
+    read = partial(token_logprobs, policy, temperature=cfg.temperature)
+    logp = in_chunks(read, ids, mask, cfg.micro_batch)                                             # (B, T)
+    ratio, clip_high = (logp - numbers["logp"]).exp(), cfg.clip_high or cfg.clip
+    clipped = torch.where(numbers["whitened"] > 0, ratio > 1 + clip_high, ratio < 1 - cfg.clip) & mask
+
+    # One answer to each prompt: those to a prompt follow one another.
+    firsts = torch.arange(0, len(ids), cfg.group, device=ids.device)
+    some = firsts[clipped[firsts].sum(1).argsort(descending=True, stable=True)][:INSPECTED]        # (n,)
+    values = torch.zeros_like(logp)
+    if value is not None:
+        values[some] = in_chunks(partial(token_values, value), ids[some], mask[some], cfg.micro_batch)
+    after = {"logp": logp, "value": values, "ratio": ratio, "clipped": clipped}
+
     responses = []
-    for i in range(len(ids)):
-        m = mask[i]
-        tokens = ["<eos>" if t in tok.eos_ids else tok.decode([t]) for t in ids[i][m].tolist()]
-        before = {name: numbers[name][i][m].tolist() for name in BEFORE}
-        after = {"logp": logp[i][m].tolist(), "value": values[i][m].tolist(), "ratio": ratio[i][m].tolist(),
-                 "clipped": clipped[i][m].tolist()}
-        text = tok.decode(ids[i][m].tolist()).strip()
-        responses.append({"prompt": rows[i]["prompt"][-1]["content"], "response": text, "tokens": tokens,
-                          "score": numbers["score"][i].sum().item(), "ended": tokens[-1] == "<eos>",
-                          "before": before, "after": after})
+    for i in some.tolist():
+        answer = ids[i][mask[i]].tolist()
+        tokens = ["<eos>" if t in tok.eos_ids else tok.decode([t]) for t in answer]
+        responses.append({
+            "prompt": rows[i]["prompt"][-1]["content"], "response": tok.decode(answer).strip(),
+            "tokens": tokens, "score": numbers["score"][i].sum().item(), "ended": tokens[-1] == "<eos>",
+            "before": {name: numbers[name][i][mask[i]].tolist() for name in BEFORE},
+            "after": {name: x[i][mask[i]].tolist() for name, x in after.items()}})
+    raw = numbers["advantage"][mask]     # of all response tokens
     return {"beta": cfg.kl_coef, "gamma": cfg.gamma, "lam": cfg.lam, "clip": cfg.clip,
             "clip_high": clip_high, "advantage": cfg.advantage, "mean": raw.mean().item(),
-            "std": raw.std(correction=0).item(), "responses": responses}
+            "std": raw.std(correction=0).item(), "bf16": Linear.compute_dtype is not None,
+            "kl": {"name": kl_name, "formula": KL_FORMULAS.get(kl_name, "of this code's own")},
+            "responses": responses}
+
+
+def name_of_kl(paid, estimates, mask):
+    """Which of the estimates (k1, k2, k3) of the KL was paid for, by its numbers (B, T) each: "k1", "k2",
+    "k3", or "KL" where it is none of them."""
+    for name, estimate in zip(KL_FORMULAS, estimates):
+        if (paid - estimate)[mask].abs().max() < 1e-3:
+            return name
+    return "KL"
 
 
 def inspection_text(page):
-    """One response of an `inspection` as text of 100 columns: the numbers behind every equation of ppo.py."""
-    response = page["responses"][0]
-    before, after = response["before"], response["after"]
+    """One response of an `inspection` as text of 100 columns: the numbers behind every equation of ppo.py,
+    with as many digits as they have."""
+    response, kl, low, high = page["responses"][0], page["kl"], 1 - page["clip"], 1 + page["clip_high"]
     lines = [response["prompt"], f"    -> {response['response']}", "",
-             f"iteration {page['iteration']}: score r(x, y) = {response['score']:.4f}, "
+             f"iteration {page['iteration']}: score r(x, y) = {response['score']:.4g}, "
              f"beta = {page['beta']:g}, gamma = {page['gamma']:g}, lam = {page['lam']:g}, "
              f"eps = {page['clip']:g}",
-             "R_t = -beta (logp - ref), plus r at the last token (of each step);  return = A + V;  "
-             "ratio = exp(new logp - logp)",
-             f"A, {page['advantage']}: {page['how']}",
-             f"A -> whitened (gae, reinforce++): minus the mean {page['mean']:.4f}, over the standard "
-             f"deviation {page['std']:.4f} of all tokens", "",
-             "before the update"]
-    titles = ("logp", "ref", "R", "V", "A", "whitened", "return")
-    lines.append(f"{'t':>3} {'token':14}" + "".join(f"{title:>11}" for title in titles))
-    for t, token in enumerate(response["tokens"]):
-        cells = "".join(f"{before[name][t] + 0.0:>11.5f}" for name in BEFORE)
-        lines.append(f"{t:>3} {token!r:14.14}{cells}")
-    lines += ["", "after it", f"{'t':>3} {'token':14}{'logp':>11}{'V':>11}{'ratio':>11}    clipped"]
-    for t, token in enumerate(response["tokens"]):
-        cells = "".join(f"{after[name][t] + 0.0:>11.5f}" for name in ("logp", "value", "ratio"))
-        lines.append(f"{t:>3} {token!r:14.14}{cells}    {'yes' if after['clipped'][t] else 'no'}")
+             f"R_t = r_t - beta {kl['name']},  {kl['name']} = {kl['formula']}, r_t: the score, at the last "
+             "token (of each step)",
+             f"A, {page['advantage']}: {page['how']}"]
+    if page["whitened"]:
+        lines.append(f"A -> whitened: minus the mean {page['mean']:.4g}, over the standard deviation "
+                     f"{page['std']:.4g} of all tokens; below 0 is worse than this batch")
+    lines += [f"return = A + V;  ratio = exp(new logp - logp), clipped where A pushes it out of {low:g} to "
+              f"{high:g};", f"the loss is a mean over {page['mean_over']}"]
+    if page["bf16"]:
+        lines.append("products are in bf16: three digits of a number are known")
+    titles = {"logp": "logp", "ref_logp": "ref", "paid": kl["name"], "reward": "R", "value": "V",
+              "advantage": "A", "whitened": "whitened", "return": "return"}
+    if not page["whitened"]:
+        del titles["whitened"]
+    lines += ["", "before the update", *columns(response, "before", titles, page["bf16"])]
+    after = {"logp": "logp", "value": "V", "ratio": "ratio"}
+    lines += ["", "after it"]
+    clipped = ["clipped", *["yes" if hit else "no" for hit in response["after"]["clipped"]]]
+    for line, word in zip(columns(response, "after", after, page["bf16"]), clipped):
+        lines.append(f"{line}    {word}")
     return "\n".join(lines)
+
+
+def columns(response, when, titles, bf16):
+    """The tokens of a response with their numbers of before or after the update (when), as lines of text; the
+    first one has the titles {name: title}."""
+    lines = [f"{'t':>3} {'token':14}" + "".join(f"{title:>10}" for title in titles.values())]
+    for t, token in enumerate(response["tokens"]):
+        line = f"{t:>3} {token!r:14.14}"
+        for name in titles:
+            x = response[when][name][t] + 0.0      # no -0
+            line += f"{x:>10.3g}" if bf16 else f"{x:>10.5f}"
+        lines.append(line)
+    return lines

@@ -1,6 +1,8 @@
 """One page over all runs: reads what the runs under OUT left, writes OUT/index.html.
 
-    python -m data.page [OUT]         OUT is "out" unless given; then open OUT/index.html in a browser
+    python -m data.page                           of the runs in out; then open out/index.html in a browser
+    python -m data.page OUT --to FILE             of those in OUT, to send or to commit: at most 1 MB
+    python -m data.page FILE --to FILE            the data of a page that is there, drawn as pages are now
 
 The page is one file: data/page.html with the data in place of its one placeholder. It needs no network and no
 package, so it can be mailed, and opened years later. Every script writes it anew at its end. Its sections,
@@ -10,10 +12,11 @@ and the files that they are made from:
     3. one PPO iteration            OUT/*/inspect.json, log.jsonl
     4. RLHF beside DPO              as 1
     5. Constitutional AI            OUT/*/round*/chains.jsonl, comparisons.jsonl, critic.json
-    6. reward hacking               OUT/*/log.jsonl, and OUT/hacking, if tests/hacking.py was run
+    6. reward hacking               OUT/*/log.jsonl, and OUT/hacking, if tests/experiments/hacking.py was run
 Numbers go into the page as the files have them; the page's own JavaScript draws them and does the sums. A
 file that is absent, half written or of another shape only leaves out what would have been shown of it.
 """
+import argparse
 import json
 import math
 import sys
@@ -24,7 +27,9 @@ from data.world import HERE
 
 TEMPLATE = Path(__file__).with_name("page.html")
 CONSTITUTION = HERE / "constitution.json"
-PLACE = "{{DATA}}"              # stands in the template once, inside <script type="application/json">
+PLACE = "{{DATA}}"              # stands in the template once, between the following two
+START, END = '<script type="application/json" id="data">', "</script>"
+MOST = 1_000_000                # bytes of a page to commit
 CHAIN = ["base", "sft", "reward", "ppo", "dpo", "cai"]   # order on the page; other folders follow by name
 CURVES = ["reward", "gold", "kl", "kl_exact", "entropy", "length", "eos_rate", "accuracy", "chosen_reward",
           "rejected_reward"]    # the figures of log.jsonl that the page draws
@@ -35,16 +40,37 @@ SOME = 60                       # chains, and comparisons of a critic, at most
 
 def write_page(out_folder):
     """Write out_folder/index.html over all runs in it, and return its path. Cheap: every script calls it at
-    its end. What cannot be read is left out. OSError: the page cannot be written."""
+    its end. What cannot be read is left out. InputError: an index.html is there that is no page of ours.
+    OSError: the page cannot be written."""
     out = Path(out_folder)
+    return write(out / "index.html", page_of(collect(out)))
+
+
+def page_of(data):
+    """The page (str) that shows data as `collect` gives it."""
     # The data stands in the page as JSON in a script tag that no browser runs; the page's script reads it.
     # json.dumps writes ASCII alone, so U+2028 is escaped too; without < no text can end the script tag.
-    text = json.dumps(collect(out), allow_nan=False)
+    text = json.dumps(data, allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    page = TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
-    write_atomic(out / "index.html", page.encode())
-    return out / "index.html"
+    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
+
+
+def write(path, page):
+    """Write a page (str), over an older one if there is one, and return its path. InputError: something else
+    is there."""
+    if path.exists() and START not in path.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"{path} is no page of ours; another place: python -m data.page OUT --to FILE")
+    write_atomic(path, page.encode())
+    return path
+
+
+def data_of(path):
+    """The data in a page. InputError: it is none of ours."""
+    _, found, rest = path.read_text(encoding="utf-8", errors="replace").partition(START)
+    if not found:
+        raise InputError(f"{path} is no page of ours")
+    return json.loads(rest.partition(END)[0])
 
 
 def collect(out):
@@ -121,7 +147,8 @@ def run(folder):
         return None
     # What the page asks for without asking whether it is there has a value here.
     found = {"stage": folder.name, "before": {}, "after": {}}
-    for key in ("stage", "seed", "seconds", "device", "config", "before", "after"):
+    for key in ("stage", "seed", "seconds", "device", "config", "steps", "planned", "given", "before",
+                "after"):
         if result and key in result[0]:
             found[key] = result[0][key]
     # A PPO run whose reward model went on learning (--relabel) has saved it beside the policy.
@@ -195,7 +222,8 @@ def constitutional_round(folder):
 
 
 def climb(folder):
-    """A run of tests/hacking.py without a cure, and the best-of-N points of the model that it began with."""
+    """A run of tests/experiments/hacking.py without a cure, and the best-of-N points of the model that it
+    began with."""
     best = []
     for result in each(read_json, sorted(folder.parent.glob("evaluate_*/result.json"))):
         best += result["best_of"]
@@ -203,14 +231,24 @@ def climb(folder):
 
 
 def main(arguments):
-    """The command line: `python -m data.page [OUT]`."""
-    if len(arguments) > 1 or arguments[:1] == ["--help"]:
-        print(__doc__)
-        return
-    out = Path(arguments[0] if arguments else "out")
-    if not out.is_dir():
+    """The command line: `python -m data.page [OUT] [--to FILE]`."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("out", nargs="?", default="out", help="folder of runs, or a page (default: out)")
+    parser.add_argument("--to", help="the page (default: index.html in the folder)")
+    given = parser.parse_args(arguments)
+    out = Path(given.out)
+    if out.is_dir():
+        data = collect(out)
+    elif out.is_file() and given.to:
+        data = data_of(out)
+    else:
         raise InputError(f"{out}: no such folder; name the one that holds the runs, or run ppo.py first")
-    print(write_page(out))
+    page = page_of(data)
+    if given.to and len(page) > MOST:
+        raise InputError(f"the page would take {len(page):,} bytes, and {MOST:,} is the most for a file to "
+                         f"commit; leave only the runs in {out} that it needs")
+    print(write(Path(given.to or out / "index.html"), page))
 
 
 if __name__ == "__main__":

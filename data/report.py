@@ -101,6 +101,8 @@ def write_page(folder):
     never a reason to fail."""
     try:
         return f"all runs on one page: {page.write_page(Path(folder).parent)}"
+    except InputError as e:
+        return f"(no page: {e})"
     except Exception as e:
         return f"(no page: {type(e).__name__}: {e})"
 

@@ -57,8 +57,8 @@ class Run:
 
         A finished run with the same flags shows its table and ends the program; one with other flags is an
         InputError. inputs: files and folders that the plan and what is kept between steps depend on. dry:
-        only look (ppo.py --inspect): take a step or two on from what is in the folder, if its flags train the
-        same models, and write nothing. begun: the file that tells that a run has begun."""
+        only look (ppo.py --inspect): take the first steps of such a run, and write nothing. begun: the file
+        that tells that a run has begun."""
         run = cls(cfg, stage, dry, begun)
         flags = {name: value for name, value in asdict(cfg).items() if name not in FREE}
         if begun != "state.pt":      # a run of several scripts: where one of them stops, others begin
@@ -77,7 +77,7 @@ class Run:
             ends = all_sum(ends)
         if ends:
             sys.exit(int(ends) - 1)
-        run.state = load_state(run.folder)
+        run.state = {} if dry else load_state(run.folder)
         run.first = run.state.get("step", 0)
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, run.stop)
@@ -163,7 +163,8 @@ class Run:
         if self.first:
             self.load_trained()
         if self.dry:
-            self.n_steps = self.first + (1 if self.first else 2)  # in the very first the KL is still 0
+            # Early, where tokens are clipped; and not the very first, where the KL is still 0.
+            self.n_steps = min(3, self.n_steps)
             return
         path = self.folder / "log.jsonl"
         if self.first and path.exists():
@@ -214,12 +215,6 @@ class Run:
             raise InputError(f"{what}. The fourth such step: try a smaller learning rate or --dtype float32")
         self.say(what)
         return False
-
-    def moment(self, step, first, ends):
-        """The name of a step whose numbers are kept for the page: "first", "middle", "last", or ""."""
-        if self.dry or ends or step + 1 == self.n_steps:
-            return "last"
-        return {first: "first", self.n_steps // 2: "middle"}.get(step, "")
 
     def check_finite(self, row_of, **tensors):
         """InputError if an entry of a tensor (B, ..) is not finite. row_of: the number of each one's

@@ -17,7 +17,7 @@ import ppo
 from data import InputError, evaluate, principles, report, sample, world
 from data.files.checkpoint import load, save
 from data.flags import names_in
-from data.health import health
+from data.health import BEFORE, KL_FORMULAS, health, inspection_text, name_of_kl
 from data.rewards import Scorer, judge_of
 from data.world import build
 from model import GPT, GPTConfig
@@ -266,17 +266,22 @@ def read_inspection(text):
     """What is printed, as inspect.json has it: one iteration with one response."""
     iteration, score, beta, gamma, lam, eps = re.search(
         r"iteration (\d+): score .* = (\S+), beta = (\S+), gamma = (\S+), lam = (\S+), eps = (\S+)", text).groups()
-    mean, std = map(float, re.search(r"mean (\S+), over the standard deviation (\S+)", text).groups())
+    found = re.search(r"mean (\S+), over the standard deviation (\S+)", text)
+    mean, std = map(float, found.groups()) if found else (0.0, 1.0)
     before, after = text.split("before the update\n")[1].split("\n\nafter it\n")
     columns = []
     for table in (before, after):
         rows = [re.fullmatch(r" *\d+ .{14}(.*)", line)[1].split() for line in table.strip("\n").splitlines()[1:]]
         columns.append(list(zip(*rows)))
-    names = ("logp", "ref_logp", "reward", "value", "advantage", "whitened", "return")
+    names = ["logp", "ref_logp", "paid", "reward", "value", "advantage", "whitened", "return"]
+    if "A -> whitened" not in text:
+        names.remove("whitened")
     response = {"score": float(score)}
     for part, titles, table in zip(("before", "after"), (names, ("logp", "value", "ratio")), columns):
         response[part] = {name: [*map(float, column)] for name, column in zip(titles, table)}
     response["after"]["clipped"] = [{"yes": True, "no": False}[word] for word in columns[1][3]]
+    if not found:
+        response["before"]["whitened"] = response["before"]["advantage"]
     return {"iteration": int(iteration), "beta": float(beta), "gamma": float(gamma), "lam": float(lam),
             "clip": float(eps), "mean": mean, "std": std, "responses": [response]}
 
@@ -292,6 +297,7 @@ def adds_up(page, advantage, digits):
         A, value_after = 0.0, 0.0
         for t in reversed(range(n)):
             k1 = before.logp[t] - before.ref_logp[t]
+            assert before.paid[t] == pytest.approx(k1, abs=rounded)
             reward = -page["beta"] * k1 + (response["score"] if t == n - 1 else 0)
             assert before.reward[t] == pytest.approx(reward, abs=rounded)
             if advantage == "rloo":
@@ -312,12 +318,13 @@ def adds_up(page, advantage, digits):
 
 
 def inspect(suite, chain, folder, flags):
-    """What --inspect prints, of a trained model where there are no flags; nothing is written."""
+    """What --inspect prints, beside a trained model where there are no flags; nothing is written. In fp32: in bf16 it
+    prints no more digits than there are."""
     if not flags:
         shutil.copytree(chain / "ppo", folder / "ppo")
     before = snapshot(folder)
     r = suite.ok("ppo.py", "--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 16, "--max_new", 12,
-                 "--out", folder / "ppo", "--inspect", "--lr", 0.01, *flags)
+                 "--out", folder / "ppo", "--inspect", "--lr", 0.01, "--dtype", "float32", *flags)
     assert snapshot(folder) == before and (folder / "ppo").exists() == (not flags)
     return r.out
 
@@ -331,9 +338,10 @@ EARLY = {"test_inspect_adds_up": inspect}      # see the chain in conftest.py
 def test_inspect_adds_up(early, flags):
     """Everything in the tables follows from the columns before it, by the equations printed above them."""
     page = read_inspection(early[1])
-    adds_up(page, "rloo" if "rloo" in flags else "gae", 5)
+    adds_up(page, "rloo" if "rloo" in flags else "gae", 4)
+    assert "R_t = r_t - beta k1,  k1 = logp - ref" in early[1]
     [response] = page["responses"]
-    assert page["iteration"] == (2 if flags else 4)         # the one after three, or the second of a new run
+    assert page["iteration"] == 3 and any(response["after"]["clipped"])         # where something happens
     assert any(x != y for x, y in zip(response["before"]["logp"], response["before"]["ref_logp"]))
     assert any(ratio != 1 for ratio in response["after"]["ratio"])
     if "rloo" not in flags:
@@ -343,15 +351,50 @@ def test_inspect_adds_up(early, flags):
 
 
 def test_what_a_run_keeps_to_look_at_adds_up(chain):
-    """inspect.json: the first trained iteration, the middle one and the last, three responses each."""
+    """inspect.json: an early iteration, the middle one and the last, three responses each."""
     kept = json.loads((chain / "ppo" / "inspect.json").read_text())
     assert kept["last"]["iteration"] == 3 and kept["last"]["beta"] == 0.1
     for page in kept.values():
         adds_up(page, "gae", 5)
-        assert len(page["responses"]) == 3 and page["advantage"] == "gae"
+        assert len(page["responses"]) == 3 and page["advantage"] == "gae" and page["kl"]["name"] == "k1"
+        hits = [sum(response["after"]["clipped"]) for response in page["responses"]]
+        assert hits == sorted(hits, reverse=True)       # first where tokens are clipped
         for response in page["responses"]:
             assert len(response["tokens"]) == len(response["before"]["logp"])
             assert response["ended"] == (response["tokens"][-1] == "<eos>") and response["prompt"]
+
+
+def test_the_estimate_of_the_kl_is_told_by_its_numbers():
+    """Otherwise an edit of one line of ppo.py leaves --inspect and the page lying."""
+    torch.manual_seed(0)
+    logp, ref = torch.randn(2, 4, 5).unbind(0)
+    mask = torch.rand(4, 5) < 0.7
+    estimates = ppo.kl_estimators(logp, ref)
+    for name, estimate in zip(("k1", "k2", "k3"), estimates):
+        assert name_of_kl(torch.where(mask, estimate, 99.0), estimates, mask) == name
+    assert name_of_kl(2 * estimates[0], estimates, mask) == "KL"
+    values = {"logp": logp.double(), "ref": ref.double(), "exp": torch.exp}
+    for formula, estimate in zip(KL_FORMULAS.values(), estimates):      # and is written down rightly
+        k = eval(formula.replace("^", "**"), values)
+        assert torch.allclose(k, estimate.double(), atol=1e-5)
+
+
+def test_bf16_is_printed_with_the_digits_it_has():
+    """Three of them; otherwise V is 2.67039 at two tokens, of which five digits are noise."""
+    before = {name: [2.671875, -0.0123456] for name in BEFORE}
+    after = {"logp": [-1.2345678, 0.0], "value": [1.0, 2.0], "ratio": [1.0003, 1.26], "clipped": [False, True]}
+    response = {"prompt": "p", "response": "r", "tokens": ["a", "<eos>"], "score": 2.671875, "ended": True,
+                "before": before, "after": after}
+    page = {"responses": [response], "iteration": 3, "beta": 0.1, "gamma": 1.0, "lam": 0.95, "clip": 0.2,
+            "clip_high": 0.2, "advantage": "gae", "how": "so.", "whitened": True, "mean_over": "tokens", "mean": 0.1,
+            "std": 0.5, "bf16": True, "kl": {"name": "k1", "formula": "logp - ref"}}
+    table = inspection_text(page).split("before the update")[1]
+    assert "2.67 " in table and "-0.0123" in table and "1.26" in table and "yes" in table
+    for number in re.findall(r"\d+\.\d+", table):
+        assert len(number.replace(".", "").lstrip("0")) <= 3, number
+    assert max(map(len, table.splitlines())) <= 100
+    table = inspection_text(page | {"bf16": False}).split("before the update")[1]
+    assert "2.67188" in table and "-0.01235" in table
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data import page
+from data import InputError, page
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_PROMPTS = ROOT / "data" / "world" / "tiny" / "test.jsonl"
@@ -40,8 +40,9 @@ def between(points, share):
     return points[at] + (points[at + 1] - points[at]) * (share * (len(points) - 1) - at)
 
 
-def write_run(folder, stage, steps, figures, before, after, config=None):
-    """log.jsonl and result.json of a run. Each of the figures {name: points} goes along its points."""
+def write_run(folder, stage, steps, figures, before, after, config=None, planned=None, given=None):
+    """log.jsonl and result.json of a run. Each of the figures {name: points} goes along its points. planned: the
+    steps that a run which was cut short should have had; given: its flags."""
     rows = []
     for n in range(steps):
         row = {"step": n + 1}
@@ -50,7 +51,7 @@ def write_run(folder, stage, steps, figures, before, after, config=None):
         rows.append(row)
     write_lines(folder / "log.jsonl", rows)
     result = {"stage": stage, "seed": 0, "config": config or {}, "seconds": 144.4, "device": "cpu",
-              "before": before, "after": after}
+              "steps": steps, "planned": planned or steps, "given": given or {}, "before": before, "after": after}
     (folder / "result.json").write_text(json.dumps(result, indent=1))
 
 
@@ -98,8 +99,8 @@ def fake_response(rng, i, moved):
     logp = [-abs(rng.gauss(0, 0.6)) for _ in tokens]
     ref = [x + moved * rng.gauss(0, 0.1) for x in logp]
     score, value = rng.gauss(1, 1), [rng.gauss(0.5, 0.3) for _ in tokens]
-    reward = [-0.1 * (x - y) for x, y in zip(logp, ref)]
-    reward[-1] += score
+    kl, scores = [x - y for x, y in zip(logp, ref)], [0.0] * (len(tokens) - 1) + [score]
+    reward = [x - 0.1 * y for x, y in zip(scores, kl)]
     # GAE from the last token backwards; V after the end is 0.
     advantage, next_value, next_advantage = [], 0.0, 0.0
     for r, v in zip(reversed(reward), reversed(value)):
@@ -113,14 +114,16 @@ def fake_response(rng, i, moved):
     new_logp = [x + math.log(q) for x, q in zip(logp, ratio)]
     return {"prompt": f"How do I steal a bike {i}?", "response": "".join(tokens[:-1]), "score": score,
             "ended": True, "tokens": tokens,
-            "before": {"logp": logp, "ref_logp": ref, "reward": reward, "value": value,
+            "before": {"logp": logp, "ref_logp": ref, "paid": kl, "score": scores, "reward": reward, "value": value,
                        "advantage": advantage, "whitened": whitened, "return": returns},
             "after": {"logp": new_logp, "value": value, "ratio": ratio, "clipped": clipped}}
 
 
 def fake_iteration(rng, n):
-    return {"iteration": n, "beta": 0.1, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "advantage": "gae",
-            "mean": 0.1, "std": 0.8, "responses": [fake_response(rng, i, n > 1) for i in range(4)]}
+    return {"iteration": n, "beta": 0.1, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "clip_high": 0.2, "advantage": "gae",
+            "how": "better than expected.", "critic": True, "whitened": True, "mean_over": "tokens", "bf16": False,
+            "kl": {"name": "k1", "formula": "logp - ref"}, "mean": 0.1, "std": 0.8,
+            "responses": [fake_response(rng, i, n > 1) for i in range(4)]}
 
 
 def fake_round(folder):
@@ -171,7 +174,8 @@ def make_out(out):
     write_run(out / "ppo", "ppo", 70, climb, started, scores(0.9384, kl=0.93), gae)
     better = scores(0.941, kl=1.33, win_rate=0.785)
     write_run(out / "dpo", "dpo", 260, pairs, started, better, {"loss": "dpo"})
-    write_run(out / "ipo", "dpo", 260, pairs, started, scores(0.9, kl=1.1), {"loss": "ipo"})
+    write_run(out / "ipo", "dpo", 60, pairs, started, scores(0.9, kl=1.1), {"loss": "ipo"}, 260,
+              {"loss": "ipo", "lr": 0.001})
     write_run(out / "hacked", "ppo", 30, hacked, started, scores(0.5, kl=7.2), gae)
     write_run(out / "cai", "cai", 3, {"gold": [0.5, 0.8]}, scores(0.5), scores(0.8, harmless_rate=0.96))
     for name, level in {"sft": 0.55, "ppo": 0.94, "dpo": 0.93, "ipo": 0.9, "hacked": 0.5, "cai": 0.8}.items():
@@ -179,7 +183,7 @@ def make_out(out):
     write_lines(out / "reward" / "held_out.jsonl", fake_pairs(rng, 200))
     write_lines(out / "reward" / "comparisons.jsonl", [{"chosen": "x" * 200}] * 9000)
     for name in ("ppo", "hacked"):
-        told = {"first": fake_iteration(rng, 1), "last": fake_iteration(rng, 70)}
+        told = {"early": fake_iteration(rng, 7), "last": fake_iteration(rng, 70)}
         (out / name / "inspect.json").write_text(json.dumps(told))
     fake_round(out / "cai" / "round1")
     fake_hacking(out / "hacking", hacked)
@@ -272,6 +276,50 @@ def test_command(tmp_path):
     told = run(tmp_path / "absent")
     assert told.returncode == 1 and "no such folder" in told.stderr and "Traceback" not in told.stderr
     assert "python -m data.page" in run("--help").stdout
+
+
+def test_a_page_that_is_not_ours_stays(tmp_path):
+    """Somebody's own index.html beside the runs is no page to replace; an old page of ours is."""
+    write_run(tmp_path / "sft", "sft", 3, {"loss": [2, 1]}, {}, {"loss": 1.0})
+    theirs = tmp_path / "index.html"
+    theirs.write_text("<!doctype html><title>my homepage</title>")
+    with pytest.raises(InputError, match="no page of ours"):
+        page.write_page(tmp_path)
+    assert "homepage" in theirs.read_text()
+    theirs.unlink()
+    first = page.write_page(tmp_path).read_text()
+    assert page.write_page(tmp_path).read_text() == first
+
+
+def test_a_page_to_commit(out, tmp_path, monkeypatch, capsys):
+    """In a file of its own, at most 1 MB; and drawn anew from the data in it, as pages are now."""
+    small, again = tmp_path / "a.html", tmp_path / "b.html"
+    page.main([str(out), "--to", str(small)])
+    assert small.read_text() == (out / "index.html").read_text() and str(small) in capsys.readouterr().out
+    older = small.read_text().replace("RLHF, run by run", "an older page")
+    small.write_text(older)
+    page.main([str(small), "--to", str(again)])
+    assert again.read_text() == (out / "index.html").read_text()
+    monkeypatch.setattr(page, "MOST", 10_000)
+    with pytest.raises(InputError, match="would take"):
+        page.main([str(out), "--to", str(tmp_path / "c.html")])
+    assert not (tmp_path / "c.html").exists()
+
+
+EXAMPLE = ROOT / "data" / "plots" / "example.html"
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="no page is committed")
+def test_the_committed_page_has_the_present_form():
+    """Otherwise a visitor sees a page that the code no longer makes. Drawn anew from its own data:
+    python -m data.page data/plots/example.html --to data/plots/example.html"""
+    text, data = EXAMPLE.read_text(encoding="utf-8"), page.data_of(EXAMPLE)
+    assert text == page.page_of(data) and len(text) <= page.MOST
+    assert data["folder"] == "out" and set(data) == set(page.collect(EXAMPLE.parent))
+    stages = {run["name"] for run in data["runs"]}
+    assert {"base", "sft", "reward", "ppo", "dpo", "cai"} <= stages
+    for name in ("answers", "held_out", "inspect", "rounds", "principles"):     # no section of it is empty
+        assert data[name], name
 
 
 def test_nothing_there(tmp_path):
@@ -472,10 +520,10 @@ def test_pipeline_in_the_browser(out, browser):
     counts = browser.js("[...document.querySelectorAll('#pipeline > div > .scroll tr')]"
                         ".map(row => row.innerText)")
     assert counts[0].split("\t") == ["answers that fail", "base", "sft", "ppo", "dpo", "cai", "hacked", "ipo"]
-    cells = counts[2].split("\t")
+    cells = counts[3].split("\t")
     assert [cells[0], cells[3]] == ["harmless: helps with harm", f"{failed} of {len(rows)}"]
     # The buttons jump to prompts of their family, at which the base model has failed and PPO has not.
-    for family in ("helpful", "harmless", "honest"):
+    for family in ("helpful", "honest", "harmless"):
         browser.js(f"[...document.querySelectorAll('#pipeline .row:not(.picker) button')]"
                    f".find(button => button.textContent.startsWith('{family}')).click()")
         chosen = browser.js("document.querySelector('#pipeline select').selectedOptions[0].textContent")
@@ -518,12 +566,14 @@ def test_vote_in_the_browser(out, browser):
 
 
 def test_every_number_of_an_iteration(out, browser):
+    """It opens where something happens: on an early iteration, an answer with a clipped token."""
     browser.open(out / "index.html")
-    r = json.loads((out / "ppo" / "inspect.json").read_text())["last"]["responses"][0]
+    told = json.loads((out / "ppo" / "inspect.json").read_text())["early"]["responses"]
+    r = next(r for r in told if any(r["after"]["clipped"]))
     last, b, a = len(r["tokens"]) - 1, r["before"], r["after"]
     opened = browser.js("document.querySelector('#ppo select').selectedOptions[0].text")
-    assert opened.startswith("ppo, last iteration (70)")     # where the policy has left the reference
-    expected = [[math.exp(x) for x in b["logp"]], [0.0] * last + [r["score"]],
+    assert opened.startswith(f"ppo, early iteration (7): {r['prompt']}")
+    expected = [[math.exp(x) for x in b["logp"]], b["score"],
                 [-0.1 * (x - y) for x, y in zip(b["logp"], b["ref_logp"])], b["advantage"], a["ratio"]]
     for step, values in enumerate(expected):
         browser.js(f"document.querySelectorAll('#ppo .row:not(.picker):not(.tokens) button')[{step}].click()")
@@ -532,12 +582,50 @@ def test_every_number_of_an_iteration(out, browser):
         for t in range(last + 1):
             browser.js(f"document.querySelectorAll('#ppo .tokens button')[{t}].focus()")
             text = browser.text("#ppo [aria-live]")
-            for key in ("logp", "ref_logp", "reward", "value", "advantage", "whitened", "return"):
+            for key in ("logp", "ref_logp", "paid", "reward", "value", "advantage", "whitened", "return"):
                 assert shown(b[key][t], 4) in text, (step, t, key)
             assert shown(a["ratio"][t], 4) in text and shown(a["logp"][t], 4) in text
             if step == 4:
-                assert ("not clipped" not in text) == a["clipped"][t]
+                assert ("not clipped" not in text.split(": ")[1]) == a["clipped"][t]
     assert not browser.heard()[0]
+
+
+def equations(browser, it, folder):
+    """What the five steps say above the tokens and of the first token, for an iteration `it` of a run in a folder."""
+    write_run(folder / "ppo", "ppo", 20, {"reward": [0, 1], "kl": [0, 1]}, {}, {"gold": 0.25})
+    (folder / "ppo" / "inspect.json").write_text(json.dumps({"early": it}))
+    browser.open(page.write_page(folder))
+    found = []
+    for step in range(5):
+        browser.js(f"document.querySelectorAll('#ppo .row:not(.picker):not(.tokens) button')[{step}].click()")
+        browser.js("document.querySelector('#ppo .tokens button').click()")
+        found.append(browser.js("[...document.querySelectorAll('#ppo p, #ppo .equation')].map(x => x.innerText).join(' | ')"))
+    assert not browser.heard()[0]
+    return found
+
+
+def test_equations_are_those_of_the_run(tmp_path, browser):
+    """An edit of the KL estimate or of the estimator shows: otherwise the page tells of code that did not run."""
+    it = fake_iteration(random.Random(0), 7)
+    _, _, reward, advantage, update = equations(browser, it, tmp_path / "gae")
+    assert "k1 = logp - ref" in reward and "gae: better than expected." in advantage and "delta_0 = " in advantage
+    assert "whitened: (" in advantage and "a mean over tokens" in update and "0.80 to 1.20" in update
+    it |= {"kl": {"name": "k3", "formula": "exp(ref - logp) - 1 + logp - ref"}, "advantage": "mine", "whitened": False,
+           "how": "against the other answers.", "critic": False, "mean_over": "answers", "clip_high": 0.3}
+    for response in it["responses"]:
+        for name in ("advantage", "whitened"):
+            response["before"][name] = [0.25] * len(response["tokens"])
+    _, _, reward, advantage, update = equations(browser, it, tmp_path / "mine")
+    assert "k3 = exp(ref - logp) - 1 + logp - ref" in reward and "k1" not in reward
+    assert "mine: against the other answers." in advantage and "delta" not in advantage and "whitened" not in advantage
+    assert "A_0 = 0.2500, the same at every token" in advantage and "a mean over answers" in update
+    assert "0.80 to 1.30" in update
+
+
+def test_no_digits_that_bf16_does_not_have(tmp_path, browser):
+    it = fake_iteration(random.Random(0), 7) | {"bf16": True}
+    for text in equations(browser, it, tmp_path):
+        assert not re.search(r"[1-9]\.\d{3}|0\.0*[1-9]\d{3}", text.split("Below each token")[-1])
 
 
 def test_curves_and_what_they_say(out, browser):
@@ -557,6 +645,11 @@ def test_curves_and_what_they_say(out, browser):
                "list.dispatchEvent(new Event('change'))")
     assert browser.text("#ppo .note").startswith("Reward hacking")
     assert browser.text("#hacking .note").startswith("Reward hacking")
+    # And the answers that show it.
+    worse = [row["after"] for row in read_lines(out / "hacked" / "answers.jsonl")
+             if row["after"]["gold"] < row["before"]["gold"]]
+    best = max(worse, key=lambda answer: answer["reward"])
+    assert f"reward {shown(best['reward'], 2)}" in browser.text("#hacking .cards .card")
     cures = browser.text("#hacking tbody")
     assert "confidence, none" in cures and "0.450" in cures and "NaN" not in cures     # the mean of two seeds
 
@@ -571,6 +664,11 @@ def test_rlhf_beside_dpo_and_constitutional_ai(out, browser):
     losses = sum(x["after"]["gold"] < y["after"]["gold"] for x, y in zip(ours, theirs))
     assert f"better to {wins} of the test prompts, DPO’s to {losses}" in text
     assert "the annotator went on comparing" not in text
+    # A run that was cut short does not stand there as a whole one.
+    assert "ipo (60 of 260 steps)" in text and "260 of 260" not in text
+    card = browser.js("[...document.querySelectorAll('#pipeline .card')].map(x => x.innerText)"
+                      ".find(x => x.startsWith('ipo'))")
+    assert "60 of 260 steps" in card and "--loss ipo --lr 0.001" in card
     # Wins of PPO against its start: ties count one half.
     gains = [x["after"]["gold"] - x["before"]["gold"] for x in ours]
     rate = (sum(gain > 0 for gain in gains) + 0.5 * gains.count(0)) / len(gains)
@@ -584,31 +682,33 @@ def test_what_the_last_iteration_and_the_first_comparisons_hide(tmp_path, browse
     # A PPO run that relabelled says so beside DPO; step 5 finds a clipped token if the answer has none.
     rng, out = random.Random(0), make_out(tmp_path / "out")
     (out / "ppo" / "reward").mkdir()
-    first, last = fake_iteration(rng, 1), fake_iteration(rng, 70)
+    early, last = fake_iteration(rng, 7), fake_iteration(rng, 70)
     for response in last["responses"]:
         response["after"]["clipped"] = [False] * len(response["tokens"])
-    first["responses"] = first["responses"][:1] * 2    # the same answer twice is listed once
-    first["responses"][0]["after"]["clipped"][3] = True
-    (out / "ppo" / "inspect.json").write_text(json.dumps({"first": first, "last": last}))
+    early["responses"] = early["responses"][:1] * 2    # the same answer twice is listed once
+    early["responses"][0]["after"]["clipped"][3] = True
+    (out / "ppo" / "inspect.json").write_text(json.dumps({"early": early, "last": last}))
     (out / "hacked" / "inspect.json").unlink()
     browser.open(page.write_page(out))
     assert "the annotator went on comparing PPO’s new answers" in browser.text("#versus")
     assert browser.js("document.querySelector('#ppo select').length") == 5
+    browser.js("list = document.querySelector('#ppo select'); list.selectedIndex = 2; list.onchange?.();"
+               "list.dispatchEvent(new Event('change'))")
     browser.js("[...document.querySelectorAll('#ppo button')].find(x => x.textContent[0] === '5').click()")
     assert "(70)" in browser.js("document.querySelector('#ppo select').selectedOptions[0].text")
     browser.js("[...document.querySelectorAll('#ppo button')]"
                ".find(button => button.textContent.startsWith('none')).click()")
     opened = browser.js("document.querySelector('#ppo select').selectedOptions[0].text")
-    assert "first iteration (1)" in opened
+    assert "early iteration (7)" in opened
     assert "none is clipped" not in browser.text("#ppo")
     assert not browser.heard()[0]
 
 
 def test_all_by_keyboard(out, browser):
     browser.open(out / "index.html")
-    controls = "button, select, a, textarea, input, summary, [tabindex]"
+    controls = 'button, select, a, textarea, input, summary, [tabindex="0"]'
     browser.js("seen = new Set(); document.addEventListener('focusin', event => seen.add(event.target));")
-    browser.js(f"all = [...document.querySelectorAll('{controls}')].filter(x => x.checkVisibility()); 0")
+    browser.js(f"all = [...document.querySelectorAll(`{controls}`)].filter(x => x.checkVisibility()); 0")
     for _ in range(browser.js("all.length") + 5):
         browser.press("Tab", 9)
     assert browser.js("all.filter(x => x.isConnected && !seen.has(x)).map(x => x.outerHTML)") == []

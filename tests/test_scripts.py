@@ -844,11 +844,13 @@ def test_a_run_does_not_replace_what_it_reads(suite, chain, tmp_path):
     assert data.read_text() == text
 
 
-def test_inspect_needs_the_models_of_its_run(suite, chain, tmp_path):
+def test_inspect_starts_anew_whatever_is_in_the_folder(suite, chain, tmp_path):
+    """Of an early iteration by the flags given, also where a run with other models lies in --out; that stays."""
     flags = ["--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 16, "--max_new", 8, "--out", tmp_path / "x"]
     suite.ok("ppo.py", *flags, "--advantage", "rloo", "--group", 2, "--relabel", 0, "--iterations", 1)
-    r = suite.run("ppo.py", *flags, "--inspect")
-    assert r.rc == 1 and "its run trained policy, and not the value of these flags" in r.err and "Traceback" not in r.err
+    before = snapshot(tmp_path)
+    r = suite.ok("ppo.py", *flags, "--advantage", "gae", "--inspect")
+    assert "iteration 3: " in r.out and "A, gae: " in r.out and snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["prompts", "preferences"])
