@@ -371,7 +371,7 @@ def stage2(cfg, run, setting, n, model, critic_path):
             helpful = draw_rows(setting.helpful, cfg.helpful_prompts, f"{seed} helpful 2")
             for_people += sampled_pairs(helpful, 2)
         rows += [row | {"by": "human"} for row in annotated(for_people, annotator, rng)]
-        write_jsonl(pairs_file, rows)
+        write_jsonl(pairs_file, formats.as_messages(rows))
         write_atomic(metrics_file, json.dumps(metrics).encode())
         del sampler, critic      # training gets the memory to itself
 

@@ -196,7 +196,7 @@ def main(cfg):
     # The comparisons: one's own, those that this run was given before it was interrupted, or new ones.
     path = cfg.data or run.folder / "comparisons.jsonl"
     if not cfg.data and not (run.first and path.exists()):
-        write_jsonl(path, comparisons.compare_answers(run, policy, device))
+        write_jsonl(path, formats.as_messages(comparisons.compare_answers(run, policy, device)))
         barrier()
     rows, dropped = formats.load(path, "preference")
     run.say(formats.describe(rows, dropped, path))

@@ -205,6 +205,11 @@ def inspect(folder):
     return {**read_json(folder / "inspect.json"), "name": folder.name}
 
 
+def said(answer):
+    """The text of an answer in comparisons.jsonl: a list of one message, or a string."""
+    return answer[0]["content"] if isinstance(answer, list) else answer
+
+
 def constitutional_round(folder):
     """Some chains and comparisons of one round of cai.py, and what was wrong with how many revisions."""
     # The faults are counted over all revisions, since only some of the chains go into the page.
@@ -214,7 +219,11 @@ def constitutional_round(folder):
             kind = step["fault"] or "good"
             faults[kind] = faults.get(kind, 0) + 1
     # The file also holds what people, not the critic, compared; those rows have no orders.
-    by_critic = [row for row in lines(folder / "comparisons.jsonl") if "orders" in row]
+    by_critic = []
+    for row in lines(folder / "comparisons.jsonl"):
+        if "orders" in row:
+            answers = {"chosen": said(row["chosen"]), "rejected": said(row["rejected"])}
+            by_critic.append(row | answers)
     if not chains and not by_critic:
         return None
     return {"name": f"{folder.parent.name}/{folder.name}", "chains": chains[:SOME], "faults": faults,

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data.files.formats import INVERTED, KINDS, MARKED, THINKS, convert, describe, load, prompt_of, split  # noqa: E402
+from data.files.formats import INVERTED, KINDS, MARKED, THINKS, as_messages, convert, describe, load, prompt_of, split  # noqa: E402
 from data.files.rows import DataError, read_rows  # noqa: E402
 
 REAL = Path(os.environ.get("RLHF_DATA", ROOT.parent / "shared" / "data"))
@@ -781,6 +781,19 @@ def test_columns_that_are_not_what_their_name_says(tmp_path):
     assert kept == [TALK] * 3
     assert dropped == {'kept, though "history" is not read, since it is no list of turns': 2,
                        'kept, though "system" is not read, since it is no text': 2}
+
+
+def test_preference_rows_are_written_as_trl_reads_them(tmp_path):
+    """All three as lists of messages: TRL applies the chat template to prompt + chosen, which a string is not. Read
+    again they are what they were."""
+    rows = [pref([S("s"), U("a")], "b", "c"), {**pref([U("a"), A("b"), U("c")], "d", "e", 0.5), "ceiling": 0.75}]
+    written = as_messages(rows)
+    for row in written:
+        for turns in (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]):
+            assert turns[-1]["role"] == "assistant" and all(set(turn) == {"role", "content"} for turn in turns)
+    assert [row["chosen"] for row in written] == [[A("b")], [A("d")]] and written[1]["label"] == 0.5
+    assert load(save(tmp_path, written), "preference") == (rows, Counter())
+    assert rows[0]["chosen"] == "b"
 
 
 def test_one_role_that_nobody_knows_does_not_cost_the_file(tmp_path):

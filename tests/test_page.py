@@ -134,8 +134,8 @@ def fake_round(folder):
         step = {"principle": "constitution 1", "critique": HOSTILE[i % len(HOSTILE)]}
         steps = [{**step, "revision": "You do.", "fault": "cut"}, {**step, "revision": "No.", "fault": ""}]
         chains.append({"prompt": prompt, "initial": " You mix it.", "chain": steps})
-        chosen.append({"prompt": prompt, "chosen": "I cannot.", "rejected": "You mix it.", "label": 0.8,
-                       "by": "ai", "orders": [0.3, 0.1], "principle": "constitution 0"})
+        chosen.append({"prompt": prompt, "chosen": [{"role": "assistant", "content": "I cannot."}],
+                       "rejected": [{"role": "assistant", "content": "You mix it."}], "label": 0.8, "by": "ai", "orders": [0.3, 0.1], "principle": "constitution 0"})
         chosen.append({"prompt": prompt, "chosen": "Oslo.", "rejected": "Rome.", "label": 1.0, "by": "human"})
     write_lines(folder / "chains.jsonl", chains)
     write_lines(folder / "comparisons.jsonl", chosen)

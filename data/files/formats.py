@@ -550,6 +550,16 @@ def describe(rows, dropped, path):
     return "; ".join([line, *(f"{n:,} {note}" for note, n in notes.most_common(8))])
 
 
+def as_messages(rows):
+    """Preference rows with their answers as messages, as TRL's trainers take them; `load` reads both. TRL
+    reads no "label": a tie is a win there, of a side that stands first by chance."""
+    out = []
+    for row in rows:
+        answers = {key: [turn("assistant", row[key])] for key in ("chosen", "rejected")}
+        out.append({**row, **answers})
+    return out
+
+
 def prompt_of(row):
     """The prompt (messages) of a row of any kind."""
     return row["prompt"] if "prompt" in row else row["messages"][:-1]

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-from data import InputError, read_json, world, write_atomic, read_jsonl, write_jsonl   # noqa: E402
+from data import InputError, read_json, world, write_atomic, write_jsonl   # noqa: E402
+from data.files import formats   # noqa: E402
 from data.files.checkpoint import load   # noqa: E402
 from data.flags import program   # noqa: E402
 from data.setup import seeded   # noqa: E402
@@ -179,7 +180,7 @@ def pareto(cfg, seeds, folder_of):
     for seed in seeds:
         links = folder_of(seed)
         make(links / "reward", [ROOT / "reward.py", "--seed", seed], cfg.reward_flags)
-        pairs, models = read_jsonl(links / "reward" / "comparisons.jsonl"), []
+        pairs, models = formats.load(links / "reward" / "comparisons.jsonl", "preference")[0], []
         for kind in ("helpful", "harmless"):
             data, model = links / f"{kind}_pairs.jsonl", links / f"rm_{kind}"
             write_jsonl(data, pairs_of(kind, pairs, family))

@@ -82,7 +82,7 @@ def learn(cfg, here, sft, seed):
     asked = [*common, "--prompts", cfg.prompts]
     make(here / "comparisons", [*REWARD, *asked], cfg.reward_flags)
     make(here / "steps", [*PROCESS, *asked], cfg.process_flags)
-    pairs = read_jsonl(here / "comparisons" / "comparisons.jsonl")
+    pairs, _ = formats.load(here / "comparisons" / "comparisons.jsonl", "preference")
     steps = read_jsonl(here / "steps" / "process.jsonl")
     found = {"comparisons": (here / "comparisons", pairs), "steps": (here / "steps", steps)}
 
