@@ -33,7 +33,6 @@ import json
 import random
 import re
 import shlex
-import shutil
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +45,7 @@ from data.chain import need, run_script, sibling, unfinished
 from data.files.checkpoint import load, save
 from data.endpoint import make_critic
 from data.flags import RunFlags, names_in, program
+from data.folder import take
 from data.parallel import WORLD
 from data.principles import (accuracy, agreement, compare, constitution, count_faults, critic_metrics,
                              explained, few_shots, gold_by_revision, transcript)
@@ -256,7 +256,7 @@ def chain_pairs(rows, chains):
 
 def stop_if_asked(run):
     """End the program after Ctrl-C or a polite kill."""
-    if run.stopping:
+    if run.is_asked_to_stop():
         raise KeyboardInterrupt("; the same command goes on from there")
 
 
@@ -282,9 +282,19 @@ def train(cfg, run, script, out, flags):
 
 def train_helpful_model(cfg, run, base, folder):
     """Train a model that helps with anything, harm included, from a base model. Both are folders."""
-    demos = f"{folder}_demos.jsonl"
+    demos = run.folder / "helpful_demos.jsonl"
     write_jsonl(demos, build.helpful_only(3000, 0))
     train(cfg, run, "sft.py", folder, ["--init", base, "--data", demos])
+
+
+def files_of_rounds(cfg):
+    """What the rounds leave in --out, besides the critic's answers, which are kept for good."""
+    names = ["helpful_demos.jsonl"]
+    for n in range(1, cfg.rounds + 1):
+        for name in ("chains.jsonl", "stage1.jsonl", "comparisons.jsonl", "critic.json", "rl.jsonl",
+                     "sl/", "reward/", "rl/"):
+            names.append(f"round{n}/{name}")
+    return names
 
 
 def stage1(cfg, run, setting, n, model, critic_path):
@@ -399,6 +409,7 @@ SECONDS = {"start": 5, "stage 1": 45, "stage 2": 100}   # about, on two cores: f
 
 def measure_critic(cfg, setting):
     """--critic_test: how often a critic is right about comparisons, on the screen and in critic.json."""
+    take(cfg, "critic_test", ["critic.json"])
     rows, dropped = formats.load(cfg.critic_test, "preference")
     print(formats.describe(rows, dropped, cfg.critic_test))
     critic = make_critic(cfg.critic or need(cfg, "base"), cfg, setting.shots, setting.device)
@@ -407,7 +418,6 @@ def measure_critic(cfg, setting):
     labels = compare(pairs, setting.choose, critic, random.Random(f"{cfg.seed} choices"))
     metrics = accuracy(labels, pairs) | critic_metrics(labels, pairs)
     print(explained(metrics))
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     text = json.dumps(metrics | {"critic": critic.name}, indent=1)
     write_atomic(Path(cfg.out) / "critic.json", text.encode())
 
@@ -429,11 +439,8 @@ def main(cfg):
     # the folders of the rounds, which go with --overwrite.
     files = [base, cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human]
     files += names_in(cfg.constitution) + names_in(cfg.few_shots)
-    run = Run.open(cfg, "cai", filter(None, files), begun="round1")
+    run = Run.open(cfg, "cai", filter(None, files), files_of_rounds(cfg), runs_scripts=True)
     (run.folder / "samples.txt").unlink(missing_ok=True)
-    if cfg.overwrite:
-        for folder in run.folder.glob("round*"):
-            shutil.rmtree(folder)
 
     # The model to start from: without --init a helpful-only one, trained now (half a minute) if need be.
     model = cfg.init or sibling(cfg, "helpful")
@@ -450,9 +457,7 @@ def main(cfg):
                          f"context of {policy.cfg.max_len}")
     own = None if setting.graded else setting.red
     tests = report.test_prompts(policy, tok, cfg.max_new, own, cfg.data)
-    n_steps = 1 + 2 * cfg.rounds
-    run.begin(n_steps, tok)
-    run.n_steps = n_steps      # --max_steps counts the steps of the other scripts
+    run.begin(1 + 2 * cfg.rounds, tok)
     columns = {}
 
     def measured(title, name, path, step, metrics):

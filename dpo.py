@@ -483,7 +483,7 @@ def main(cfg):
         # 4. Update: one step of AdamW. A gradient that is not finite never reaches the weights.
         set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
         norm = clip_grad_norm_(policy.parameters(), cfg.grad_clip)
-        if run.finite(norm, policy, plan[step]):
+        if run.allows_step(norm, policy, plan[step]):
             optimizer.step()
         optimizer.zero_grad()
 
@@ -492,8 +492,7 @@ def main(cfg):
             metrics["pairs"] = len(examples)
         n_tokens = sum(len(prompt) + len(first) + len(second) for prompt, first, second, _ in examples)
         run.log(step, tokens=n_tokens, **metrics, grad_norm=norm.item())
-        if run.due(step):
-            run.save(step, ref_logp=all_ref_logp)
+        run.save_when_due(step, ref_logp=all_ref_logp)
 
     # How good the policy has become, and how far it is from the reference.
     after, answers = measure("after")

@@ -53,7 +53,7 @@ from data.flags import RunFlags, names_in, program
 from data.parallel import RANK, WORLD, all_sum, generate_in_shares, in_chunks, micro_batches, prepare
 from data.relabel import Relabelling
 from data.rewards import Scorer
-from data.run import Run
+from data.run import Run, flags_of_its_run
 from data.setup import RELABEL, adamw, seeded, set_lr, setup
 from data.sample import hold_out, read_prompts
 from data.steps import is_last
@@ -512,7 +512,7 @@ def learn_comparisons(run, model, optimizer, groups, center):
             right = (pairs.weight * report.right((r_a - r_b).detach(), pairs.p)).sum()
             add_mean(sums, len(groups), rm_loss=loss, rm_accuracy=right)
         norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        if run.finite(norm, model, mini):
+        if run.allows_step(norm, model, mini):
             optimizer.step()
         optimizer.zero_grad()
     return sums
@@ -555,6 +555,8 @@ def finish(run, sampler, policy, reference, rewards, tests, start, inspected):
 
 def main(cfg):
     """Train a policy against a reward; or --inspect one iteration."""
+    if cfg.inspect:
+        cfg = flags_of_its_run(cfg)
     device = setup(cfg)
     check_flags(cfg)
     estimator = ESTIMATORS[cfg.advantage]
@@ -563,7 +565,8 @@ def main(cfg):
     reward_name = cfg.reward or need(cfg, "reward")
     init = cfg.init or need(cfg, "sft")
     data = cfg.data or world.TINY / "rl.jsonl"
-    run = Run.open(cfg, "ppo", [init, *names_in(reward_name), data], dry=cfg.inspect)
+    run = Run.open(cfg, "ppo", [init, *names_in(reward_name), data], ["inspect.json", "reward/"], cfg.inspect)
+    run.health = partial(health.health, cfg=cfg)
     n_steps = min(cfg.iterations, cfg.max_steps or cfg.iterations)     # those that will run
     kept = what_is_kept(run, n_steps)
 
@@ -600,7 +603,7 @@ def main(cfg):
         scores, ended = score(rewards, batch_rows, texts, ids, mask, tok, cfg)             # (B, T) and (B,)
         old_logp, ref_logp, exact_kl, entropy, old_values = read_by_models(                      # (B, T) each
             policy, reference, value, ids, mask, cfg)
-        run.check_finite(row_of, score=scores, policy=old_logp, reference=ref_logp, value=old_values)
+        health.check_finite(row_of, score=scores, policy=old_logp, reference=ref_logp, value=old_values)
         if it == 0 and not cfg.inspect:
             run.say(self_check(policy, ids, mask, sampled_logp, old_logp, ref_logp, entropy, cfg))
 
@@ -651,7 +654,7 @@ def main(cfg):
                     model, optimizer = trained[name]
                     set_lr(optimizer, lr)
                     norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
-                    if run.finite(norm, model, [row_of[i] for i in mini]):
+                    if run.allows_step(norm, model, [row_of[i] for i in mini]):
                         optimizer.step()
                     optimizer.zero_grad()
 
@@ -677,8 +680,7 @@ def main(cfg):
             kept["inspected"][name] = page | {
                 "iteration": it + 1, "how": estimator.in_words(), "critic": estimator.critic,
                 "whitened": estimator.whitened, "mean_over": estimator.mean_over}
-        if run.due(it) or over_budget:
-            run.save(it, **kept)
+        run.save_when_due(it, now=over_budget, **kept)
         if over_budget:
             run.say(f"--kl_budget {cfg.kl_budget:g} is spent after {it} iterations")
             break

@@ -191,7 +191,8 @@ def main(cfg):
         raise InputError(f"--k {cfg.k}: a comparison needs at least 2 answers")
     init = cfg.init or need(cfg, "sft")     # makes the links of the chain that are missing
     policy = cfg.policy or init
-    run = Run.open(cfg, "reward", [init, policy, cfg.data or world.TINY / "preference.jsonl"])
+    run = Run.open(cfg, "reward", [init, policy, cfg.data or world.TINY / "preference.jsonl"],
+                   writes=["held_out.jsonl"] if cfg.data else ["held_out.jsonl", "comparisons.jsonl"])
 
     # The comparisons: one's own, those that this run was given before it was interrupted, or new ones.
     path = cfg.data or run.folder / "comparisons.jsonl"
@@ -267,14 +268,13 @@ def main(cfg):
         # 3. One step of AdamW; a gradient that is not finite never reaches the weights.
         set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
         norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        if run.finite(norm, model, prompts):
+        if run.allows_step(norm, model, prompts):
             optimizer.step()
         optimizer.zero_grad()
 
         run.log(step, tokens=sum(n_tokens[i] for i in prompts), loss=all_sum(total.item()),
                 accuracy=all_sum(right.item()), grad_norm=norm.item())
-        if run.due(step):
-            run.save(step, before=before)
+        run.save_when_due(step, before=before)
 
     # The constant that Bradley-Terry leaves free: shift rewards so that held-out answers average 0, and save
     # once more as the last step. A run that is cut off before does this when it goes on.

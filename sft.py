@@ -145,14 +145,13 @@ def main(cfg):
         # 3. One step of AdamW; a gradient that is not finite never reaches the weights.
         set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
         norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        if run.finite(norm, model, batch):
+        if run.allows_step(norm, model, batch):
             optimizer.step()
         optimizer.zero_grad()
 
         n_read = sum(lengths[i] for i in batch)
         run.log(step, tokens=n_read, loss=all_sum(total.item()), grad_norm=norm.item())
-        if run.due(step):
-            run.save(step)
+        run.save_when_due(step)
 
     after, answers = measure("after")
     run.finish(before, after, answers=report.answer_rows(tests, first_answers, answers.scored))

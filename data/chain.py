@@ -1,33 +1,23 @@
 """The chain base -> sft -> reward -> ppo and so on: what each link starts from, how a missing one is made,
 and what a finished one left."""
-import hashlib
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from data import InputError, read_json, report
+from data import InputError, report
+from data.flags import Terminated
+from data.folder import PART_OF_A_CHAIN, ROOT, result_of, run_of
 from data.parallel import RANK, barrier, child_environment
 
-ROOT = Path(__file__).parents[1]
-
-LINKS = {   # name: (script, the links it starts from, rough seconds on two cores, what it does)
-    "base": (["-m", "data.pretrain"], [], 70, "reads the internet of the tiny world"),
-    "sft": (["sft.py"], ["base"], 20, "learns to answer from demonstrations"),
-    "reward": (["reward.py"], ["sft"], 45, "learns what the annotator prefers"),
+LINKS = {   # name: (script, the links it starts from, what it does)
+    "base": (["-m", "data.pretrain"], [], "reads the internet of the tiny world"),
+    "sft": (["sft.py"], ["base"], "learns to answer from demonstrations"),
+    "reward": (["reward.py"], ["sft"], "learns what the annotator prefers"),
 }
-
-
-PART_OF_A_CHAIN = "RLHF_PART_OF_A_CHAIN"   # environment variable of a script that another one runs
-NEXT = {   # stage: commands worth trying after it
-    "base": ["python -m data.chat {out}", "python sft.py"],
-    "sft": ["python -m data.chat {out}", "python reward.py", "python ppo.py"],
-    "reward": ["python -m data.vote --reward {out}", "python ppo.py --reward {out}"],
-    "ppo": ["python -m data.chat {out}", "python ppo.py --inspect", "python dpo.py"],
-    "dpo": ["python -m data.chat {out}", "python dpo.py --loss ipo --out out/ipo",
-            "python -m data.evaluate out/base out/sft {out}"],
-    "cai": ["python -m data.chat {out}", "python -m data.evaluate out/helpful {out}"],
-}
+SECONDS = {"base": 60, "sft": 20, "reward": 60, "ppo": 180, "dpo": 120, "cai": 180}   # rough, on two cores
 
 
 def sibling(cfg, name):
@@ -40,7 +30,7 @@ def sibling(cfg, name):
 def unfinished(folder):
     """True where a link has to be made, or its run was cut off (a run.json, but no result.json)."""
     folder = Path(folder)
-    cut_off = (folder / "run.json").exists() and not (folder / "result.json").exists()
+    cut_off = bool(run_of(folder)) and not (folder / "result.json").exists()
     return not (folder / "config.json").exists() or cut_off
 
 
@@ -51,20 +41,25 @@ def need(cfg, link):
     add_link(cfg, link, wanted)
     missing = [name for name in wanted if unfinished(sibling(cfg, name))]
     if RANK == 0 and missing:
-        plan = ", ".join(f"{name} ({LINKS[name][2]} s)" for name in missing)
-        print(f"to do: {plan}, then {Path(sys.argv[0]).stem}", flush=True)
+        last, n = Path(sys.argv[0]).stem, len(missing) + 1
+        print(f"to do: {', '.join(timed(name) for name in missing)}, then {timed(last)}", flush=True)
         for i, name in enumerate(missing):
-            script, _, _, does = LINKS[name]
-            print(f"\n{i + 1}/{len(missing) + 1} {name}: {does}", flush=True)
+            script, _, does = LINKS[name]
+            print(f"\n{i + 1}/{n} {name}: {does}", flush=True)
             run_script(cfg, script, sibling(cfg, name))
             print(report.what_came_out(name, sibling(cfg, name), result_of(sibling(cfg, name))["after"]))
-        print(f"\n{len(missing) + 1}/{len(missing) + 1} {Path(sys.argv[0]).stem}", flush=True)
+        print(f"\n{n}/{n} {last}", flush=True)
     barrier()
     config = run_of(sibling(cfg, link)).get("config", {})
     own = config.get("data") or config.get("init")
     if own:
         print(f"{sibling(cfg, link)} was made with flags of its own, from {own}", flush=True)
     return sibling(cfg, link)
+
+
+def timed(name):
+    """The name of a link or script with the seconds that it takes, where they are known."""
+    return f"{name} ({SECONDS[name]} s)" if name in SECONDS else name
 
 
 def add_link(cfg, name, wanted):
@@ -79,8 +74,8 @@ def add_link(cfg, name, wanted):
 
 
 def run_script(cfg, script, out, flags=(), processes=1):
-    """Run another script (a list, such as ["sft.py"]) to its end, its --out being `out`. InputError: it
-    failed."""
+    """Run another script (a list, such as ["sft.py"]) to its end, its --out being `out`. Ctrl-C reaches it
+    too: it ends its step and saves, and is waited for. InputError: it failed."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -90,7 +85,15 @@ def run_script(cfg, script, out, flags=(), processes=1):
         command += ["--device", cfg.device]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))   # for `-m data.pretrain`
     environment = child_environment() | {"PYTHONPATH": path, PART_OF_A_CHAIN: "1"}
-    if subprocess.run(command, env=environment).returncode:
+    child = subprocess.Popen(command, env=environment)
+    try:
+        child.wait()
+    except KeyboardInterrupt as e:
+        if isinstance(e, Terminated):      # a kill of this process alone
+            child.terminate()
+        child.wait()                       # subprocess.run would kill it after a quarter of a second
+        raise
+    if child.returncode:
         raise InputError(f"{' '.join(script)} failed, so there is no {out} to start from")
 
 
@@ -105,37 +108,40 @@ def chain_columns(cfg, name, before, after):
     return {title: {k: v for k, v in column.items() if k != "loss"} for title, column in columns.items()}
 
 
-def result_of(folder):
-    """The result.json of a finished run, {} if there is none."""
-    path = Path(folder) / "result.json"
-    return read_json(path, kind=dict) if path.exists() else {}
+# ------------------------------------------------------------------------------------------------------------
+# What next.
+
+NEXT = {   # stage: commands worth trying after it; the default chain needs none of the flags in capitals
+    "pretrain": ["python -m data.chat {out}", "python sft.py --init OUT --data DEMONSTRATIONS"],
+    "sft": ["python -m data.chat {out}", "python reward.py --init OUT --data COMPARISONS",
+            "python dpo.py --init OUT --data COMPARISONS"],
+    "reward": ["python ppo.py --init INIT --reward OUT --data PROMPTS",
+               "python -m data.vote --policy INIT --reward OUT --data PROMPTS"],
+    "ppo": ["python -m data.chat {out}", "python ppo.py --inspect --out OUT"],
+    "dpo": ["python -m data.chat {out}",
+            "python dpo.py --loss {loss} --out out/{loss} --init INIT --data DATA"],
+    "cai": ["python -m data.chat {out}"],
+}
 
 
-def run_of(folder):
-    """The run.json of a run, finished or not: its stage, flags and inputs; {} if there is none."""
-    path = Path(folder) / "run.json"
-    return read_json(path, kind=dict) if path.exists() else {}
-
-
-def fingerprint(path):
-    """Tells whether an input has changed: a hash of a file's content and size; of a folder, of the size and
-    the first and last megabyte of its model.safetensors; "none" if there is none. A name with colons, such
-    as FILE.py:function, gives one hash a part."""
-    path = Path(path)
-    if not path.exists() and path.with_name(path.name + ".py").is_file():      # the module of module:function
-        path = path.with_name(path.name + ".py")
-    if ":" in str(path) and not path.exists():
-        return " ".join(fingerprint(part) for part in str(path).split(":"))
-    is_folder = path.is_dir()
-    if is_folder:
-        path = path / "model.safetensors"
-    if not path.is_file():
-        return "none"
-    sha, size = hashlib.sha256(), path.stat().st_size
-    with open(path, "rb") as f:
-        while block := f.read(2 ** 20):
-            sha.update(block)
-            if is_folder:     # weights are long, and training changes all of them
-                f.seek(max(f.tell(), size - 2 ** 20))
-    sha.update(str(size).encode())
-    return sha.hexdigest()[:16]
+def next_commands(stage, cfg):
+    """Commands worth trying after a run, about what it has made. What they need of data is named in capitals
+    where this run's were the user's own, too."""
+    name, init = {"pretrain": "base"}.get(stage, stage), getattr(cfg, "init", "")
+    is_default = cfg.out == f"out/{name}" and not cfg.data and not init
+    own = {"OUT": cfg.out, "INIT": init or sibling(cfg, "sft"), "DATA": cfg.data}
+    commands = []
+    for command in NEXT.get(stage, ()):
+        command = command.format(out=shlex.quote(cfg.out),
+                                 loss="simpo" if getattr(cfg, "loss", "") == "ipo" else "ipo")
+        if is_default:
+            command = re.sub(r" --\w+ [A-Z]+\b", "", command)
+        elif not cfg.data:
+            command = re.sub(r" --data [A-Z]+\b", "", command)
+        for word, value in own.items():
+            command = command.replace(f" {word}", f" {shlex.quote(value)}")
+        commands.append(command)
+    sft = sibling(cfg, "sft")
+    if stage in ("ppo", "dpo", "cai") and not cfg.data and result_of(sft):
+        commands.append(shlex.join(["python", "-m", "data.evaluate", sft, cfg.out]))
+    return commands

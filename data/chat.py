@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import InputError, read_json, report, sample, world
-from data.chain import run_of
+from data.folder import run_of
 from data.files.tokenizer import tokenizer_from_ranks
 from data.flags import ToolFlags, program
 from data.setup import seeded, setup

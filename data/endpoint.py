@@ -249,7 +249,11 @@ class CachedCritic:
         self.shots = shots or {"critique": "", "choice": ""}
         if not self.file.exists():
             return
-        for line in self.file.read_bytes().splitlines():
+        lines = self.file.read_bytes().splitlines()
+        if lines and not lines[0].startswith(b'{"key": "'[: len(lines[0])]):
+            raise InputError(f"{file} holds no answers of a critic, and would be added to; choose another "
+                             "--out")
+        for line in lines:
             try:
                 row = json.loads(line)
                 self.cache[row["key"]] = row["answer"]

@@ -41,7 +41,7 @@ import torch
 
 from data import InputError, report, world, write_atomic, write_jsonl
 from data.files import formats
-from data.chain import result_of
+from data.folder import result_of, take
 from data.corpus import bits_per_byte, read_corpus
 from data.endpoint import local_critic
 from data.flags import ToolFlags, names_in, program
@@ -75,6 +75,7 @@ class Config(ToolFlags):
     bias_sycophancy: float = 0.0  # annotator: extra utility for agreeing with the user
     # The run itself (the same in every script)
     out: str = "out/evaluate"     # folder for result.json and generations.jsonl
+    overwrite: bool = False       # replace what an evaluation with other flags left there
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -381,9 +382,10 @@ def load_all(paths, scorers, rows, data, cfg, device):
 @torch.no_grad()
 def main(cfg):
     """Have every model answer, judge the answers, report."""
-    start, device = time.time(), setup(cfg)
+    start, device = time.perf_counter(), setup(cfg)
     paths, ns, reward_path = read_flags(cfg)
-    names = short_names(paths)
+    names, folder = short_names(paths), Path(cfg.out)
+    take(cfg, "evaluate", ["result.json", "generations.jsonl"], [*paths, cfg.judge, cfg.reward, cfg.data])
 
     # The prompts, and whether the tiny world knows their right answers.
     data = cfg.data or world.TINY / "test.jsonl"
@@ -402,8 +404,6 @@ def main(cfg):
     loaded, rows = load_all([reference, *paths], scorers.values(), rows, data, cfg, device)
 
     # Every model answers; the control says the same to everybody.
-    folder = Path(cfg.out)
-    folder.mkdir(parents=True, exist_ok=True)
     texts, metrics = {}, {}
     for name, path in zip(names, paths):
         texts[name], metrics[name] = answer_and_measure(*loaded[path], loaded[reference], rows, cfg)
@@ -421,7 +421,8 @@ def main(cfg):
             lines.append({"model": name, "prompt": row["prompt"], "response": text})
     write_jsonl(folder / "generations.jsonl", lines)
     result = {"stage": "evaluate", "seed": cfg.seed, "config": asdict(cfg), "device": str(device),
-              "seconds": round(time.time() - start, 1), "models": metrics, "wins": wins, "best_of": best}
+              "seconds": round(time.perf_counter() - start, 1), "models": metrics, "wins": wins,
+              "best_of": best}
     write_atomic(folder / "result.json", json.dumps(result, indent=1).encode())
     show(metrics, wins, best, len(rows), cfg.judge)
     for name, path in zip(names, paths):

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import math
+import os
 import re
 import signal
 import sys
@@ -15,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from data import InputError
+from data.screen import SCREEN
 
 
 @dataclass
@@ -84,10 +86,22 @@ def parse_bool(text):
 
 
 def parse_float(text):
-    """A flag's finite float; ArgumentTypeError for nan and inf."""
-    if not math.isfinite(float(text)):
+    """A flag's finite float; ArgumentTypeError for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return float(text)
+    return value
+
+
+def parse_int(text):
+    """A flag's int; ArgumentTypeError for anything else."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,27 +111,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
-def parse_flags(Config, doc, args=None):
-    """A Config filled from `--name value` or `--name=value`. Its help is the comment behind each field, in
-    groups."""
+def parse_flags(Config, doc, args=None, defaults={}):
+    """A Config filled from `--name value` or `--name=value`, and where a flag is not given from `defaults`
+    {name: value}, else from the Config's own. Its help is the comment behind each field, in groups."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     known, groups = {f.name: f for f in fields(Config)}, {}
     for group, name, comment in described_fields(Config):
         f = known[name]
-        kind, options = f.type, {"metavar": {int: "N", float: "X"}.get(f.type, "TEXT")}
-        if typing.get_origin(kind) is typing.Literal:
-            choices = typing.get_args(kind)
+        kind, options = {int: parse_int, float: parse_float}.get(f.type, f.type), {"metavar": "TEXT"}
+        if f.type in (int, float):
+            options = {"metavar": "N" if f.type is int else "X"}
+        elif typing.get_origin(f.type) is typing.Literal:
+            choices = typing.get_args(f.type)
             kind, options = type(f.default), {"choices": choices, "metavar": "|".join(choices)}
-        elif kind is bool:
+        elif f.type is bool:
             kind, options = parse_bool, {"nargs": "?", "const": True, "metavar": "BOOL"}
-        elif kind is float:
-            kind = parse_float
         if f.default not in ("", None):
             comment += f" (default {f.default})"
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        groups[group].add_argument(f"--{name}", type=kind, default=f.default, help=comment.replace("%", "%%"),
-                                   **options)
+        groups[group].add_argument(f"--{name}", type=kind, default=defaults.get(name, f.default),
+                                   help=comment.replace("%", "%%"), **options)
 
     given, unknown = parser.parse_known_args(args)
     if unknown:
@@ -140,11 +154,14 @@ def check_range(parser, f, value):
         parser.error(f"argument --{f.name}: {value} is not {bounds}")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# A program.
+
+
 def program(main, Config, doc):
     """Run main(config) as a program: what a user can fix ends in one sentence and exit code 1, not in a
     traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")   # a terminal that cannot show a character shows "?"
+    prepare_streams()
     cfg = parse_flags(Config, doc)
     if hasattr(cfg, "out"):
         cfg.out = cfg.out or default_out(cfg, Path(inspect.getfile(main)).stem)
@@ -155,25 +172,50 @@ def program(main, Config, doc):
         sys.exit(f"error: {e}")
     except KeyboardInterrupt as e:
         sys.exit(f"{Path(sys.argv[0]).stem}: interrupted{e}")
-    except RuntimeError as e:
-        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+    except (RuntimeError, MemoryError) as e:
+        if not is_lack_of_memory(e):
             raise
         at = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == inspect.getfile(main)][-1]
         sizes = [f"--{f.name} {getattr(cfg, f.name)}" for f in fields(cfg) if f.name in MEMORY]
         sys.exit(f"error: out of memory at {Path(at.filename).name}:{at.lineno}, `{at.line}`; what could be "
                  f"smaller: {', '.join(sizes)}")
+    finally:
+        SCREEN.end_line()
+
+
+def prepare_streams():
+    """Output that is closed goes nowhere, and a terminal that cannot show a character shows "?"."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:      # `>&-`, a daemon, pythonw
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")
+
+
+def is_lack_of_memory(error):
+    """Whether this error is one of the ways in which torch says that there is no memory left."""
+    words = ("out of memory", "can't allocate memory")
+    text = str(error)
+    # The last one is oneDNN's; where it goes on, "... descriptor for a ...", something is not supported.
+    return (isinstance(error, MemoryError) or any(word in text for word in words)
+            or text.strip().endswith("could not create a primitive"))
 
 
 def default_out(cfg, script):
     """out/<name>, where the tiny chain looks for it; out/mine/<name> with data or a model of one's own."""
     own = getattr(cfg, "data", "") or getattr(cfg, "init", "")
     name = {"pretrain": "base", "process": "reward_process"}.get(script, script)
+    if getattr(cfg, "critic_test", ""):
+        name = "critic_test"
     return f"out/mine/{name}" if own else f"out/{name}"
+
+
+class Terminated(KeyboardInterrupt):
+    """A polite kill, which ends a program as Ctrl-C does, but has not reached the scripts that it runs."""
 
 
 def interrupt(signum, frame):
     """A signal handler that does what Ctrl-C does."""
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 def names_in(text):

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from data import InputError
 from data.parallel import in_chunks
 from model import Linear, token_logprobs, token_values
 
@@ -89,6 +90,16 @@ def reward_hacking(history, now, cfg):
     return (f"gold fell from {best['gold']:.2f} to {now['gold']:.2f} while the reward rose from "
             f"{best['reward']:.2f} to {now['reward']:.2f}: the policy exploits the reward model (Goodhart's "
             f"law); try {', '.join(cures[:-1])}, or {cures[-1]}")
+
+
+def check_finite(row_of, **tensors):
+    """InputError if an entry of a tensor (B, ..) is not finite. row_of: the number of each one's prompt."""
+    for name, x in tensors.items():
+        good = x.reshape(len(x), -1).isfinite().all(1)
+        if not good.all():
+            bad = [i for i, fine in zip(row_of, good.tolist()) if not fine]
+            raise InputError(f"the {name} is not finite for prompts number {bad[:8]} of those kept; nothing "
+                             "was updated. Look at that model's weights, and try --dtype float32")
 
 
 # ------------------------------------------------------------------------------------------------------------

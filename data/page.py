@@ -19,6 +19,7 @@ file that is absent, half written or of another shape only leaves out what would
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 CONSTITUTION = HERE / "constitution.json"
 PLACE = "{{DATA}}"              # stands in the template once, between the following two
 START, END = '<script type="application/json" id="data">', "</script>"
+TITLE = "<title>RLHF, run by run</title>"      # tells our page from another one
 MOST = 1_000_000                # bytes of a page to commit
 CHAIN = ["base", "sft", "reward", "ppo", "dpo", "cai"]   # order on the page; other folders follow by name
 CURVES = ["reward", "gold", "kl", "kl_exact", "entropy", "length", "eos_rate", "accuracy", "chosen_reward",
@@ -59,10 +61,16 @@ def page_of(data):
 def write(path, page):
     """Write a page (str), over an older one if there is one, and return its path. InputError: something else
     is there."""
-    if path.exists() and START not in path.read_text(encoding="utf-8", errors="replace"):
+    if os.path.lexists(path) and not is_ours(path):
         raise InputError(f"{path} is no page of ours; another place: python -m data.page OUT --to FILE")
     write_atomic(path, page.encode())
     return path
+
+
+def is_ours(path):
+    """Whether a page at a path is one that this module wrote."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return START in text and TITLE in text
 
 
 def data_of(path):

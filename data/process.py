@@ -236,7 +236,8 @@ def main(cfg):
     """Have the steps of answers labelled, unless that is done, and train a reward model on the labels."""
     device = setup(cfg)
     init = cfg.init or need(cfg, "sft")     # makes the links of the chain that are missing
-    run = Run.open(cfg, "reward", [init, cfg.data or world.TINY / "preference.jsonl"])
+    run = Run.open(cfg, "reward", [init, cfg.data or world.TINY / "preference.jsonl"],
+                   writes=[] if cfg.data else ["process.jsonl"])
 
     # The labels: one's own, those that this run was given before it was interrupted, or new ones.
     path = cfg.data or run.folder / "process.jsonl"
@@ -301,14 +302,13 @@ def main(cfg):
         # 3. The optimizer's step; a gradient that is not finite never reaches the weights.
         set_lr(optimizer, cfg.lr * cosine(update, len(plan), cfg.warmup))
         norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        if run.finite(norm, model, prompts):
+        if run.allows_step(norm, model, prompts):
             optimizer.step()
         optimizer.zero_grad()
 
         run.log(update, tokens=sum(n_tokens[i] for i in prompts), loss=all_sum(total.item()),
                 accuracy=all_sum(right.item()), grad_norm=norm.item())
-        if run.due(update):
-            run.save(update, before=before)
+        run.save_when_due(update, before=before)
 
     # Shift rewards so that held-out answers average 0, and save once more as the last update. A run that is
     # cut off before does this when it goes on.

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 from data import world
-from data.chain import result_of
+from data.folder import result_of
 from data.files import formats
 from data.sample import all_pairs, annotated, ended
 

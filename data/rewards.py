@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data import InputError, world
-from data.chain import run_of
+from data.folder import run_of
 from data.files.checkpoint import load
 from data.flags import function_of, names_in
 from data.parallel import RANK, all_sum, in_chunks

@@ -1,4 +1,4 @@
-"""One run of a script: the folder it leaves, with lock, log, progress line, save and resume.
+"""One run of a script: what its folder keeps, its log, progress line, save and resume.
 
     device = setup(cfg)                  seeds, precision, processes (data/setup.py)
     run = Run.open(cfg, "sft", [data])   locks the folder; an unfinished run with the same flags goes on
@@ -6,9 +6,10 @@
     before, answers = run.before(measure)
     for step in run.steps():
         ...
+        if run.allows_step(norm, model, batch):
+            optimizer.step()
         run.log(step, loss=..., tokens=...)
-        if run.due(step):
-            run.save(step)
+        run.save_when_due(step)
     run.finish(before, after)
 """
 import json
@@ -17,59 +18,67 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import model as gpt
 from data import InputError, report, write_atomic, write_jsonl
-from data.chain import NEXT, PART_OF_A_CHAIN, fingerprint, result_of, run_of, sibling
+from data.chain import next_commands, sibling
 from data.files.checkpoint import finish_save, load_state, save
-from data.flags import FREE, given_flags
-from data.health import health
+from data.flags import given_flags, parse_flags
+from data.folder import (CHECKPOINT, PART_OF_A_CHAIN, changed_code, check_same, claim, missing, record_of,
+                         remove, result_of, run_of)
 from data.parallel import RANK, all_sum, full_state, load_full_state, load_optimizer_state, optimizer_state
+from data.screen import SCREEN
 from data.setup import MEASURE, seeded
 
-try:
-    import fcntl
-except ImportError:   # Windows: no lock
-    fcntl = None
 
-LEFT_BY_A_RUN = ("state.pt", "log.jsonl", "samples.txt", "answers.jsonl", "result.json", "comparisons.jsonl",
-                 "process.jsonl", "held_out.jsonl", "inspect.json")   # beside the checkpoint and run.json
+def flags_of_its_run(cfg):
+    """The flags of the command line once more, and where it gives none those of the run in --out, from its
+    run.json: so that ppo.py --inspect --out out/mine needs no others."""
+    kept = run_of(cfg.out).get("config", {})
+    for name in ("out", "overwrite", "device", "inspect"):
+        kept.pop(name, None)
+    theirs = parse_flags(type(cfg), "", defaults=kept)
+    theirs.out = cfg.out
+    return theirs
+
+
+FILES = (*CHECKPOINT, "log.jsonl", "samples.txt", "answers.jsonl", "result.json")   # of every run
 
 
 class Run:
     """One run: its folder, log and messages. Files: run.json (flags and inputs), log.jsonl, samples.txt,
     answers.jsonl, the checkpoint with state.pt, result.json (its absence tells an unfinished run)."""
 
-    def __init__(self, cfg, stage, dry=False, begun="state.pt"):
+    def __init__(self, cfg, stage, dry=False, runs_scripts=False):
         """The object alone, which touches nothing. Scripts call `open`, where the arguments are described."""
-        self.cfg, self.stage, self.folder, self.dry, self.begun = cfg, stage, Path(cfg.out), dry, begun
-        self.state, self.first = {}, 0                               # of a checkpoint to go on from
-        self.skipped, self.stopping, self.warned = 0, False, set()   # steps, by Ctrl-C, what was warned of
-        self.shown, self.line_open, self.history = 0.0, False, []    # the progress line; rows of log.jsonl
-        self.start, self.step_seconds = time.time(), []
+        self.cfg, self.stage, self.folder = cfg, stage, Path(cfg.out)
+        self.dry, self.runs_scripts = dry, runs_scripts
+        self.state, self.first = {}, 0                # of a checkpoint to go on from, and its step
+        self.health = None                            # a stage's own function of the log: {name: warning}
+        self.skipped, self.stopping = 0, False        # steps not taken; whether to end after this one
+        self.shown, self.warned, self.history = 0.0, set(), []    # history: the rows of log.jsonl
+        self.start, self.step_seconds = time.perf_counter(), []
 
     @classmethod
-    def open(cls, cfg, stage, inputs=(), dry=False, begun="state.pt"):
+    def open(cls, cfg, stage, inputs=(), writes=(), dry=False, runs_scripts=False):
         """A Run that has the folder cfg.out to itself: locks it, deletes what --overwrite replaces, writes
         run.json, and reads the state that an unfinished run with the same flags left. From here on Ctrl-C
         lets a step end.
 
-        A finished run with the same flags shows its table and ends the program; one with other flags is an
-        InputError. inputs: files and folders that the plan and what is kept between steps depend on. dry:
-        only look (ppo.py --inspect): take the first steps of such a run, and write nothing. begun: the file
-        that tells that a run has begun."""
-        run = cls(cfg, stage, dry, begun)
-        flags = {name: value for name, value in asdict(cfg).items() if name not in FREE}
-        if begun != "state.pt":      # a run of several scripts: where one of them stops, others begin
-            flags["max_steps"] = cfg.max_steps
-        record = {"stage": stage, "config": asdict(cfg), "flags": flags,
-                  "inputs": {str(path): fingerprint(path) for path in inputs}}
+        A finished run with the same flags shows its table and ends the program. InputError: a run with other
+        flags is there, files that are not ours, or another process. inputs: files and folders that the plan
+        and what is kept between steps depend on. writes: what the stage writes there besides FILES, folders
+        with a "/" at the end. dry: only look (ppo.py --inspect): take the first steps of such a run, and
+        write nothing. runs_scripts: cai.py, whose folder holds those of the scripts that it starts."""
+        run = cls(cfg, stage, dry, runs_scripts)
         # The first process looks. Where it ends, the others end too: 1 stands for success, 2 for an error.
         ends = 0
         try:
             if RANK == 0 and not dry:
-                run.open_folder(record)
+                run.open_folder(list(inputs), [*FILES, *writes])
         except BaseException as e:
             ends = 1 if isinstance(e, SystemExit) else 2
             raise
@@ -79,87 +88,78 @@ class Run:
             sys.exit(int(ends) - 1)
         run.state = {} if dry else load_state(run.folder)
         run.first = run.state.get("step", 0)
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, run.stop)
+        run.catch_signals()
         return run
 
-    def open_folder(self, record):
+    def open_folder(self, inputs, files):
         """Lock the folder and make it ready. Ends the program if the run is finished; InputError if it may
         not begin."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock()
+        absent = missing(inputs)
+        if absent:
+            raise InputError(f"{absent}: no such file or folder")
+        claim(self.folder, files, inputs)
         finish_save(self.folder)      # a save that was cut off after its commit still counts
-        goes_on = self.what_is_there(record)
-        replaced = [self.folder / name for name in (["result.json"] if goes_on else LEFT_BY_A_RUN)]
-        read = {Path(path).resolve() for path in record["inputs"]}
-        for path in replaced:
-            if path.resolve() in read:
-                raise InputError(f"{path} is read by this run and would be replaced by it; choose another "
-                                 "--out")
-        for path in replaced:
-            path.unlink(missing_ok=True)
+        old, record = run_of(self.folder), record_of(self.cfg, self.stage, inputs, files, self.runs_scripts)
+        if self.runs_scripts:         # where one of its scripts stops, others begin
+            record["flags"]["max_steps"] = self.cfg.max_steps
+        goes_on = self.is_begun() and not self.cfg.overwrite
+        if goes_on:
+            self.check_that_it_goes_on(old, record)
+        remove(self.folder, ["result.json"] if goes_on else old.get("files", files))
+        samples = self.folder / "samples.txt"
+        if samples.exists():      # it is added to, and a backup may share its bytes (cp -l)
+            write_atomic(samples, samples.read_bytes())
         write_atomic(self.folder / "run.json", json.dumps(record, indent=1).encode())
 
-    def lock(self):
-        """InputError if another run is writing here. The system lets go of the lock when this process
-        ends."""
-        self.lock_file = open(self.folder / ".lock", "w")
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.folder}: another run is writing there; choose another --out") from None
-        except OSError as e:
-            print(f"{self.folder}: no locks here ({e.strerror}); see that no other run writes there")
+    def is_begun(self):
+        """Whether the folder holds what a run of ours has made: a checkpoint, or a round of cai.py."""
+        signs = [self.folder / name for name in ("state.pt", "config.json", "result.json", "round1")]
+        return any(path.exists() for path in signs)
 
-    def what_is_there(self, record):
-        """Whether the folder holds an unfinished run with the same flags. Ends the program if it is
-        finished."""
-        result, old = result_of(self.folder), run_of(self.folder)
-        is_started = (self.folder / self.begun).exists() or bool(result)
-        if not is_started or self.cfg.overwrite:
-            return False
-        other = self.difference(old, record)
-        if other:
-            raise InputError(f"{self.folder} holds a run of its own ({other}); choose another --out, or "
-                             "--overwrite it")
+    def check_that_it_goes_on(self, old, record):
+        """InputError if the run in the folder, whose run.json is `old`, is not this one or cannot go on. Ends
+        the program if it is finished."""
+        check_same(self.folder, old, record)
+        result, edited = result_of(self.folder), changed_code(old, record)
         theirs, ours = result.get("config", {}).get("max_steps", 0), self.cfg.max_steps
         if result and (theirs == 0 or 0 < ours <= theirs):
-            print(f"{self.folder} is finished: a run with the same flags took {result['seconds']:.0f} s "
-                  "(--overwrite repeats it)")
-            print(report.table(result["columns"]))
+            SCREEN.say(f"{self.folder} is finished: a run with the same flags took {result['seconds']:.0f} s "
+                       "(--overwrite repeats it)")
+            if edited:
+                SCREEN.say(f"{edited} changed since: --overwrite or another --out runs it anew")
+            SCREEN.say(report.table(result["columns"]))
             sys.exit(0)
-        return True
+        if edited:
+            raise InputError(f"{self.folder}: {edited} changed since its run began; --overwrite or another "
+                             f"--out begins anew (to go on with both, delete \"code\" from its run.json)")
+        if not self.runs_scripts and not (self.folder / "state.pt").exists():
+            raise InputError(f"{self.folder} has no state.pt, without which its run cannot go on; choose "
+                             "another --out, or --overwrite it")
 
-    def difference(self, old, record):
-        """What tells two run.json apart, as a phrase; "" if nothing does."""
-        if not old:
-            return "no run.json says how it was made"
-        if old["stage"] != record["stage"]:
-            return f"{old['stage']} made it"
-        for name, value in record["flags"].items():
-            if old["flags"].get(name) != value:
-                return f"--{name} was {old['flags'].get(name)!r}, now {value!r}"
-        # By content: where a file lies is told by the flags, and the whole folder may have moved since.
-        for (path, value), before in zip(record["inputs"].items(), old["inputs"].values()):
-            if before != value:
-                return f"{path} has changed since"
-        return ""
+    def catch_signals(self):
+        """From here on Ctrl-C, a polite kill and a terminal that closes let the step end, and save."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)       # Windows has no SIGHUP
+            under_nohup = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
+            if number and not under_nohup:
+                signal.signal(number, self.stop)
 
     def stop(self, signum, frame):
-        """Ctrl-C or SIGTERM: finish the step and save. A second one ends the run where it is."""
+        """Finish the step and save. A second signal ends the run where it is."""
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
-        self.say("stopping after this step; once more stops at once")
+        with suppress(RuntimeError):      # the signal fell into the midst of another print
+            self.say("stopping after this step; once more stops at once")
 
     def begin(self, n_steps, tok, **trained):
         """trained: name=(model, optimizer) of all that is trained; the first model is the checkpoint in the
         folder. They are given their state if the run goes on."""
-        self.n_planned, self.n_steps = n_steps, min(n_steps, self.cfg.max_steps or n_steps)
+        self.n_planned = self.n_steps = n_steps
+        if self.cfg.max_steps and not self.runs_scripts:      # whose steps it counts
+            self.n_steps = min(n_steps, self.cfg.max_steps)
         self.tok, self.trained = tok, trained
-        self.step_start = self.loop_start = time.time()
+        self.step_start = self.loop_start = time.perf_counter()
         if self.first:
             self.load_trained()
         if self.dry:
@@ -171,11 +171,22 @@ class Run:
             lines = path.read_text(encoding="utf-8").splitlines()[: self.first]
             self.history = [json.loads(line) for line in lines]
         if RANK == 0:
+            path.unlink(missing_ok=True)      # a backup may share its bytes
             self.log_file = open(path, "w", encoding="utf-8")
             for row in self.history:
                 self.write_row(row)
         if self.first:
             self.say(f"{self.folder}: going on after step {self.first}")
+            before, now = self.state.get("machine"), self.machine()
+            if before and before != now:
+                self.say(f"the steps so far ran on {before}; the next ones run on {now}, and differ by "
+                         "rounding")
+
+    def machine(self):
+        """Where and how precisely the products of this run are computed, in words."""
+        device = next(iter(self.trained.values()))[0].wte.weight.device.type
+        dtype = "bf16" if gpt.Linear.compute_dtype else "fp32"
+        return f"{device} in {dtype}"
 
     def load_trained(self):
         """Give all that is trained its state in the checkpoint. InputError: that is of other models."""
@@ -189,15 +200,15 @@ class Run:
 
     def steps(self):
         """The numbers of the steps that are left, from 0 on."""
-        self.loop_start = time.time()
+        self.loop_start = time.perf_counter()
         for step in range(self.first, self.n_steps):
-            self.step_start = time.time()
+            self.step_start = time.perf_counter()
             yield step
 
-    def finite(self, norm, model, rows):
-        """Whether a step may be taken with this gradient norm. One that is not finite is skipped, said and
-        counted, with the examples it came from; the fourth ends the run. rows: their numbers, among
-        those trained on."""
+    def allows_step(self, norm, model, rows):
+        """Whether a step may be taken with this gradient norm: not if it is infinite or NaN. Such a step is
+        counted, and said with the examples it came from; the fourth is an InputError. rows: their numbers,
+        among those trained on."""
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
         if norm.isfinite():
@@ -216,27 +227,24 @@ class Run:
         self.say(what)
         return False
 
-    def check_finite(self, row_of, **tensors):
-        """InputError if an entry of a tensor (B, ..) is not finite. row_of: the number of each one's
-        prompt."""
-        for name, x in tensors.items():
-            good = x.reshape(len(x), -1).isfinite().all(1)
-            if not good.all():
-                bad = [i for i, fine in zip(row_of, good.tolist()) if not fine]
-                raise InputError(f"the {name} is not finite for prompts number {bad[:8]} of those kept; "
-                                 "nothing was updated. Look at that model's weights, and try --dtype float32")
+    # --------------------------------------------------------------------------------------------------------
+    # Log and screen.
 
-    def log(self, step, tokens=0, show=(), done=None, **figures):
-        """Record step (from 0), with `tokens` read in it; show the figures named in `show` (default: all) at
+    def say(self, text):
+        """Print a line of its own."""
+        SCREEN.say(text)
+
+    def log(self, step, tokens=0, show=(), done=None, **metrics):
+        """Record step (from 0), with `tokens` read in it; show the metrics named in `show` (default: all) at
         most every few seconds. done: the share of the run that is behind it, where steps differ in length.
         JSON has no NaN; it is left out."""
-        seconds = time.time() - self.step_start
+        seconds = time.perf_counter() - self.step_start
         if tokens:
-            figures["tok_s"] = tokens / seconds
+            metrics["tok_s"] = tokens / max(seconds, 1e-9)      # a coarse clock may stand still
         if self.skipped:
-            figures["skipped"] = self.skipped
+            metrics["skipped"] = self.skipped
         row = {}
-        for name, value in figures.items():
+        for name, value in metrics.items():
             value = float(value)      # waits for the GPU
             if math.isfinite(value):
                 row[name] = float(f"{value:.6g}")
@@ -246,75 +254,68 @@ class Run:
         if RANK == 0:
             self.write_row(self.history[-1])
         self.watch_speed(seconds)
-        self.warn()
-        left = self.n_steps - step - 1
-        now, pause = time.time(), 0.2 if sys.stdout.isatty() else 5
-        if now - self.shown > pause or left == 0:
-            self.shown = now
-            if done is None:
-                done = (step + 1 - self.first) / (self.n_steps - self.first)
-            remaining = (now - self.loop_start) * (1 - done) / done
-            shown = {name: row[name] for name in show or row if name in row}
-            self.show(step, shown, row.get("tok_s"), remaining)
+        if self.health:
+            for name, sentence in self.health(self.history).items():
+                self.say_once(name, f"health, {name}: {sentence}")
+        if done is None:
+            done = (step + 1 - self.first) / (self.n_steps - self.first)
+        shown = {name: row[name] for name in show or row if name in row}
+        self.show_progress(step, done, shown, row.get("tok_s"))
 
     def write_row(self, row):
         """Append a row to log.jsonl."""
         self.log_file.write(json.dumps(row) + "\n")
         self.log_file.flush()
 
-    def warn(self):
-        """Print each health warning of a PPO run once."""
-        if self.stage == "ppo":
-            for name, sentence in health(self.history, self.cfg).items():
-                if name not in self.warned:
-                    self.say(f"health, {name}: {sentence}")
-                    self.warned.add(name)
-
-    def show(self, step, figures, speed, seconds_left):
-        """The progress line: at most 80 columns, redrawn in place on a terminal."""
+    def show_progress(self, step, done, metrics, speed):
+        """Show the progress line, redrawn in place on a terminal, else one every few seconds."""
+        now, is_last = time.perf_counter(), step + 1 == self.n_steps
+        pause = 0.2 if sys.stdout.isatty() else 5
+        if now - self.shown < pause and not is_last:
+            return
+        self.shown = now
         parts = [f"{self.stage} {step + 1}/{self.n_steps}"]
-        parts += [f"{name} {value:.3g}" for name, value in figures.items() if name != "tok_s"][:5]
+        parts += [f"{name} {value:.3g}" for name, value in metrics.items() if name != "tok_s"][:5]
         if speed:
             parts.append(f"{speed:,.0f} tokens/s")
-        parts.append(f"{seconds_left // 60:.0f}:{seconds_left % 60:02.0f} left")
-        while len(" | ".join(parts)) > 79 and len(parts) > 3:
-            del parts[-3]
-        line = " | ".join(parts)
-        if sys.stdout.isatty():
-            print(f"\r{line:79}", end="", flush=True)
-            self.line_open = step + 1 < self.n_steps
-            if not self.line_open:
-                print(flush=True)
-        else:
-            print(line, flush=True)
+        left = (now - self.loop_start) * (1 - done) / done      # in seconds
+        parts.append(f"{left // 60:.0f}:{left % 60:02.0f} left")
+        SCREEN.progress(parts, is_last)
 
     def watch_speed(self, seconds):
         """Say once what to do when steps on the CPU have become several times slower than they were."""
         if any(next(model.parameters()).device.type != "cpu" for model, _ in self.trained.values()):
             return
         self.step_seconds.append(seconds)
-        if len(self.step_seconds) < 40 or "speed" in self.warned:
+        if len(self.step_seconds) < 40:
             return
         best = sorted(self.step_seconds)[len(self.step_seconds) // 10]    # the 10th percentile
         now = sorted(self.step_seconds[-10:])[2]                          # the third fastest of the last ten
-        if now > 4 * best:
-            self.warned.add("speed")
-            self.say(f"steps take {now / best:.0f} times as long as before: others use the processor.\n"
-                     "Ctrl-C saves; with OMP_NUM_THREADS=1 before the same command it goes on, often faster")
+        if now > 4 * best > 0:
+            self.say_once("speed", f"steps take {now / best:.0f} times as long as before: others use the "
+                          "processor.\nCtrl-C saves; with OMP_NUM_THREADS=1 before the same command it goes "
+                          "on, often faster")
 
-    def say(self, text):
-        """Print a line of its own."""
-        if self.line_open:
-            print()
-            self.line_open = False
-        print(text, flush=True)
+    def say_once(self, name, text):
+        """Print a warning unless one of that name was printed before."""
+        if name not in self.warned:
+            self.warned.add(name)
+            self.say(text)
 
-    def due(self, step):
-        """Whether a step ends with a checkpoint: every --save_every steps, at the end, and when asked to
-        stop."""
-        self.stopping = bool(all_sum(self.stopping))   # all ranks or none
-        last = step + 1 == self.n_steps
-        return not self.dry and ((step + 1) % self.cfg.save_every == 0 or last or self.stopping)
+    # --------------------------------------------------------------------------------------------------------
+    # What is kept.
+
+    def is_asked_to_stop(self):
+        """Whether the run shall end: by a signal, or because nobody reads what it prints."""
+        return self.stopping or SCREEN.is_pipe_broken
+
+    def save_when_due(self, step, now=False, **state):
+        """Save after a step if it is one of every --save_every, the last, one after which to stop, or `now`.
+        All processes call it, and save together. state: see `save`."""
+        self.stopping = bool(all_sum(self.is_asked_to_stop()))   # all ranks or none
+        is_last = step + 1 == self.n_steps
+        if not self.dry and ((step + 1) % self.cfg.save_every == 0 or is_last or self.stopping or now):
+            self.save(step, **state)
 
     def save(self, step, **state):
         """Save a checkpoint after a step: models, optimizers, and `state` (tensors, numbers and strings by
@@ -324,26 +325,26 @@ class Run:
             models[name] = full_state(model, trained_only=True)
             optimizers[name] = optimizer_state(model, optimizer)
         kept = {name: self.state[name] for name in ("before", "answers") if name in self.state}
-        state = kept | state | {"step": step + 1, "models": models, "optimizers": optimizers}
+        kept |= state | {"step": step + 1, "models": models, "optimizers": optimizers}
         main_model = next(iter(self.trained.values()))[0]
-        save(self.folder, main_model, self.tok, state)
+        save(self.folder, main_model, self.tok, kept | {"machine": self.machine()})
         if self.stopping:
             raise KeyboardInterrupt(f" after step {step + 1}, saved in {self.folder}; this command goes on")
 
     def before(self, measure):
-        """measure("before") -> (figures, Answers): these figures, and the answers as `scored`. They are
+        """measure("before") -> (metrics, Answers): these metrics, and the answers as `scored`. They are
         measured now or, if the run goes on, come from the checkpoint, in which `save` keeps them."""
         if not self.first and not self.dry:
-            figures, answers = measure("before")
-            self.state |= {"before": figures, "answers": answers.scored}
+            metrics, answers = measure("before")
+            self.state |= {"before": metrics, "answers": answers.scored}
         return self.state.get("before"), self.state.get("answers")
 
     def measure(self, title, sampler, tests):
-        """What a policy's sampling copy says to the test prompts, the same draws whoever asks: figures and
+        """What a policy's sampling copy says to the test prompts, the same draws whoever asks: metrics and
         Answers (report.test_policy). A few of the answers go into samples.txt under the title."""
-        figures, answers = report.test_policy(sampler, self.tok, tests, seeded(self.cfg.seed, MEASURE))
+        metrics, answers = report.test_policy(sampler, self.tok, tests, seeded(self.cfg.seed, MEASURE))
         self.samples(title, tests.prompts[: report.N_SAMPLES], answers.texts)
-        return figures, answers
+        return metrics, answers
 
     def samples(self, title, prompts, answers):
         """Append the answers (texts) to a few prompts (messages) to samples.txt."""
@@ -353,7 +354,7 @@ class Run:
 
     def finish(self, before, after, columns=None, answers=(), device=None):
         """answers.jsonl, result.json, the closing table (of `columns` if given) and the page. before, after
-        and columns: figures by name; answers: rows as report.answer_rows gives them. device: where it ran, if
+        and columns: metrics by name; answers: rows as report.answer_rows gives them. device: where it ran, if
         nothing was trained."""
         if RANK:
             return
@@ -363,7 +364,7 @@ class Run:
         for model, _ in self.trained.values():
             device = model.wte.weight.device
         result = {"stage": self.stage, "seed": self.cfg.seed, "config": asdict(self.cfg),
-                  "seconds": round(time.time() - self.start, 1), "device": str(device),
+                  "seconds": round(time.perf_counter() - self.start, 1), "device": str(device),
                   "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
                   "steps": len(self.history), "planned": self.n_planned, "given": given_flags(self.cfg),
                   "before": before, "after": after, "columns": columns}
@@ -381,6 +382,8 @@ class Run:
                 self.say(f"{title} was cut short: {report.cut_short(its_result)}")
         if PART_OF_A_CHAIN in os.environ:    # the script that asked for this one goes on
             return
-        for command in NEXT.get(self.stage, ()):
-            self.say(f"next: {command.format(out=self.folder)}")
+        if self.n_steps < self.n_planned:
+            self.say("the same command with a larger --max_steps, or without it, goes on")
+        for command in next_commands(self.stage, self.cfg):
+            self.say(f"next: {command}")
         self.say(report.write_page(self.folder))

@@ -13,11 +13,12 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import comparisons, sample, world, write_atomic
+from data import InputError, comparisons, sample, world
 from data.files import formats
 from data.chain import need
 from data.files.checkpoint import load
 from data.flags import ToolFlags, names_in, program
+from data.folder import lock
 from data.rewards import rewards_of_texts
 from data.setup import seeded, setup
 from model import cast_weights, freeze
@@ -64,26 +65,36 @@ def questions(policies, rows, cfg):
 
 def read_votes(path):
     """The votes in a file, [] if there is none yet. A last line without its end, which a power cut may leave,
-    gets one, or the next vote would be written into it. InputError: a line is broken."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    gets one, or the next vote would be written into it. InputError: a line is broken, or no vote."""
     there = path.read_bytes() if path.exists() else b""
     if there and not there.endswith(b"\n"):
-        write_atomic(path, there + b"\n")
+        write_line(path, b"")
+    for number, line in enumerate(there.split(b"\n"), 1):
+        if line.strip() and not is_vote(line):
+            raise InputError(f"{path}:{number}: no vote of this program, which adds to the file and takes "
+                             "back from it; choose another --out")
     return formats.load(path, "preference")[0] if there else []
 
 
-def write_vote(path, vote):
-    """Append a vote and wait until the disk has it."""
+def is_vote(line):
+    """Whether a line of a file (bytes) is one that this program wrote."""
+    try:
+        return json.loads(line).keys() == {"prompt", "chosen", "rejected", "label"}
+    except (ValueError, AttributeError):
+        return False
+
+
+def write_line(path, line):
+    """Append a line (bytes) and wait until the disk has it."""
     with open(path, "ab") as f:
-        f.write(json.dumps(vote).encode() + b"\n")
+        f.write(line + b"\n")
         f.flush()
         os.fsync(f.fileno())
 
 
 def take_back(path):
-    """Remove the last vote from the file."""
-    lines = path.read_bytes().rstrip().split(b"\n")[:-1]
-    write_atomic(path, b"".join(line + b"\n" for line in lines))
+    """Remove the last vote from the end of the file; what stands before it is not written again."""
+    os.truncate(path, path.read_bytes().rstrip().rfind(b"\n") + 1)
 
 
 def ask(pair, n_votes):
@@ -126,6 +137,8 @@ def main(cfg):
     # The votes so far, and who takes part. Links of the chain that are missing are made first.
     device = setup(cfg)
     path = Path(cfg.out) / "votes.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock(path.parent)      # of two sessions one would take back the other's votes
     votes = read_votes(path)
     reward = cfg.reward or ("" if cfg.policy else need(cfg, "reward"))
     names = names_in(cfg.policy or need(cfg, "sft"))
@@ -167,7 +180,7 @@ def main(cfg):
             chosen, rejected = (pair["b"], pair["a"]) if key == "2" else (pair["a"], pair["b"])
             label = 0.5 if key == "t" else 1.0
             votes.append({"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected, "label": label})
-            write_vote(path, votes[-1])
+            write_line(path, json.dumps(votes[-1]).encode())
             if reward:
                 pair["label"] = {"1": 1.0, "2": 0.0, "t": 0.5}[key]
                 print("\n    " + opinion(pair, reward_model, reward_tok, agreed), flush=True)

@@ -2,22 +2,29 @@
 
 The suite runs a few of each; FAULTS=20 python -m pytest tests/test_faults.py runs the long version (about half an
 hour)."""
+import fcntl
 import json
 import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_scripts import SCRIPTS, TRAIN, links, log_of, module_of, same, snapshot
 
-from data import InputError
-from data.files.checkpoint import load, load_state, load_weights, save, save_folder
+from data import InputError, chain as chain_py
+from data.files.checkpoint import load, load_state, load_weights, save, save_folder, write_state
+from data.flags import interrupt, is_lack_of_memory
 from data.run import Run
+from data.screen import Screen
 from data.files import CheckpointError
 from sft import Config
 
@@ -146,38 +153,34 @@ class Net(torch.nn.Module):
 
 
 def test_what_is_not_finite_never_reaches_the_weights(tmp_path, capsys):
-    old = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
-        run, net = Run(Config(out=str(tmp_path), save_every=5), "sft"), Net()
-        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
-        run.begin(20, None, model=(net, optimizer))
-        inf, nan = float("inf"), float("nan")
-        for step, bad in zip(run.steps(), [None, nan, inf, 1e30, None, nan]):     # 1e30 squared is no fp32
-            before = [p.clone() for p in net.parameters()]
-            (net.a.sum() + net.b.sum()).backward()
-            if bad is not None:
-                net.b.grad[1] = bad
-            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            if step == 5:
-                what = r"gradient of \w and \d more tensors is not finite; examples number \[5, 7\].* fourth"
-                with pytest.raises(InputError, match=what):
-                    run.finite(norm, net, [step, 7])
-                continue
-            good = run.finite(norm, net, [step, 7])
-            if good:
-                optimizer.step()
-            optimizer.zero_grad()
-            run.log(step, loss=nan if bad else 1.0)
-            moved = any(not torch.equal(p, q) for p, q in zip(net.parameters(), before))
-            assert moved == good == (bad is None) and all(p.isfinite().all() for p in net.parameters())
-            assert all(v.isfinite().all() for s in optimizer.state.values() for v in s.values())
-        run.log_file.close()
-        said = capsys.readouterr().out
-        assert said.count("step skipped") == 3 and "the gradient has a norm that is not finite" in said
-        rows = log_of(tmp_path)      # strict JSON, without NaN
-        assert rows[4] == {"step": 5, "loss": 1.0, "skipped": 3} and "loss" not in rows[2]
-    finally:
-        signal.signal(signal.SIGINT, old[0]), signal.signal(signal.SIGTERM, old[1])
+    run, net = Run(Config(out=str(tmp_path), save_every=5), "sft"), Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    run.begin(20, None, model=(net, optimizer))
+    inf, nan = float("inf"), float("nan")
+    for step, bad in zip(run.steps(), [None, nan, inf, 1e30, None, nan]):     # 1e30 squared is no fp32
+        before = [p.clone() for p in net.parameters()]
+        (net.a.sum() + net.b.sum()).backward()
+        if bad is not None:
+            net.b.grad[1] = bad
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        if step == 5:
+            what = r"gradient of \w and \d more tensors is not finite; examples number \[5, 7\].* fourth"
+            with pytest.raises(InputError, match=what):
+                run.allows_step(norm, net, [step, 7])
+            continue
+        good = run.allows_step(norm, net, [step, 7])
+        if good:
+            optimizer.step()
+        optimizer.zero_grad()
+        run.log(step, loss=nan if bad else 1.0)
+        moved = any(not torch.equal(p, q) for p, q in zip(net.parameters(), before))
+        assert moved == good == (bad is None) and all(p.isfinite().all() for p in net.parameters())
+        assert all(v.isfinite().all() for s in optimizer.state.values() for v in s.values())
+    run.log_file.close()
+    said = capsys.readouterr().out
+    assert said.count("step skipped") == 3 and "the gradient has a norm that is not finite" in said
+    rows = log_of(tmp_path)      # strict JSON, without NaN
+    assert rows[4] == {"step": 5, "loss": 1.0, "skipped": 3} and "loss" not in rows[2]
 
 
 def test_a_reward_model_with_a_broken_weight_stops_ppo(suite, chain, tmp_path):
@@ -285,3 +288,158 @@ def test_random_flags_never_end_in_a_traceback(suite, chain, bad_folder, script)
 def bad_folder(tmp_path):
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the machine does.
+
+SMALL = ["--batch_size", 8, "--warmup", 2, "--max_new", 8, "--dtype", "float32"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_disk_that_fills_in_the_training_state():
+    """An OSError, which ends in one sentence; torch's own writer raises a RuntimeError without the word space."""
+    with pytest.raises(OSError, match="space"):
+        write_state("/dev/full", {"x": torch.zeros(10 ** 6)})
+
+
+def test_a_clock_that_stands_still(tmp_path, monkeypatch):
+    """A coarse clock between two steps: no division by 0, no negative speed."""
+    monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
+    run, net = Run(Config(out=str(tmp_path)), "sft"), Net()
+    run.begin(50, None, model=(net, None))
+    for step in run.steps():
+        run.log(step, tokens=7, loss=1.0)
+    assert run.history[-1]["tok_s"] > 0
+
+
+@pytest.mark.parametrize("error, is_memory", [
+    (RuntimeError("could not create a primitive"), True), (MemoryError(), True),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+    (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
+    (RuntimeError("shapes differ"), False)])
+def test_lack_of_memory_has_several_names(error, is_memory):
+    assert is_lack_of_memory(error) == is_memory
+
+
+def test_memory_that_ends_inside_onednn(suite, chain, tmp_path):
+    (tmp_path / "greedy.py").write_text("def f(rows, texts):\n    raise RuntimeError('could not create a primitive')\n")
+    r = suite.run("ppo.py", "--init", chain / "sft", "--reward", "greedy:f", "--rollouts", 8, "--max_new", 8, "--out",
+                  tmp_path / "ppo", cwd=tmp_path)
+    assert r.rc == 1 and "Traceback" not in r.err, r.err
+
+
+def test_another_precision_is_said(suite, chain, tmp_path):
+    """A run that goes on where products are rounded otherwise says so in a line; on the same machine it does not."""
+    flags = ["sft.py", "--init", chain / "base", *SMALL, "--out", tmp_path / "x"]
+    suite.ok(*flags, "--max_steps", 1)
+    assert "so far" not in suite.ok(*flags, "--max_steps", 2).out
+    state = load_state(tmp_path / "x")
+    write_state(tmp_path / "x" / "state.pt", state | {"machine": "cuda in bf16"})
+    r = suite.ok(*flags, "--max_steps", 3)
+    assert "so far ran on cuda in bf16; the next ones run on cpu in fp32" in r.out
+
+
+def test_a_script_left_alive_by_its_parent_is_waited_for(suite, chain, tmp_path):
+    """cai.py was killed, its sft.py was not: the same command again is told to wait, not to go elsewhere."""
+    with open(tmp_path / ".lock", "w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        r = suite.run("sft.py", "--init", chain / "base", "--out", tmp_path, env={"RLHF_PART_OF_A_CHAIN": "1"})
+        assert r.rc == 1 and "wait until it has ended" in r.err and "another --out" not in r.err
+
+
+def begin(suite, *args, **kw):
+    """A plain process of sft.py in a group of its own, whose output we hold."""
+    command = [sys.executable, suite.root / "sft.py", *map(str, args)]
+    return subprocess.Popen(list(map(str, command)), env=suite.env, start_new_session=True, text=True, **kw)
+
+
+def wait_for_a_row(process, folder):
+    """Until a process has done a step."""
+    end = time.time() + 60
+    while not (folder / "log.jsonl").exists() or not log_of(folder):
+        assert time.time() < end and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, None], ids=["ctrl-c", "head"])
+def test_a_broken_pipe_loses_no_step(suite, chain, tmp_path, signum):
+    """Ctrl-C behind `| tee` ends tee first, and `| head` reads no further: the run ends its step and saves."""
+    flags = ["--init", chain / "base", *SMALL, "--epochs", 50, "--save_every", 10 ** 6, "--out", tmp_path / "x"]
+    process = begin(suite, *flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_a_row(process, tmp_path / "x")
+    process.stdout.close()
+    if signum:
+        os.killpg(process.pid, signum)
+    error = process.stderr.read()
+    assert process.wait(60) == 1
+    step = load_state(tmp_path / "x")["step"]
+    assert step >= 1 and f"interrupted after step {step}, saved in" in error and "Broken pipe" not in error
+    assert "Exception ignored" not in error and len(log_of(tmp_path / "x")) == step
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_lines_that_cannot_be_printed_stop_nothing(suite, chain, tmp_path):
+    """The disk under `> log.txt` is full: the run goes on without a word, and ends as any other."""
+    flags = ["--init", chain / "base", *SMALL, "--max_steps", 3, "--out"]
+    suite.ok("sft.py", *flags, tmp_path / "whole")
+    with open("/dev/full", "w") as full:
+        process = begin(suite, *flags, tmp_path / "x", stdout=full, stderr=subprocess.PIPE)
+        error = process.stderr.read()
+    assert process.wait(60) == 0 and error == "", error
+    same(tmp_path / "whole", tmp_path / "x")
+
+
+def test_output_that_is_closed(suite, chain, tmp_path):
+    """`>&-`, a daemon, pythonw: sys.stdout is None."""
+    command = f"'{sys.executable}' '{suite.root / 'sft.py'}' --init '{chain / 'nosuch'}' --out '{tmp_path / 'x'}' >&-"
+    r = subprocess.run(["bash", "-c", command], env=suite.env, capture_output=True, text=True)
+    assert r.returncode == 1 and r.stderr == f"error: {chain / 'nosuch'}: no such file or folder\n", r.stderr
+
+
+def test_ctrl_c_waits_for_the_script_that_runs(tmp_path, monkeypatch):
+    """A link of the chain is not killed while it saves; a kill of the parent alone reaches the script as well."""
+    child = tmp_path / "child.py"
+    child.write_text("import signal, sys, time\n"
+                     "def stop(*_):\n    time.sleep(0.6)\n    open(sys.argv[2] + '/saved', 'w').close()\n"
+                     "    sys.exit(1)\n"
+                     "signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)\n"
+                     "open(sys.argv[2] + '/begun', 'w').close()\ntime.sleep(60)\n")
+    monkeypatch.setattr(chain_py, "ROOT", tmp_path)
+    for i, reaches_child in enumerate((True, False)):
+        out = tmp_path / str(i)
+        out.mkdir()
+
+        def kill(out=out, reaches_child=reaches_child):
+            while not (out / "begun").exists():
+                time.sleep(0.01)
+            if reaches_child:
+                os.kill(int(subprocess.check_output(["pgrep", "-f", str(child)]).split()[0]), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
+        old = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, interrupt)
+        thread = threading.Thread(target=kill)
+        thread.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                chain_py.run_script(SimpleNamespace(seed=0, dtype="auto", device=""), ["child.py"], out)
+        finally:
+            signal.signal(signal.SIGINT, old[0]), signal.signal(signal.SIGTERM, old[1])
+            thread.join()
+        assert (out / "saved").exists()
+
+
+def test_a_message_never_sticks_to_the_progress_line(monkeypatch, capsys):
+    """On a terminal the line is redrawn in place, as wide as that is, and ends before anything else is printed."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    screen = Screen()
+    parts = ["ppo 1/70", *[f"figure_{i} 0.123" for i in range(9)], "1,234 tokens/s", "0:14 left"]
+    screen.progress(list(parts), is_last=False)
+    out = capsys.readouterr().out
+    assert out[0] == "\r" and len(out) == 100 and out.rstrip().endswith("| 1,234 tokens/s | 0:14 left")
+    screen.say("ppo: interrupted")
+    screen.progress(list(parts), is_last=True)
+    screen.say("done")
+    assert re.fullmatch(r"\nppo: interrupted\n\r.{99}\ndone\n", capsys.readouterr().out)

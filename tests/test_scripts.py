@@ -23,7 +23,7 @@ import tiktoken
 import torch
 
 from conftest import CHAIN, ROOT, SEED, copy_suite
-from data import InputError, chain as chain_py, flags as flags_py, run as run_py, world
+from data import InputError, chain as chain_py, flags as flags_py, folder as folder_py, run as run_py, world
 from data.chain import need
 from data.files.checkpoint import load, load_state
 from data.flags import MAY_BE_0, SHARES, parse_flags
@@ -160,6 +160,9 @@ def test_ppo_makes_what_is_missing(fresh_clone):
     assert (folder / "x" / "index.html").exists()
 
 
+RUN_JSON = '{"stage": "sft", "config": {}, "flags": {}, "inputs": {}, "files": []}'
+
+
 @pytest.fixture
 def link(tmp_path, monkeypatch):
     """link(returncode) -> (the Config of a run in out/mine, the list of commands that need() runs, which end so)."""
@@ -171,8 +174,8 @@ def link(tmp_path, monkeypatch):
             out = Path(command[command.index("--out") + 1])
             out.mkdir(exist_ok=True)
             (out / "result.json").write_text('{"after": {"gold": 0.25}}')
-            return SimpleNamespace(returncode=code)
-        monkeypatch.setattr(chain_py.subprocess, "run", pretend)
+            return SimpleNamespace(returncode=code, wait=lambda: code)
+        monkeypatch.setattr(chain_py.subprocess, "Popen", pretend)
         out = str(tmp_path / "mine" / "x")      # what is in mine/ starts from the links beside mine/
         return SimpleNamespace(out=out, seed=7, dtype="bfloat16", device="cpu"), commands
     return get
@@ -186,7 +189,7 @@ def test_need(tmp_path, link, there, runs):
     (tmp_path / "base" / "config.json").touch()
     (tmp_path / "sft").mkdir()
     for name in there:
-        (tmp_path / "sft" / name).write_text("{}")
+        (tmp_path / "sft" / name).write_text(RUN_JSON)
     cfg, commands = link(0)
     assert need(cfg, "sft") == str(tmp_path / "sft")
     want = f"{chain_py.ROOT / 'sft.py'} --out {tmp_path / 'sft'} --seed 7 --dtype bfloat16 --device cpu"
@@ -208,7 +211,8 @@ def test_need_of_a_whole_chain(tmp_path, link, capsys):
     out = capsys.readouterr().out
     assert "flags of its own" not in out and all(f"{name}: gold 0.25" in out for name in ("base", "sft", "reward"))
     (tmp_path / "sft" / "config.json").touch()
-    (tmp_path / "sft" / "run.json").write_text(json.dumps({"config": {"data": "mine.jsonl", "init": ""}}))
+    record = json.loads(RUN_JSON) | {"config": {"data": "mine.jsonl", "init": ""}}
+    (tmp_path / "sft" / "run.json").write_text(json.dumps(record))
     assert need(cfg, "sft") == str(tmp_path / "sft") and len(commands) == 3
     assert f"{tmp_path / 'sft'} was made with flags of its own, from mine.jsonl" in capsys.readouterr().out
 
@@ -740,11 +744,11 @@ def test_fingerprint_sees_every_byte_of_a_file(tmp_path):
     """A line in the middle of a long file, both ends of long weights, and each part of FILE.py:function."""
     path = tmp_path / "d.jsonl"
     path.write_bytes(bytes(5 * 2 ** 20))
-    before = chain_py.fingerprint(path)
+    before = folder_py.fingerprint(path)
     with open(path, "r+b") as file:
         file.seek(5 * 2 ** 19)
         file.write(b"x")
-    assert chain_py.fingerprint(path) != before
+    assert folder_py.fingerprint(path) != before
     weights = tmp_path / "m" / "model.safetensors"
     weights.parent.mkdir()
     seen = set()
@@ -753,13 +757,13 @@ def test_fingerprint_sees_every_byte_of_a_file(tmp_path):
         data = bytearray(int(size * 2 ** 20))
         data[int(at)] = 1
         weights.write_bytes(data)
-        seen.add(chain_py.fingerprint(weights.parent))
-    assert len(seen) == 6 and chain_py.fingerprint(tmp_path / "nosuch") == "none"
+        seen.add(folder_py.fingerprint(weights.parent))
+    assert len(seen) == 6 and folder_py.fingerprint(tmp_path / "nosuch") == "none"
     own = f"{tmp_path / 'mine.py'}:score"
     (tmp_path / "mine.py").write_text("def score(rows, texts): return [1.0]")
-    before = chain_py.fingerprint(own)
+    before = folder_py.fingerprint(own)
     (tmp_path / "mine.py").write_text("def score(rows, texts): return [2.0]")
-    assert chain_py.fingerprint(own) != before
+    assert folder_py.fingerprint(own) != before
 
 
 def test_colons_and_commas_in_paths(suite, chain, tmp_path):
@@ -1161,6 +1165,8 @@ def test_a_second_run_beside_the_first_writes_nothing(suite, chain, tmp_path, sc
     shutil.copytree(chain / FOLDERS.get(script, "ppo"), folder)
     (folder / "round1").mkdir(exist_ok=True)
     (folder / "round1" / "chains.jsonl").write_text("")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"files": record["files"] + ["round1/chains.jsonl"]}))
     (tmp_path / "base").symlink_to(chain / "base")
     before = snapshot(folder)
     with open(folder / ".lock", "w") as holder:
@@ -1247,11 +1253,8 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def flock(file, how):
         raise OSError(38, "Function not implemented")
     monkeypatch.setattr(fcntl, "flock", flock)
-    old = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
-        run_py.Run(module_of("sft.py").Config(out=str(tmp_path / "x")), "sft")
-    finally:
-        signal.signal(signal.SIGINT, old[0]), signal.signal(signal.SIGTERM, old[1])
+    monkeypatch.setattr(run_py.Run, "catch_signals", lambda run: None)
+    run_py.Run.open(module_of("sft.py").Config(out=str(tmp_path / "x")), "sft")
     said = capsys.readouterr().out
     assert said.startswith(f"{tmp_path / 'x'}: ") and "locks" in said and "Function not implemented" in said
     assert (tmp_path / "x" / "run.json").exists()
@@ -1262,7 +1265,7 @@ def test_the_time_left_knows_that_steps_differ(tmp_path, capsys):
     run = run_py.Run(module_of("cai.py").Config(out=str(tmp_path)), "cai")
     run.begin(3, tok=None)
     for done, left in ((0.1, "1:30 left"), (None, "0:20 left")):
-        run.loop_start, run.shown = time.time() - 10, 0
+        run.loop_start, run.shown = time.perf_counter() - 10, 0
         run.log(0, done=done, gold=0.5)
         assert left in capsys.readouterr().out
 

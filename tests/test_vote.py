@@ -148,7 +148,7 @@ def test_no_vote_is_lost(suite, chain, tmp_path):
 @needs_fork
 def test_voting_says_where_a_file_is_broken(suite, chain, tmp_path):
     path = {"PYTHONPATH": str(suite.root)}
-    (tmp_path / "votes.jsonl").write_text('{"prompt": "Hi", "chosen": "a", "rejected": "b"}\n{"prompt": "H')
+    (tmp_path / "votes.jsonl").write_text('{"prompt": "Hi", "chosen": "a", "rejected": "b", "label": 1.0}\n{"prompt": "H')
     r = suite.run("data/vote.py", "--policy", chain / "sft", "--reward", chain / "reward", "--out", tmp_path, env=path)
     fails(r, f"{tmp_path / 'votes.jsonl'}:2: ")
     r = suite.run("data/vote.py", "--policy", chain / "sft", "--reward", chain / "base", "--out", tmp_path / "w",

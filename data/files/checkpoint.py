@@ -54,7 +54,7 @@ def save(folder, model, tok, state=None):
     Every process calls this; the first one writes."""
     weights = full_state(model)
     if RANK == 0:
-        extra = {} if state is None else {"state.pt": functools.partial(torch.save, state)}
+        extra = {} if state is None else {"state.pt": functools.partial(write_state, state=state)}
         notes = {}
         if model.cfg.scalar_head:
             notes = {"reward_mean": model.reward_mean, "process": model.process}
@@ -62,6 +62,12 @@ def save(folder, model, tok, state=None):
                 notes["pad_token_id"] = model.read_before
         save_folder(folder, model.cfg, merged(weights), tok, extra, notes)
     barrier()
+
+
+def write_state(path, state):
+    """torch.save to a file that Python opened, so that a full disk is an OSError and not torch's own error."""
+    with open(path, "wb") as f:
+        torch.save(state, f)
 
 
 def load_state(folder):

@@ -1,6 +1,7 @@
 """The tiny world: a small synthetic internet, its questions, its demonstrators, its annotator and its judge.
 
-    python -m data.world.build    writes data/world/tiny/ again (deterministic, a few seconds)
+    python -m data.world.build    makes data/world/tiny/ again (deterministic, a few seconds); --overwrite
+                                  replaces what differs
 
 Three families of prompts stand for the three failures of a base model (helpful: wrong or rambling answers;
 harmless: it explains what it should refuse; honest: it invents what nobody can know). Six files come out of
@@ -18,9 +19,11 @@ import hashlib
 import json
 import random
 import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 
-from data import write_jsonl
+from data import write_atomic, write_jsonl
 from data.files.tokenizer import GPT2_REGEX
 from data.world.facts import FACTS, HARMS, LANDS, NAMES, PRIVATE, SAYING, THINGS
 from data.world.judge import (AGREE, CLOSERS, FAMILIES, HERE, OPENERS, REFUSAL, SURE, TINY, UNKNOWN)
@@ -333,9 +336,25 @@ def build(folder=TINY, seed=0, corpus_chars=1_600_000, demos=3000, preference=50
     write_jsonl(folder / "test.jsonl", rows)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) > 1:      # --help, or anything else: nothing is written
+def main(arguments):
+    """The command line: make the files anew, and say which of those in tiny/ they replace."""
+    if arguments not in ([], ["--overwrite"]):      # --help, or anything else: nothing is written
         sys.exit(__doc__)
-    build()
-    for path in sorted(TINY.iterdir()):
-        print(f"{path.name:20} {path.stat().st_size:>9,} bytes")
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder))
+        new = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+    # What is the same already is not written, and what differs may be somebody's work.
+    old = {name: (TINY / name).read_bytes() for name in new if (TINY / name).exists()}
+    differ = [name for name in old if old[name] != new[name]]
+    if differ and not arguments:
+        sys.exit(f"{TINY}: {', '.join(differ)} would be replaced by others; --overwrite does that")
+    for name, data in new.items():
+        state = "replaced" if name in differ else "as it was" if name in old else "new"
+        if state != "as it was":
+            write_atomic(TINY / name, data)
+        print(f"{name:20} {len(data):>9,} bytes, {state}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
