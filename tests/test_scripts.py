@@ -853,7 +853,7 @@ def test_inspect_starts_anew_whatever_is_in_the_folder(suite, chain, tmp_path):
     flags = ["--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 16, "--max_new", 8, "--out", tmp_path / "x"]
     suite.ok("ppo.py", *flags, "--advantage", "rloo", "--group", 2, "--relabel", 0, "--iterations", 1)
     before = snapshot(tmp_path)
-    r = suite.ok("ppo.py", *flags, "--advantage", "gae", "--inspect")
+    r = suite.ok("ppo.py", *flags, "--advantage", "gae", "--iterations", 5, "--inspect")
     assert "iteration 3: " in r.out and "A, gae: " in r.out and snapshot(tmp_path) == before
 
 
