@@ -622,6 +622,15 @@ def test_equations_are_those_of_the_run(tmp_path, browser):
     assert "0.80 to 1.30" in update
 
 
+def test_a_run_of_older_code_keeps_its_curves(tmp_path, browser):
+    """What it kept of an iteration has another shape; that leaves out the steps, and nothing else."""
+    write_run(tmp_path / "ppo", "ppo", 20, {"reward": [0, 1], "kl": [0, 1]}, {}, {"gold": 0.25})
+    (tmp_path / "ppo" / "inspect.json").write_text(json.dumps({"first": {"iteration": 5, "responses": []}}))
+    browser.open(page.write_page(tmp_path))
+    text = browser.text("#ppo")
+    assert "left no iteration" in text and "The whole run" in text and "cannot be drawn" not in text
+
+
 def test_no_digits_that_bf16_does_not_have(tmp_path, browser):
     it = fake_iteration(random.Random(0), 7) | {"bf16": True}
     for text in equations(browser, it, tmp_path):
