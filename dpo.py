@@ -274,6 +274,21 @@ def read_examples(run, path, paired, tok, max_len):
     return train, held, held_rows + train_rows
 
 
+def read_online(run, path, tok, longest, device):
+    """Prompt rows of a file to sample answers to, rows to measure on (of one's own prompts held-out ones), and
+    the judge of the answers. InputError: no prompt leaves the judge room for an answer."""
+    cfg = run.cfg
+    rows = read_prompts(run, path, tok, longest)
+    judge, fitting = judge_of("--judge", cfg.judge, device, rows, cfg.max_new)
+    run.say(f"{len(rows) - len(fitting):,} of them left out that leave the judge no room for an answer")
+    if not fitting:
+        raise InputError(f"--judge {cfg.judge}: no prompt leaves room for an answer in its context")
+    if not cfg.data:
+        return fitting, fitting, judge
+    rows, held_out = hold_out(run, fitting)
+    return rows, held_out, judge
+
+
 def lengths_of(examples):
     """Tokens of each example with its longer answer: what batches are sorted by."""
     return [len(prompt) + max(len(first), len(second)) for prompt, first, second, _ in examples]
@@ -410,15 +425,7 @@ def main(cfg):
     # What there is to learn from, and which of it each step reads.
     context, plan, train, held = policy.cfg.max_len, [], [], []
     if cfg.online:
-        rows = read_prompts(run, data, tok, min(cfg.max_prompt, context - cfg.max_new))
-        n_rows = len(rows)
-        judge, rows = judge_of("--judge", cfg.judge, device, rows, cfg.max_new)
-        run.say(f"{n_rows - len(rows):,} of them left out that leave the judge no room for an answer")
-        if not rows:
-            raise InputError(f"--judge {cfg.judge}: no prompt leaves room for an answer in its context")
-        own = rows
-        if cfg.data:
-            rows, own = hold_out(run, rows)
+        rows, own, judge = read_online(run, data, tok, min(cfg.max_prompt, context - cfg.max_new), device)
         for step in range(cfg.online_steps):
             plan.append(random.Random(f"{cfg.seed} {step}").choices(range(len(rows)), k=cfg.batch_size))
     else:
