@@ -25,10 +25,14 @@ def read_tensors(folder):
     if (folder / WEIGHTS).exists():
         return read_safetensors(folder / WEIGHTS)
     where, tensors = read_index(folder / INDEX), {}
+
+    # A folder that somebody else made must not reach out of itself. In a hub cache the files of a snapshot
+    # link to blobs/, two folders above.
     here = folder.resolve()
-    allowed = (here, here.parent.parent / "blobs")    # to which the files of a snapshot in a hub cache link
+    allowed = (here, here.parent.parent / "blobs")
     for name in sorted(set(where.values())):
         require((folder / name).resolve().parent in allowed, f"{folder / name}: a link out of its folder")
+        # A tensor may stand in several shards: the index says in which one it counts.
         for key, t in read_safetensors(folder / name).items():
             if where.get(key) == name:
                 tensors[key] = t
@@ -49,6 +53,7 @@ def read_safetensors(path):
     """{name: tensor} of a .safetensors file (format: github.com/huggingface/safetensors), mapped into memory
     copy-on-write, so that only what is used is read, once. Every claim of the header is checked against the
     size of the file before anything is mapped or allocated; CheckpointError if one does not hold."""
+    # The header, whose length is the first claim that has to fit the file.
     require(Path(path).is_file(), f"{path}: no such file")
     size = Path(path).stat().st_size
     with open(path, "rb") as f:
@@ -58,7 +63,7 @@ def read_safetensors(path):
         header = read_object(path, f.read(n))
     header.pop("__metadata__", None)
 
-    # What each entry claims.
+    # What each entry claims. Numbers are bounded before they are multiplied.
     spans, end = [], 0
     for name, info in header.items():
         where = f"{path}: tensor {name!r}"
@@ -75,11 +80,13 @@ def read_safetensors(path):
         require(b - a == size_is, f"{where} is {kind}{shape} in {b - a} bytes")
         spans.append((a, b, name, DTYPES[kind], shape))
 
-    # They lie side by side and fill the file.
+    # The tensors lie side by side and fill the file, so that none reads another's bytes.
     for a, b, name, *_ in sorted(spans, key=lambda span: span[:3]):
         require(a == end, f"{path}: tensor {name!r} starts at byte {a}, the one before it ends at {end}")
         end = b
     require(end == size - 8 - n, f"{path}: the header describes {end} bytes, the file has {size - 8 - n}")
+
+    # Views of the mapped file: a model that is cast or copied on loading takes no more memory than itself.
     data, tensors = torch.from_numpy(np.memmap(path, np.uint8, "c"))[8 + n:], {}
     for a, b, name, dtype, shape in spans:
         raw = data[a:b]
@@ -93,7 +100,8 @@ def write_safetensors(path, tensors):
     """Write {name: tensor} and wait until the disk has it."""
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    names = sorted(tensors, key=lambda name: -tensors[name].element_size())   # keeps all of them aligned
+    # The widest numbers first: then each tensor starts at a multiple of its own width.
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
     for name in names:
         t = tensors[name]
         require(t.dtype in kinds, f"tensor {name!r}: {t.dtype} cannot be stored in a safetensors file")
