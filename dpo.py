@@ -275,8 +275,8 @@ def read_examples(run, path, paired, tok, max_len):
 
 
 def read_online(run, path, tok, longest, device):
-    """Prompt rows of a file to sample answers to, rows to measure on (of one's own prompts held-out ones), and
-    the judge of the answers. InputError: no prompt leaves the judge room for an answer."""
+    """Prompt rows of a file to sample answers to, rows to measure on (of one's own prompts held-out ones),
+    and the judge of the answers. InputError: no prompt leaves the judge room for an answer."""
     cfg = run.cfg
     rows = read_prompts(run, path, tok, longest)
     judge, fitting = judge_of("--judge", cfg.judge, device, rows, cfg.max_new)
