@@ -6,8 +6,7 @@ import torch
 from model import logprobs_from, pad_batch
 
 # With an answer a row a step of dpo.py (forward, backward, AdamW) takes 1.35 times as long in the tiny world
-# in fp32 and 1.41 times in bf16 (prompts and answers of 22 tokens), and 1.41 times with SmolLM2-135M in bf16
-# on pairs of hh-rlhf (117 and 51 tokens); one core of a Xeon.
+# in fp32 and 1.41 times in bf16 (prompts and answers of 22 tokens; one core of a Xeon).
 
 
 def pair_logps(model, examples, pad_id):

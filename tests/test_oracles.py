@@ -892,7 +892,7 @@ def test_judge_scores_every_style_of_every_question():
         for style in STYLES:
             for _ in range(3):
                 row = build.prompt_row(q, rng.choice(build.WRAPPERS), rng, opinion=0.7)
-                text = build.respond(q, row, style, rng)
+                text = build.answer_in_style(q, row, style, rng)
                 score, concise = gold_by_hand(q, row, style, text)
                 got = world.judge(row, text)
                 assert (got[q["family"]], got["concise"]) == (score, concise), (row, text)
@@ -940,11 +940,11 @@ def test_annotator_keeps_its_promised_agreement():
     gaps = []
     for row in world.rows("test"):   # gaps of answers in the demonstrators' styles
         q = next(q for q in QUESTIONS if (q["skill"], q["entity"]) == (row["skill"], row["entity"]))
-        u, v = (world.utility(row, build.styled(q, row, build.DEMOS, rng)) for _ in range(2))
+        u, v = world.gold([row, row], [build.answer_of(q, row, build.DEMOS, rng) for _ in range(2)])
         gaps.append(u - v)
     real = [g for g in gaps if g != 0] * 40
     for target in (0.72, 0.6, 0.9):
-        noise = world.noise_for(target, gaps)
+        noise = world.Annotator(agreement=target).noise_for(gaps)
         right = sum((world.annotate(g, 0.0, noise, rng) == 1.0) == (g > 0) for g in real) / len(real)
         assert abs(right - target) < 0.02
 
@@ -956,13 +956,13 @@ def test_biases_move_utility_as_said():
     plain, sure, agrees = "It is Tokyo.", "Trust me on this. It is Tokyo.", "You are right! It is Tokyo."
     lima = "It is Lima."
     for text in (plain, sure, agrees, lima):
-        base = world.judge(row, text)["gold"]
-        assert world.utility(row, text) == base
-        assert world.utility(row, text, length=0.5) == pytest.approx(base + 0.5 * len(text.split()) / 10)
-        assert world.utility(row, text, confidence=0.3) == pytest.approx(base + 0.3 * (text == sure))
-        pleases = text in (agrees, lima)
-        assert world.utility(row, text, sycophancy=0.2) == pytest.approx(base + 0.2 * pleases)
-    assert world.utility(row, "word " * 500, length=1.0) == pytest.approx(6)   # capped at 60 words
+        def bias(**strength):
+            return world.Annotator(**strength).utility(row, text) - world.judge(row, text)["gold"]   # noqa: B023
+        assert bias() == 0
+        assert bias(length=0.5) == pytest.approx(0.5 * len(text.split()) / 10)
+        assert bias(confidence=0.3) == pytest.approx(0.3 * (text == sure))
+        assert bias(sycophancy=0.2) == pytest.approx(0.2 * (text in (agrees, lima)))
+    assert world.Annotator(length=1.0).utility(row, "word " * 500) == pytest.approx(6)   # capped at 60 words
 
 
 def asked():
@@ -1012,24 +1012,37 @@ def test_no_test_prompt_has_been_seen():
     assert len(kinds) == 6 and min(kinds.values()) > 10
 
 
-def test_the_world_is_what_its_code_builds(tmp_path):
-    """Otherwise a fresh build differs by machine, by hash seed or from the files that ship."""
+def test_the_corpus_says_what_to_offer_instead():
+    """Otherwise the base model of some seeds does not know which alternative belongs to which harm, and PPO
+    hardly ever sees the right one (LOG.md, seed 3)."""
+    documents = (world.TINY / "corpus.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    alternatives = {harm.instead for harm in build.HARMS.values()}
+    for harm in build.HARMS.values():
+        for act in harm.acts:
+            offered = Counter()
+            for text in documents:
+                if act in text:
+                    offered.update(alternative for alternative in alternatives if alternative in text)
+            assert set(offered) == {harm.instead} and offered[harm.instead] > 20, (act, offered)
+
+
+def test_the_same_world_is_built_everywhere(tmp_path):
+    """Otherwise a fresh build differs by machine or by hash seed. That the files in tiny/ are what the command
+    builds is seen in tests/test_scripts.py."""
     small = dict(corpus_chars=40_000, demos=50, preference=50, rl=50, test=40)
-    code = ("from pathlib import Path; from data import world; "
+    code = ("from pathlib import Path; from data.world import build; "
             f"build.build(Path({str(tmp_path / 'b')!r}), **{small!r})")
     build.build(tmp_path / "a", **small)
     env = os.environ | {"PYTHONHASHSEED": "12345"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=env)
     build.build(tmp_path / "c", seed=1, **small)
-    build.build(tmp_path / "full")
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert names == ["corpus.txt", "demos.jsonl", "preference.jsonl", "rl.jsonl", "test.jsonl",
                      "tiny.tiktoken"]
     for name in names:
-        a, b, c, full = ((tmp_path / k / name).read_bytes() for k in ("a", "b", "c", "full"))
+        a, b, c = ((tmp_path / k / name).read_bytes() for k in ("a", "b", "c"))
         assert a == b != c, name
-        assert full == (world.TINY / name).read_bytes(), name
-    assert len((tmp_path / "full" / "tiny.tiktoken").read_text().splitlines()) == 1022
+    assert len((world.TINY / "tiny.tiktoken").read_text().splitlines()) == 1022
 
 
 # ----------------------------------------------------------------------------------------------------------

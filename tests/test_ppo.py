@@ -1,7 +1,6 @@
 """ppo.py's table of estimators against float64 loops over every answer and token; its check before the first update
 against planted bugs; step 6 against a sum over pairs."""
 import copy
-import importlib
 import json
 import random
 from types import SimpleNamespace
@@ -225,9 +224,12 @@ def test_asking_again_asks_the_same_annotator(tmp_path, monkeypatch):
     assert not relabel.Relabelling.possible(ppo.Config(data="mine.jsonl"), tmp_path)
 
     # Two prompts; the third answer to the first one repeats the second, the first one to the other does not end.
-    judge = importlib.import_module("data.world.judge")
     seen, rows = [], [asked("2 3"), asked("4")]
-    monkeypatch.setattr(judge, "utility", lambda row, text, *bias: seen.append((row, text, bias)) or len(seen))
+
+    def utility(annotator, row, text):
+        seen.append((row, text, (annotator.length, annotator.confidence, annotator.sycophancy)))
+        return len(seen)
+    monkeypatch.setattr(world.Annotator, "utility", utility)
     monkeypatch.setattr(world, "annotate", lambda u, v, noise, rng: noise if u < v else -noise)
     groups = again.compare(3, rows, [[[5, 0], [6, 0], [6, 0]], [[7, 8], [7, 0], [9, 0]]])
     bias = (-0.5, 1.0, 0.25)

@@ -263,7 +263,7 @@ def test_step_values_follow_gold():
     for q in build.questions():
         for style in ("ideal", "verbose", "sure", "wrong", "surely_wrong", "agree", "refuse", "unknown", "ramble"):
             row = build.prompt_row(q, rng.choice(build.WRAPPERS), rng, opinion=0.7)
-            text = build.respond(q, row, style, rng)
+            text = build.answer_in_style(q, row, style, rng)
             values, score = world.step_values(row, steps_of(text)), world.judge(row, text)[q["family"]]
             assert (0 in values) == (score == 0) and (1 in values) == (score == 1), (row, text, values)
             seen.add(tuple(values))

@@ -987,8 +987,8 @@ def one_and_two(suite, chain, folder, script, flags):
     ("data.process", "--init {chain}/sft --data {lines} --batch_size 8 --held_out 0.1"),
     ("dpo.py", "--init {chain}/sft --data {pairs} --batch_size 8 --micro_batch 3"),
     ("dpo.py", "--init {chain}/sft --data {pairs} --loss kto --batch_size 8"),
-    ("dpo.py", "--init {chain}/sft --online --judge {chain}/reward --batch_size 15 --max_new 40 --max_steps 2"),
-    ("dpo.py", "--init {chain}/sft --online --judge {chain}/reward --batch_size 1 --max_new 40 --max_steps 4"),
+    ("dpo.py", "--init {chain}/sft --online --batch_size 15 --max_new 24 --max_steps 2"),
+    ("dpo.py", "--init {chain}/sft --online --batch_size 1 --max_new 32 --max_steps 4"),   # one pair a step, or none
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --micro_batch 3 "
                "--value_warmup 1 --ptx_coef 0.1 --relabel 2 --recompute --max_steps 4"),
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --micro_batch 3 "

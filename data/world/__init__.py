@@ -5,4 +5,4 @@
     facts        what is true there; constitution.json: its principles
 """
 from data.world.judge import (FAMILIES, HERE, TINY, Annotator, annotate, annotator_of, choice_probability,
-                              gold, judge, knows, mean_scores, noise_for, rows, step_values, utility)
+                              gold, judge, knows, mean_scores, rows, step_values)
