@@ -25,6 +25,7 @@ from data import InputError, report, world, write_atomic, write_jsonl
 from data.chain import need
 from data.files import formats
 from data.flags import ToolFlags, names_in, program
+from data.folder import take
 from data.rewards import scorer_on
 from data.sample import ended, load_sampler, sample_answers, short_enough
 from data.setup import seeded, setup
@@ -47,6 +48,7 @@ class Config(ToolFlags):
     pick: typing.Literal["best", "random"] = "best"   # of the answers to a prompt that end
     # The run itself (the same in every script)
     out: str = ""   # folder of demos.jsonl (default: out/best_of; with your data out/mine/best_of)
+    overwrite: bool = False       # replace what other flags left there
 
 
 def choose(texts, ids, scores, tok, rng):
@@ -72,7 +74,7 @@ def metrics_of(rows, texts, scores, graded):
 
 def main(cfg):
     """Write demonstrations: of N answers to each prompt, one."""
-    start, device = time.time(), setup(cfg)
+    start, device = time.perf_counter(), setup(cfg)
     reward_name, policy_name = cfg.reward or need(cfg, "reward"), cfg.policy or need(cfg, "sft")
     policy, tok = load_sampler(policy_name, device)
     reward = scorer_on("--reward", reward_name, device)
@@ -87,6 +89,9 @@ def main(cfg):
         raise InputError(f"{data}: no prompt leaves room for --max_new {cfg.max_new} tokens")
     if "gold" in names_in(reward_name) and not graded:
         raise InputError(f"{data}: --reward gold judges the tiny world's prompts only")
+
+    folder = Path(cfg.out)
+    take(cfg, "best_of", ["demos.jsonl", "result.json"], [policy_name, *names_in(reward_name), data])
 
     # All answers, and those that are kept: lists of (row, text, score).
     answers, kept, last_message = [], [], time.time()
@@ -113,8 +118,6 @@ def main(cfg):
                          f"{cfg.max_new} tokens, so there is nothing to learn from")
 
     # Demonstrations, and how far choosing alone gets.
-    folder = Path(cfg.out)
-    folder.mkdir(parents=True, exist_ok=True)
     demos = []
     for row, text, score in kept:
         said = {"role": "assistant", "content": text.strip()}
@@ -124,7 +127,7 @@ def main(cfg):
     if cfg.pick == "best":
         after["kl"] = math.log(cfg.n) - (cfg.n - 1) / cfg.n
     result = {"stage": "best_of", "seed": cfg.seed, "config": asdict(cfg), "device": str(device),
-              "seconds": round(time.time() - start, 1), "before": before, "after": after}
+              "seconds": round(time.perf_counter() - start, 1), "before": before, "after": after}
     write_atomic(folder / "result.json", json.dumps(result, indent=1).encode())
     print(report.table({"all answers": before, f"{cfg.pick} of {cfg.n}": after}, explained=True))
     path, n_without = folder / "demos.jsonl", len(rows) - len(demos)

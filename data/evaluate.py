@@ -385,7 +385,6 @@ def main(cfg):
     start, device = time.perf_counter(), setup(cfg)
     paths, ns, reward_path = read_flags(cfg)
     names, folder = short_names(paths), Path(cfg.out)
-    take(cfg, "evaluate", ["result.json", "generations.jsonl"], [*paths, cfg.judge, cfg.reward, cfg.data])
 
     # The prompts, and whether the tiny world knows their right answers.
     data = cfg.data or world.TINY / "test.jsonl"
@@ -402,6 +401,9 @@ def main(cfg):
     prefers = choices(cfg.judge, score, cfg, device)
     reference = reference_of(cfg, paths)
     loaded, rows = load_all([reference, *paths], scorers.values(), rows, data, cfg, device)
+
+    # The folder is taken here, so that what was refused so far has left none.
+    take(cfg, "evaluate", ["result.json", "generations.jsonl"], [*paths, cfg.judge, cfg.reward, cfg.data])
 
     # Every model answers; the control says the same to everybody.
     texts, metrics = {}, {}

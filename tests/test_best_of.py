@@ -53,7 +53,11 @@ def test_demonstrations(keep, suite, chain, tmp_path):
     assert told["after"]["kl"] == pytest.approx(math.log(4) - 3 / 4)
     assert f"{len(best):,} demonstrations" in out and "python sft.py --init" in out
 
-    any_one, control, _ = keep("--pick", "random")
+    # What was made with other flags is replaced only when asked for.
+    r = suite.run("data.best_of", "--policy", chain / "sft", "--reward", "gold", "--pick", "random", "--out", tmp_path / "b")
+    assert "--overwrite" in r.err and (tmp_path / "b" / "demos.jsonl").read_text().count("\n") == len(kept)
+    fails(r, "choose another --out")
+    any_one, control, _ = keep("--pick", "random", "--overwrite")
     assert control["before"] == told["before"] and len(any_one) == len(best)
     assert control["after"]["reward"] <= told["after"]["reward"] and "kl" not in control["after"]
     suite.ok("sft.py", "--init", chain / "sft", "--data", tmp_path / "b" / "demos.jsonl", "--max_steps", 2, "--batch_size",
