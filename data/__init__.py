@@ -1,7 +1,7 @@
 """Everything that is neither the model nor the algorithm of a stage.
 
     setup, parallel          device, seeds, optimizer, batches; several processes
-    run                      a run's folder, log, save and resume
+    run, folder, screen      a run's log, save and resume; whose files lie in its folder; what it prints
     flags, chain             the command line; making the links that a script starts from
     sample, comparisons      answers of a policy; pairs of them, from people, from the annotator
     prefix_sharing           both answers of a pair in one row, for dpo.py: faster, the same numbers
@@ -28,6 +28,7 @@ def write_atomic(path, data):
     (torchrun) the first one writes."""
     if int(os.environ.get("RANK", 0)):
         return
+    # Written beside its place and on the disk before it takes the place, in one step of the file system.
     new = Path(path).with_name(Path(path).name + ".new")
     with open(new, "wb") as f:
         f.write(data)
@@ -38,6 +39,7 @@ def write_atomic(path, data):
 
 def unique_keys(pairs):
     """A JSON object's (key, value) pairs as a dict. ValueError: a key is given twice."""
+    # Two values for one key are two opinions of what was meant, and dict would take the last.
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a key is given twice")
     return dict(pairs)
@@ -47,7 +49,8 @@ def read_json(path, data=None, kind=object):
     """The JSON value in a file, or in `data` (bytes that were read from it). `kind` is the type it must have,
     such as dict. InputError: it cannot be read, is no JSON, is of another type, or gives a key twice."""
     try:
-        value = json.loads(Path(path).read_bytes() if data is None else data, object_pairs_hook=unique_keys)
+        data = Path(path).read_bytes() if data is None else data
+        value = json.loads(data, object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(value, kind):
@@ -63,5 +66,6 @@ def write_jsonl(path, rows):
 
 def read_jsonl(path):
     """The rows of a file that `write_jsonl` wrote."""
-    with open(path, encoding="utf-8") as f:   # by line feeds alone: a text may hold U+2028 and the like
+    # By line feeds alone, which `for line in f` does and str.splitlines does not: a text may hold U+2028.
+    with open(path, encoding="utf-8") as f:
         return [json.loads(line) for line in f]

@@ -15,14 +15,30 @@ import model as gpt
 from data import InputError
 from data.parallel import RANK, WORLD, start_processes
 
+
 def setup(cfg):
-    """Seeds, threads, precision and processes, as the flags say. Returns the device. Weights are fp32;
-    products run in bf16 where --dtype says so (auto: where the hardware has it; model.Linear)."""
+    """Make this process ready, as the flags say: memory, seeds, processes, precision, threads. Returns the
+    device. Weights are fp32; products run in bf16 where --dtype says so (auto: where the hardware has it)."""
     keep_memory()
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")     # TF32 on GPUs
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = start_processes(device_named(cfg.device))
+    if RANK:
+        silence_this_process()
+    gpt.Linear.compute_dtype = torch.bfloat16 if uses_bf16(cfg.dtype, device) else None
+    if device == "cpu":
+        choose_threads()
+    # cuDNN plans anew for every new shape, and answers differ in length: up to a second a step (LOG.md).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if getattr(cfg, "compile", False) and device.startswith("cuda"):
+        gpt.compile_decoding()
+    return torch.device(device)
+
+
+def device_named(name):
+    """The device that --device names, or the best there is. InputError: there is none of that name."""
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device):
         raise InputError(f"--device {device}: expected cpu, cuda, cuda:1 or the like")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -32,22 +48,26 @@ def setup(cfg):
             raise InputError(f"--device {device}: this torch sees no Apple GPU; try --device cpu")
         print("--device mps has never been tried by us; with PYTORCH_ENABLE_MPS_FALLBACK=1 the CPU does what "
               "it lacks", flush=True)
-    device = start_processes(device)
-    if RANK:
-        sys.stdout = open(os.devnull, "w")   # the first rank speaks
-    bf16 = cfg.dtype == "bfloat16"
-    if cfg.dtype == "auto" and device.startswith("cuda"):
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif cfg.dtype == "auto" and device == "cpu":
-        bf16 = cpu_has_bf16()
-    gpt.Linear.compute_dtype = torch.bfloat16 if bf16 else None
-    if device == "cpu":
-        choose_threads()
-    # cuDNN plans anew for every new shape, and answers differ in length: up to a second a step (LOG.md).
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    if getattr(cfg, "compile", False) and device.startswith("cuda"):
-        gpt.compile_decoding()
-    return torch.device(device)
+    return device
+
+
+def uses_bf16(dtype, device):
+    """Whether products run in bf16, by --dtype and the device."""
+    if dtype != "auto":
+        return dtype == "bfloat16"
+    # Emulated bf16 is right and slow, so only hardware that has it counts.
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and cpu_has_bf16()
+
+
+def silence_this_process():
+    """What it prints goes nowhere: of several processes the first one speaks."""
+    sys.stdout = open(os.devnull, "w")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory, bf16 and threads of a CPU.
 
 
 def keep_memory():
@@ -94,6 +114,9 @@ def idle_seconds():
     return int(numbers[4]) / os.sysconf("SC_CLK_TCK")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Random draws, the optimizer, its schedule, and which examples a step reads.
+
 MEASURE, RELABEL = 2 ** 31 - 1, 2 ** 20   # streams of random numbers beside those of the steps 0, 1, 2, ...
 
 
@@ -138,6 +161,7 @@ def batches(lengths, batch_size, seed, epoch):
         would = max(1, batch_size // WORLD) * WORLD
         raise InputError(f"--batch_size {batch_size}, {len(lengths)} examples: they do not divide over "
                          f"{WORLD} processes; with at least {WORLD} examples --batch_size {would} would")
+    # One stream an epoch, so that a resumed run finds its place again without a saved one.
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
     out = []

@@ -65,7 +65,7 @@ def save(folder, model, tok, state=None):
 
 
 def write_state(path, state):
-    """torch.save to a file that Python opened, so that a full disk is an OSError and not torch's own error."""
+    """torch.save to a file that Python opened, so that a full disk is an OSError and no error of torch."""
     with open(path, "wb") as f:
         torch.save(state, f)
 
