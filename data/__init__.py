@@ -32,6 +32,7 @@ def write_atomic(path, data):
     new = Path(path).with_name(Path(path).name + ".new")
     with open(new, "wb") as f:
         f.write(data)
+        # A rename may reach the disk before what it renames does.
         f.flush()
         os.fsync(f.fileno())
     os.replace(new, path)
