@@ -38,7 +38,13 @@ def run_of(folder):
         record = read_json(Path(folder) / "run.json", kind=dict)
     except InputError:
         return {}
-    return record if record.keys() >= {"stage", "config", "flags", "inputs"} else {}
+    is_ours = record.keys() >= {"stage", "config", "flags", "inputs"}
+    return record if is_ours and all(is_inside(name) for name in record.get("files", ())) else {}
+
+
+def is_inside(name):
+    """Whether a name that a run.json lists, and that may be deleted, lies in its folder."""
+    return type(name) is str and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def result_of(folder):

@@ -194,7 +194,7 @@ class Run:
             wanted = {part for part, p in model.named_parameters() if p.requires_grad}
             if not wanted <= self.state["models"].get(name, {}).keys():
                 raise InputError(f"{self.folder}: its run trained {', '.join(self.state['models'])}, and not "
-                                 f"the {name} of these flags; give --inspect the flags of that run")
+                                 f"the {name} of these flags; begin anew with --overwrite")
             load_full_state(model, self.state["models"][name])
             load_optimizer_state(model, optimizer, self.state["optimizers"][name])
 

@@ -135,6 +135,14 @@ def test_what_is_removed_is_what_a_run_made(tmp_path):
     assert left == {"round1/notes.txt", "round1/sl/samples.txt"}
 
 
+@pytest.mark.parametrize("name", ["../diary", "/tmp/diary", "sl/../../diary", 3])
+def test_a_run_json_cannot_list_what_lies_elsewhere(tmp_path, name):
+    """A folder that somebody was sent, and --overwrite: no file outside of it is ours to delete."""
+    record = {"stage": "sft", "config": {}, "flags": {}, "inputs": {}, "files": ["log.jsonl", name]}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert run_of(tmp_path) == {} and foreign(tmp_path, ["log.jsonl"]) == ["run.json"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Every program that writes.
 
