@@ -149,7 +149,7 @@ def test_ppo_makes_what_is_missing(fresh_clone):
     process, folder = fresh_clone
     assert process.wait(300) == 0, (folder / "log").read_text()[-999:]
     out = (folder / "log").read_text()
-    assert re.search(r"^to do: base \(\d+ s\), sft \(\d+ s\), reward \(\d+ s\), then ppo$", out, re.M)
+    assert re.search(r"^to do: base \(\d+ s\), sft \(\d+ s\), reward \(\d+ s\), then ppo \(\d+ s\)$", out, re.M)
     assert re.findall(r"^(\d/4 \w+)", out, re.M) == ["1/4 base", "2/4 sft", "3/4 reward", "4/4 ppo"]
     assert not re.search("error:|Error|Warning|Traceback", out), out
     done = [(folder / "x" / name / "result.json").stat().st_mtime_ns for name in ("base", "sft", "reward", "ppo")]
