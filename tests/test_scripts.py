@@ -457,7 +457,7 @@ def bad(chain, tmp_path_factory):
 INIT, PPO = "--init {chain}/sft ", "--init {chain}/sft --reward {chain}/reward --rollouts 8 --max_new 8 "
 DPO = INIT + "--data {bad}/pairs.jsonl "
 BAD_INPUT = [   # script, flags, what the message must hold
-    ("sft.py", "--init {bad}/nosuch", "{bad}/nosuch: no such folder"),
+    ("sft.py", "--init {bad}/nosuch", "{bad}/nosuch: no such file or folder"),
     ("sft.py", "--init nosuch-model", "nosuch-model"),
     ("reward.py", "--init {bad}/nosuch", "{bad}/nosuch"),
     ("reward.py", INIT + "--policy {bad}/nosuch", "{bad}/nosuch"),
