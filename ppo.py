@@ -536,6 +536,19 @@ def ptx_loss(policy, corpus, rng):
     return -token_logprobs(policy, x, every).sum() / (8 * (x.shape[1] - 1))
 
 
+def page_of(run, it, name, policy, value, rows, answers, seen):
+    """{name: what the page and --inspect show of iteration `it`}, {} if that has no name. answers: ids and
+    mask, (B, T) each; seen: tensors (B, T) by name, as they were before the update."""
+    if not name:
+        return {}
+    estimator = ESTIMATORS[run.cfg.advantage]
+    estimates = kl_estimators(seen["logp"], seen["ref_logp"])
+    page = health.inspection(policy, value, run.tok, rows, answers, seen, estimates, run.cfg)
+    page |= {"iteration": it + 1, "how": estimator.in_words(), "critic": estimator.critic,
+             "whitened": estimator.whitened, "mean_over": estimator.mean_over}
+    return {name: page}
+
+
 def finish(run, sampler, policy, reference, rewards, tests, start, inspected):
     """Measure the policy, save what lies beside it, and end the run. start: metrics and answers of before.
     First and last answers are both scored by the final reward model."""
@@ -674,20 +687,14 @@ def main(cfg):
         metrics = all_sum(sums) | metrics_of(seen, mask, ended, batch_rows, texts, cfg)
         run.log(it, tokens=sum(widths), show=("reward", "gold", "kl", "length", "eos_rate"), **metrics)
         name = health.name_of_kept(it, kept["warmup"], n_steps, over_budget or it + 1 == run.n_steps)
-        if name:
-            estimates = kl_estimators(old_logp, ref_logp)
-            page = health.inspection(policy, value, tok, batch_rows, (ids, mask), seen, estimates, cfg)
-            kept["inspected"][name] = page | {
-                "iteration": it + 1, "how": estimator.in_words(), "critic": estimator.critic,
-                "whitened": estimator.whitened, "mean_over": estimator.mean_over}
+        kept["inspected"] |= page_of(run, it, name, policy, value, batch_rows, (ids, mask), seen)
         run.save_when_due(it, now=over_budget, **kept)
         if over_budget:
             run.say(f"--kl_budget {cfg.kl_budget:g} is spent after {it} iterations")
             break
 
     if cfg.inspect:
-        run.say(health.inspection_text(kept["inspected"]["last"]))
-        return
+        return run.say(health.inspection_text(kept["inspected"]["last"]))
     finish(run, sampler, policy, reference, rewards, tests, start, kept["inspected"])
 
 
