@@ -508,7 +508,7 @@ def by_two_processes(suite, chain, folder):
     flags = ["--init", chain / "base", "--data", demos, "--max_new", 4, "--max_steps", 2, "--dtype", "float32"]
     suite.ok("sft.py", "--out", folder / "one", *flags)
     cfg = cai.Config(nproc_per_node=2, device="cpu", out=str(folder / "cai"))
-    cai.train(cfg, SimpleNamespace(stopping=False, say=lambda text: None), "sft.py", folder / "two", flags)
+    cai.train(cfg, SimpleNamespace(is_asked_to_stop=lambda: False, say=print), "sft.py", folder / "two", flags)
 
 
 EARLY = {"test_stages_on_several_processes": by_two_processes}      # see the chain in conftest.py
