@@ -47,7 +47,8 @@ def read_rows(path):
                         yield f"{path}, object {n} of the list", row
                 elif bare:
                     empty = False
-                    yield f"{path}:{line}", parse(path, line, raw)
+                    # Without its end: what is missing there is missing in this line, not in the next.
+                    yield f"{path}:{line}", parse(path, line, raw.rstrip())
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise DataError(f"{path}:{line + 1}: expected a whole gzip file, this is cut off or damaged") from e
     except OSError as e:
