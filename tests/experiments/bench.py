@@ -165,8 +165,8 @@ def sft_work(size, cfg, device):
     examples = [(row, [1] * cfg.length) for row in random_rows(size, cfg.batch, cfg.length)]
 
     def loss():
-        total, n_tokens = sft.nll(model, examples, TOK)
-        return total / n_tokens
+        n_tokens = cfg.batch * cfg.length
+        return sft.nll(model, examples, TOK) / n_tokens
     return training(model, optimizer, loss)
 
 
@@ -192,11 +192,12 @@ def dpo_work(size, cfg, device):
     rows, half, examples = random_rows(size, cfg.batch, cfg.length), cfg.length // 2, []
     for i in range(0, cfg.batch, 2):
         examples.append((rows[i][:half], rows[i][half:], rows[i + 1][half:], 1.0))
-    options = dpo.Config(beta=0.1, sft_coef=0.0)
+    options, p = dpo.Config(beta=0.1, sft_coef=0.0), torch.ones(len(examples), device=device)
 
     def loss():
-        known = dpo.all_logps(model, examples, TOK, cfg.batch)   # (2, B / 2)
-        return dpo.pair_losses(model, examples, known, TOK, options)[0].mean()
+        known = dpo.all_logps(model, examples, TOK, cfg.batch)                   # (2, B / 2)
+        logp, n = dpo.answer_logps(model, examples, TOK)                         # (2, B / 2) each
+        return dpo.labelled_loss(logp, known, n, p, options)[0].mean()
     return training(model, optimizer, loss)
 
 
