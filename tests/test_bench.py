@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from experiments import bench
+import bench
 import model as model_py
 from data import InputError
 

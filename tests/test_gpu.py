@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CAI_FLAGS
-from experiments.pretended_gpu import why_not
+from pretended_gpu import why_not
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import dpo
-from experiments import hacking
+import hacking
 import ppo
-from experiments import preferences
+import preferences
 from data import InputError, world, read_jsonl, write_jsonl
 from data.flags import parse_flags
 from data.world.judge import METHODS

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from data import InputError
-from experiments import picture
+import picture
 
 HOSTILE = "</text><script>alert(1)</script> & \x00 \u202e"
 
