@@ -260,7 +260,7 @@ def test_step_6_is_the_update_of_a_reward_model():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=12, n_layer=1, max_len=16, scalar_head=True))
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    run = SimpleNamespace(cfg=ppo.Config(minibatches=1, micro_batch=3), tok=WORDS, finite=lambda *args: True)
+    run = SimpleNamespace(cfg=ppo.Config(minibatches=1, micro_batch=3), tok=WORDS, allows_step=lambda *args: True)
     rows = []
     for prompt, better, worse, label in (("2 3", "5 0", "6 0", 1.0), ("2 3", "5 0", "7 7 0", 0.9),
                                          ("2 3", "6 0", "7 7 0", 0.5), ("4", "7 0", "9 0", 1.0)):

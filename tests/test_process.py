@@ -307,12 +307,15 @@ def test_the_checkpoint_knows_its_kind(tmp_path):
     assert not load(tmp_path / "rm", head="score")[0].process
 
 
+RUN = {"stage": "dpo", "flags": {}, "inputs": {}, "files": []}
+
+
 def test_rewards_by_name(tmp_path):
     """A process reward model, two policies, both: at tokens, of texts, and of steps."""
     for name, seed, more in (("steps", 0, {"scalar_head": True, "process": True, "reward_mean": 0.5}),
                              ("answers", 3, {"scalar_head": True}), ("dpo", 1, {}), ("sft", 2, {})):
         save(tmp_path / name, random_model(seed, **more), TOK)
-    (tmp_path / "dpo" / "run.json").write_text(json.dumps({"config": {"beta": 0.7}}))
+    (tmp_path / "dpo" / "run.json").write_text(json.dumps(RUN | {"config": {"beta": 0.7}}))
     steps, implicit = str(tmp_path / "steps"), f"implicit:{tmp_path}/dpo:{tmp_path}/sft"
     rows, texts = [{"prompt": user("Why? " * (n + 1))} for n in range(5)], [text.strip() for text in SAID]
     ids, mask, _ = batch(SAID)
@@ -328,7 +331,7 @@ def test_rewards_by_name(tmp_path):
     torch.testing.assert_close(both[1], implicit_rewards(policy, reference, 0.7, TOK, ids, mask),
                                atol=1e-4, rtol=0)
     # A beta of means over tokens, such as 5, would weigh the sum far too much.
-    (tmp_path / "dpo" / "run.json").write_text(json.dumps({"config": {"loss": "dpo_norm", "beta": 5.0}}))
+    (tmp_path / "dpo" / "run.json").write_text(json.dumps(RUN | {"config": {"loss": "dpo_norm", "beta": 5.0}}))
     torch.testing.assert_close(Scorer("--reward", implicit, TOK).score(rows, texts, ids, mask, 2),
                                implicit_rewards(policy, reference, 0.3, TOK, ids, mask), atol=1e-4, rtol=0)
 
@@ -437,10 +440,10 @@ def test_ppo_and_best_of_n_by_steps(suite, chain, steps_model, tmp_path):
     folder, _ = steps_model
     for name, source in (("labelled", str(folder)), ("implicit", f"implicit:{chain}/dpo:{chain}/sft")):
         out = tmp_path / name
-        suite.ok("ppo.py", "--init", chain / "sft", "--reward", source, "--iterations", 2, "--rollouts", 16,
+        suite.ok("ppo.py", "--init", chain / "sft", "--reward", source, "--iterations", 4, "--rollouts", 16,
                  "--max_new", 24, "--kl_coef", 0, "--value_warmup", 0, "--dtype", "float32", "--out", out)
         seen, pages = set(), json.loads((out / "inspect.json").read_text())
-        for response in pages["first"]["responses"] + pages["last"]["responses"]:
+        for response in pages["early"]["responses"] + pages["last"]["responses"]:
             got = np.array(response["before"]["reward"])
             assert response["score"] == pytest.approx(got.sum(), abs=1e-4)
             if response["ended"]:

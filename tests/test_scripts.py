@@ -670,7 +670,7 @@ def test_a_reward_of_ones_own(suite, chain, tmp_path, advantage):
     assert cool[0]["entropy"] == plain[0]["entropy"] and cool[0]["policy_loss"] == plain[0]["policy_loss"]
     assert cool[1]["entropy"] > plain[1]["entropy"] + 0.01            # and the bonus its first step
     assert cool[0]["kl"] == 0 < abs(cool[2]["kl"])
-    assert 0 < cool[0]["reward"] <= sum(sum(c in "aeiou" for c in t) / 10 for t in seen[0][1]) / 16
+    assert 0 < cool[0]["reward"] <= sum(sum(c in "aeiou" for c in t) / 10 for t in seen[0][1]) / 16 + 1e-6
     for column, (_, texts, _) in zip(("before", "after"), seen[3:]):
         mean = sum(sum(c in "aeiou" for c in t) / 10 for t in texts) / 24
         assert result_of(tmp_path / "cool")[column]["reward"] == pytest.approx(mean)
@@ -839,12 +839,12 @@ def test_reward_on_ties_alone(suite, chain, tmp_path):
 
 
 def test_a_run_does_not_replace_what_it_reads(suite, chain, tmp_path):
-    """comparisons.jsonl in --out is what a run of reward.py leaves there, and other data to dpo.py."""
-    data = tmp_path / "comparisons.jsonl"
+    """answers.jsonl is what every run leaves in --out; here it is the user's data."""
+    data = tmp_path / "answers.jsonl"
     text = (chain / "reward" / "comparisons.jsonl").read_text()
     data.write_text(text)
     r = suite.run("dpo.py", "--init", chain / "sft", "--data", data, "--out", tmp_path)
-    assert r.rc == 1 and f"{data} is read by this run" in r.err and "Traceback" not in r.err
+    assert r.rc == 1 and "answers.jsonl" in r.err and "another --out" in r.err and "Traceback" not in r.err, r
     assert data.read_text() == text
 
 
@@ -872,8 +872,9 @@ def test_ppo_on_ones_own_prompts(suite, chain, tmp_path, kind):
     prompts = [prompts for prompts, _, _ in seen]
     for asked, _, n in seen if kind == "prompts" else []:     # a row keeps its other keys, before and after too
         assert asked == [f"What is {i}?" for i in n]
-    assert [(len(p), len(set(p))) for p in prompts[:2]] == [(16, 10)] * 2 and all(len(p) < 20 for p in prompts[0])
-    assert [(len(p), len(set(p))) for p in prompts[2:]] == [(10, 10)] * 2     # before and after, each prompt once
+    assert [(len(p), len(set(p))) for p in prompts[:2]] == [(16, 9)] * 2 and all(len(p) < 20 for p in prompts[0])
+    assert prompts[2] == prompts[3] and len(prompts[2]) == 1       # before and after: a tenth is not trained on
+    assert not set(prompts[2]) & set(prompts[0] + prompts[1])
     assert "gold" not in log_of(tmp_path / "ppo")[0]
 
 
@@ -917,7 +918,7 @@ def test_text_never_becomes_a_special_token(suite, chain, tmp_path, script):
     (tmp_path / "spy.py").write_text(SPY)
     flags = {"sft.py": ["--held_out", 0.3, "--max_steps", 1], "reward.py": ["--held_out", 0.3, "--max_steps", 1],
              "dpo.py": ["--held_out", 0.3, "--max_steps", 1],
-             "ppo.py": ["--iterations", 1, "--rollouts", 8, "--minibatches", 1]}[script]
+             "ppo.py": ["--iterations", 1, "--rollouts", 18, "--group", 1, "--minibatches", 1]}[script]
     rows = [{"prompt": f"{EVIL} {i}.", **{"sft.py": {"completion": f"Well <|pad|><|endoftext|> {i}"}, "ppo.py": {},
              "reward.py": (pair := {"chosen": f"Yes <|endoftext|> {i}", "rejected": f"No <|pad|> {i}"}),
              "dpo.py": pair}[script]} for i in range(20)]
@@ -1311,7 +1312,7 @@ def test_quick_readme_commands_run(suite, chain, tmp_path, start, stdin, word):
 
 def test_the_world_is_made_by_a_command(suite, tmp_path):
     root = copy_suite(tmp_path / "suite")
-    r = subprocess.run([sys.executable, "-m", "data.world.build"], cwd=root, env=suite.env, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "-m", "data.world.build", "--overwrite"], cwd=root, env=suite.env, capture_output=True, text=True)
     assert r.returncode == 0 and "corpus.txt" in r.stdout and r.stderr == "", r
     for path in (ROOT / "data" / "world" / "tiny").iterdir():
         assert (root / "data" / "world" / "tiny" / path.name).read_bytes() == path.read_bytes()
