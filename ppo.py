@@ -93,7 +93,8 @@ def policy_loss(logp, old_logp, advantages, weights, clip, clip_high):
     """Clipped surrogate (arXiv:1707.06347, eq. 7; its upper end apart: arXiv:2503.14476, eq. 10), summed with
     weights that are 0 outside the responses (token_weights). Returns the loss and, for the log, sums over
     response tokens: approx_kl = (ratio - 1) - log ratio (joschu.net/blog/kl-approx.html), clipfrac."""
-    # A ratio per answer, as GSPO has it (arXiv:2507.18071), would be another logratio here.
+    # A ratio per answer, as GSPO has it (arXiv:2507.18071), would be another logratio here: the mean over the
+    # answer's tokens, 0 outside them, with a far smaller clip. data/health.py shows the ratio of each token.
     logratio = ((logp - old_logp) * (weights > 0)).clamp(-20, 20)     # exp must not overflow
     ratio = logratio.exp()
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip_high) * advantages)
@@ -174,7 +175,7 @@ def dr_grpo(scores, penalty, values, mask, cfg):
 @dataclass
 class Estimator:
     """A row of ESTIMATORS."""
-    advantages: typing.Callable   # (scores, penalty, values, mask, cfg) -> A (B, T)
+    advantages: typing.Callable   # (scores, penalty, values, mask, cfg) -> A (B, T), of the whole batch
     critic: bool                  # whether a value model is trained beside the policy
     least_group: int              # answers to a prompt that it needs
     whitened: bool                # whether A is whitened over the response tokens of the batch

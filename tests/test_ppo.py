@@ -56,10 +56,12 @@ def looped_advantages(kind, scores, k1, values, mask):
                 out[i, t] = score[i] - BETA * kl[i] - np.mean(others)
             elif kind == "dr_grpo":
                 out[i, t] = score[i] - BETA * kl[i] - np.mean([score[j] - BETA * kl[j] for j in members])
-            else:
+            elif kind == "grpo":
                 all_scores = list(score.values())
                 out[i, t] = (score[i] - np.mean(all_scores)) / (np.std(all_scores, ddof=1) + 1e-4)
                 out[i, t] -= BETA * (kl[i] - np.mean(list(kl.values())))
+            else:
+                pytest.fail(f"{kind} has no equation here: write its paper's")
     return out
 
 

@@ -244,7 +244,8 @@ class Family:
 # By model_type. A new family is a row here and, where it computes something new, a field of GPTConfig and the
 # lines of model.py that read it; OLMo-2 needed two such fields. Gemma needs more (embeddings scaled by
 # sqrt(C), norms that multiply by 1 + weight, GeGLU, soft caps on logits, layers that see a window), and so do
-# Phi-3 (whose tensors hold q, k, v and gate, up together) and mixtures of experts.
+# Phi-3 (whose tensors hold q, k, v and gate, up together) and mixtures of experts. Of two rows of one shape
+# the first is the one that is saved and whose names of tensors are read: put yours below.
 FAMILIES = {
     "llama": Family("Llama"),            # SmolLM2 and many others say that they are of this type
     "mistral": Family("Mistral"),        # the same numbers; saved as llama
