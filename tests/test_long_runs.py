@@ -1,6 +1,6 @@
-"""The drivers of the long experiments, tests/experiments/hacking.py and tests/experiments/preferences.py, in a small way: every
-command they would run is one its script takes, and of made-up results they tabulate and draw what these
-hold."""
+"""The drivers of the long experiments (hacking.py, preferences.py, evidence.py of tests/experiments) in a
+small way: every command they would run is one its script takes, and of made-up results they tabulate and draw what
+these hold."""
 import json
 import resource
 from importlib import import_module
@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 import dpo
+import evidence
 import hacking
 import ppo
 import preferences
+import reward
 from data import InputError, world, read_jsonl, write_jsonl
+from data.files import formats
 from data.flags import parse_flags
 from data.world.judge import METHODS
 
@@ -27,8 +30,10 @@ def commands(monkeypatch):
     def run_to_end(command, screen):
         script, flags = Path(command[1]).name, command[2:]
         if command[1] == "-m":
-            script, n = command[2], command.index("--reference")
-            flags = ["--models", ",".join(command[3:n]), *command[n:]]
+            script, flags = command[2], command[3:]
+        if script == "data.evaluate":
+            n = flags.index("--reference")
+            flags = ["--models", ",".join(flags[:n]), *flags[n:]]
         cfg = parse_flags(import_module(script.removesuffix(".py")).Config, "", flags)
         found.append((script, cfg))
         out = Path(cfg.out)
@@ -44,6 +49,7 @@ def commands(monkeypatch):
         if script == "data.evaluate":
             names = [Path(path).name for path in cfg.models.split(",")]
             result["models"] = {name: {"reward": 1.0, "gold": 0.5, "kl": 2.0} for name in names}
+            result["wins"] = {names[0]: {names[1]: {"win_rate": 0.25}}}
             result["best_of"] = [{"n": n, "kl": n / 2, "reward": n, "gold": n} for n in (1, 2)]
         (out / "result.json").write_text(json.dumps(result))
         return 0, 512.0
@@ -184,3 +190,74 @@ def test_annotators_with_two_minds(commands, tmp_path, monkeypatch):
     assert [c.reward_weights for c in runs] == ["0,1", "0.25,0.75", "0.5,0.5", "0.75,0.25", "1,0"]
     points = json.loads((tmp_path / "pareto.json").read_text())
     assert points[1] == {"seed": 0, "weight": 0.25, "helpful": 0.5, "harmless": 0.25}
+
+
+@pytest.fixture
+def links(tmp_path):
+    """Comparisons of reward.py in the folder of seed 0, two of each of 60 prompts."""
+    rows = []
+    for i in range(120):
+        said = [{"role": "user", "content": f"What is {i // 2}?"}]
+        rows.append({"prompt": said, "chosen": f"It is {i}.", "rejected": "No.", "label": 1.0})
+    (tmp_path / "0" / "reward").mkdir(parents=True)
+    write_jsonl(tmp_path / "0" / "reward" / "comparisons.jsonl", rows)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", evidence.TABLES)
+def test_every_table_is_commands(name, commands, links, capsys):
+    """A flag that a script no longer has, a table that runs what is there, or one that lists as missing what
+    has been made."""
+    cfg = evidence.Config(out=str(links), only=name, seeds="0")
+    evidence.main(evidence.Config(out=str(links), only=name, seeds="0", rows=True))
+    assert commands == [] and "--seed 0" in capsys.readouterr().out.split("missing:")[1]
+    evidence.main(cfg)
+    assert len(commands) >= len(evidence.TABLES[name].runs)
+    assert {c.seed for _, c in commands} == {0} and {Path(c.out).parent for _, c in commands} == {links / "0"}
+    text = capsys.readouterr().out
+    assert "missing" not in text and "| 1 | 0.750 (0.750 to 0.750) |" in text.replace("|  |", "| 1 |")
+    commands.clear()
+    evidence.main(cfg)
+    assert commands == []
+
+
+def test_models_beside_each_other_are_lines(commands, links, capsys):
+    """data.evaluate's table has a line for each model, with whom it wins over, and one for each N."""
+    evidence.main(evidence.Config(out=str(links), only="judge_ai,tax", seeds="0"))
+    lines = capsys.readouterr().out.splitlines()
+    base = next(line for line in lines if line.startswith("| base"))
+    assert base.split("|")[4].strip() == "0.250 (0.250 to 0.250)"           # over sft
+    assert any(line.startswith("| best of 2 | 1 |") for line in lines)
+
+
+def test_fewer_comparisons_same_held_out_ones(commands, links, monkeypatch):
+    """Each file is split by reward.py as the whole one is, and trains on the first n of its training side: no
+    comparison that is held out is trained on with fewer or more."""
+    monkeypatch.setattr(evidence, "SIZES", (10, 40))
+    evidence.cut(links / "0", 0)
+    rows = read_jsonl(links / "0" / "reward" / "comparisons.jsonl")
+    train, held_out = formats.split(rows, 0.1, seed=0)
+    assert held_out and reward.Config().held_out == dpo.Config().held_out == 0.1
+    for n in (10, 40):
+        fewer = read_jsonl(links / "0" / f"first_{n}.jsonl")
+        assert formats.split(fewer, 0.1, seed=0) == (train[:n], held_out)
+
+
+def test_the_drivers_have_their_flags(links, monkeypatch, capsys):
+    """What is missing is said with its command, in which the driver fills in the seed; what is there is
+    printed and not run."""
+    ran = []
+    monkeypatch.setattr(evidence, "run_to_end", lambda command, screen: ran.append(command))
+    for name, (_, last) in evidence.DRIVERS.items():
+        cfg = evidence.Config(out=str(links), only=name)
+        evidence.main(cfg)
+        script, *flags = ran.pop()[1:]
+        module = import_module(Path(script).stem)
+        driver = parse_flags(module.Config, "", flags)
+        assert driver.out == str(links / name) and driver.seeds == "0,1,2"
+        assert driver.links == f"{links}/{{seed}}"
+        assert script in capsys.readouterr().out.split("missing:")[1]
+        (links / name / last).write_text("")
+        (links / name / "screen.txt").write_text("its table")
+        evidence.main(cfg)
+        assert not ran and "its table" in capsys.readouterr().out

@@ -2,22 +2,24 @@
 
     python tests/experiments/evidence.py                              all of it, into runs/SEED/...
     python tests/experiments/evidence.py --only chain --seeds 0,1     one table, two seeds
-    python tests/experiments/evidence.py --rows                       run nothing: the rows of what is there
+    python tests/experiments/evidence.py --rows                       run nothing: the rows of what is there,
+                                                                      and the commands of what is missing
 
-A run that is there (a result.json) is not made again, one that was cut off goes on from its last checkpoint: the
-same command again. Each seed has a folder, in which the links of its chain are made once. Tables that need
-more than a row of metrics have drivers of their own, which work in the same way: preferences.py (the DPO
-family, gold against KL, helpful against harmless), hacking.py (hacking and cures), process.py (rewards of
-steps).
+A run that is there (a result.json) is not made again, one that was cut off goes on from its last checkpoint:
+the same command again. Each seed has a folder, in which the links of its chain are made once. Tables that
+need more than a row of metrics have drivers of their own, which work in the same way (DRIVERS).
 """
+import shlex
 import sys
-from dataclasses import dataclass
+import typing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-from data import InputError, read_json   # noqa: E402
+from data import InputError, read_json, read_jsonl, write_jsonl   # noqa: E402
+from data.files import formats   # noqa: E402
 from data.flags import program   # noqa: E402
-from hacking import ROOT, make, spread   # noqa: E402
+from hacking import ROOT, make, run_to_end, spread   # noqa: E402
 
 ESTIMATORS = ("gae", "rloo", "grpo", "dr_grpo", "reinforce++")
 
@@ -26,7 +28,7 @@ ESTIMATORS = ("gae", "rloo", "grpo", "dr_grpo", "reinforce++")
 class Config:
     """The flags of `python tests/experiments/evidence.py`."""
     # What is run
-    only: str = "all"             # which tables, of the names in TABLES
+    only: str = "all"             # which tables, of the names in TABLES and DRIVERS
     seeds: str = ""               # which (default: what each table has)
     rows: bool = False            # run nothing, print the rows of what is there and what is missing
     # Where
@@ -35,71 +37,187 @@ class Config:
 
 @dataclass
 class Table:
-    """One table: a line for each variant, the metrics of its runs as mean (smallest to largest) of the
-    seeds."""
+    """One table: the metrics of its runs as mean (smallest to largest) of the seeds. A run is a line; one of
+    data.evaluate is a line for each model and each N of best-of-N. {run} in a command: the seed's folder."""
     seeds: str
-    variants: dict                # {variant, a folder of the seed: script and flags}
-    metrics: tuple                # of `after` in result.json
+    runs: dict                    # {run, a folder of the seed: script and flags}
+    metrics: tuple                # of `after` in result.json, or of data.evaluate's models
+    first: dict = field(default_factory=dict)   # runs that the others need, which are no lines
+    files: typing.Callable | None = None        # (folder of the seed, seed): writes what the runs read
 
 
-def with_reward(flags):
-    """PPO with each estimator and these flags, as {folder: command}."""
+def with_reward(flags, estimators=ESTIMATORS):
+    """PPO with each of some estimators and these flags, as {folder: command}."""
     runs = {}
-    for name in ESTIMATORS:
+    for name in estimators:
         group = "" if name in ("gae", "reinforce++") else " --group 4"
-        runs[f"{name}{flags.replace(' --', '_').replace(' ', '')}"] = f"ppo.py --advantage {name}{group}{flags}"
+        folder = name + flags.replace(" --", "_").replace(" ", "")
+        runs[folder] = f"ppo.py --advantage {name}{group}{flags}"
     return runs
 
 
+def cut(run, seed):
+    """Files with fewer comparisons of a seed's reward.py: the first so many of those it trains on, and all
+    that it holds out. Which are held out depends on the prompt alone: the same ones of each file."""
+    make(run / "reward", [ROOT / "reward.py", "--seed", seed])
+    rows = read_jsonl(run / "reward" / "comparisons.jsonl")
+    train, held_out = formats.split(rows, 0.1, seed=0)      # as reward.py and dpo.py do
+    for n in SIZES:
+        write_jsonl(run / f"first_{n}.jsonl", held_out + train[:n])
+
+
+def learned_from(n, epochs):
+    """The runs that learn from n comparisons, as {folder: command}."""
+    flags = f"--data {{run}}/first_{n}.jsonl --epochs {epochs}"
+    return {f"reward_{n}": f"reward.py {flags}", f"dpo_{n}": f"dpo.py {flags}"}
+
+
+# Comparisons, and passes over them: few need more than two, for 40 steps or more.
+SIZES = {100: 20, 300: 10, 1000: 4, 3000: 2, 10000: 2}
+SIZED = {"reward": "reward.py", "dpo": "dpo.py"}
+for n, epochs in SIZES.items():
+    SIZED |= learned_from(n, epochs)
 POLICY = ("gold", "helpful", "harmless", "honest", "kl", "length", "eos_rate")
+FAMILY = {
+    "sft": "sft.py", "dpo": "dpo.py", "dpo_plain": "dpo.py --sft_coef 0",
+    "dpo_norm": "dpo.py --loss dpo_norm", "cdpo": "dpo.py --label_smoothing 0.05",
+    "rdpo": "dpo.py --flip_rate 0.05", "ipo": "dpo.py --loss ipo",
+    "apo_zero": "dpo.py --loss apo_zero", "simpo": "dpo.py --loss simpo",
+    "orpo": "dpo.py --loss orpo --lr 1e-3", "kto": "dpo.py --loss kto",
+    "online": "dpo.py --online --sft_coef 0", "ppo": "ppo.py"}
+# Equal numbers of sampled answers: the comparisons behind reward and dpo are of 4,000 x 4 = 16,000, best-of-N
+# samples 2,000 x 8 = 16,000, PPO 62 x 256 = 15,872. Best-of-N and PPO have the reward model besides.
+LADDER = {
+    "any": "-m data.best_of --prompts 2000 --n 8 --pick random",
+    "best": "-m data.best_of --prompts 2000 --n 8",
+    "any_sft": "sft.py --init {run}/sft --data {run}/any/demos.jsonl --lr 2e-4",
+    "best_sft": "sft.py --init {run}/sft --data {run}/best/demos.jsonl --lr 2e-4",
+    "dpo": "dpo.py", "ppo_still": "ppo.py --relabel 0 --iterations 62", "ppo": "ppo.py"}
+RUNGS = "{run}/sft {run}/any_sft {run}/best_sft {run}/dpo {run}/ppo_still {run}/ppo --reference {run}/sft"
+STAGES = {"ppo": "ppo.py", "ptx": "ppo.py --ptx_coef 0.5", "dpo": "dpo.py", "kto": "dpo.py --loss kto",
+          "cai": "cai.py"}
+ALL = "{run}/base {run}/sft {run}/ppo {run}/ptx {run}/dpo {run}/kto {run}/cai --reference {run}/sft"
+OVER = tuple(f"over {name}" for name in ("base", "sft", *STAGES, "control"))    # win rates
+
+
+def judged(name, flags, metrics=OVER):
+    """The table of all stages' policies beside each other, by the judge that the flags name."""
+    return Table("0,1,2", {name: f"-m data.evaluate {ALL} {flags}"}, metrics, first=STAGES)
+
+
 TABLES = {
     "chain": Table("0,1,2,3,4,5,6,7,8,9", {"ppo": "ppo.py"}, (*POLICY, "reward")),
     "reward": Table("0,1,2,3,4,5,6,7,8,9", {"reward": "reward.py"}, ("accuracy", "ceiling", "loss")),
-    "dpo": Table("0,1,2", {"dpo": "dpo.py", "ipo": "dpo.py --loss ipo", "online": "dpo.py --online --sft_coef 0"},
-                 (*POLICY, "accuracy")),
-    "estimators": Table("0,1,2", with_reward(""), POLICY),
+    "dpo": Table("0,1,2", FAMILY, (*POLICY, "accuracy", "win_rate")),
+    "ladder": Table("0,1,2", {"ladder": f"-m data.evaluate {RUNGS} --reward {{run}}/reward --best_of 8"},
+                    ("gold", "kl", "reward", "words", "unique", "over sft"), first=LADDER),
+    "sizes": Table("0,1,2", SIZED, ("accuracy", "loss"), files=cut),
+    "estimators": Table("0,1,2", {"ppo": "ppo.py"} | with_reward("", ESTIMATORS[1:]), POLICY),
     "checkable": Table("0,1,2", with_reward(" --reward gold --iterations 30")
                        | with_reward(" --reward gold --iterations 30 --kl_coef 0"), POLICY),
     "cai": Table("0,1,2,3,4", {"cai": "cai.py", "rlhf": "cai.py --labels human"},
                  ("harmless_rate", "gold", "helpful", "harmless", "honest")),
+    "tax": judged("tax", "--reward {run}/reward --best_of 1,4,16,64",
+                  ("bits_per_byte", "skill", "gold", "kl", "reward", "unique", *OVER)),
+    "judge_annotator": judged("judge_annotator", "--judge annotator"),
+    "judge_reward": judged("judge_reward", "--judge {run}/reward"),
+    "judge_ai": judged("judge_ai", "--judge ai:{run}/base"),
+}
+CHAINS = ["--links", "{out}/{seed}", "--seeds", "{seeds}"]      # {seed} is filled in by the driver itself
+STILL = "--ppo_flags=--relabel 0 --iterations 60"
+DRIVERS = {   # {name: (command, a file that it leaves when it has ended)}
+    "process": (["process.py", *CHAINS], "process.txt"),
+    "hacking": (["hacking.py", *CHAINS, "--cures", "none,relabel,budget,kl"], "cures.txt"),
+    "frontier": (["preferences.py", "--frontier", *CHAINS, STILL], "frontier.json"),
+    "pareto": (["preferences.py", "--pareto", *CHAINS, STILL + " --kl_coef 0.2"], "pareto.json"),
 }
 
 
+def command_of(text, run):
+    """A command of the tables as a list."""
+    words = [word.format(run=run) for word in text.split()]
+    if words[0] != "-m":
+        words[0] = ROOT / words[0]
+    return words
+
+
+def lines_of(result, name):
+    """{line of the table: {metric: number}} of a result.json."""
+    if "models" not in result:
+        return {name: result["after"]}
+    lines = {}
+    for model, metrics in result["models"].items():
+        lines[model] = dict(metrics)
+        for other, win in result["wins"].get(model, {}).items():
+            lines[model][f"over {other}"] = win["win_rate"]
+    for point in result["best_of"]:
+        lines[f"best of {point['n']}"] = point
+    return lines
+
+
 def table_of(name, table, seeds, cfg):
-    """Make a table's runs, unless --rows, and print its rows in Markdown. Returns the folders that are not
-    there."""
-    missing, found = [], {variant: [] for variant in table.variants}
+    """Make a table's runs, unless --rows, and print its rows in Markdown. Returns the commands of the runs
+    that are not there."""
+    missing, found = [], {}
     for seed in seeds:
-        for variant, command in table.variants.items():
-            folder = Path(cfg.out) / str(seed) / variant
-            script, *flags = command.split()
+        run = Path(cfg.out) / str(seed)
+        if table.files and not cfg.rows:
+            run.mkdir(parents=True, exist_ok=True)
+            table.files(run, seed)
+        for folder, text in (table.first | table.runs).items():
+            command = [*command_of(text, run), "--seed", seed]
             if not cfg.rows:
-                make(folder, [ROOT / script, *flags, "--seed", seed])
-            if (folder / "result.json").exists():
-                found[variant].append(read_json(folder / "result.json", kind=dict)["after"])
-            else:
-                missing.append(str(folder))
+                make(run / folder, command)
+            if not (run / folder / "result.json").exists():
+                missing.append(shlex.join(map(str, ["python", *command, "--out", run / folder])))
+            elif folder in table.runs:
+                lines = lines_of(read_json(run / folder / "result.json", kind=dict), folder)
+                for line, metrics in lines.items():
+                    found.setdefault(line, []).append(metrics)
 
     print(f"\n{name}\n| | seeds | " + " | ".join(table.metrics) + " |")
     print("|---" * (len(table.metrics) + 2) + "|")
-    for variant, results in found.items():
-        cells = [spread([after.get(metric) for after in results]) for metric in table.metrics]
-        print(f"| {variant} | {len(results)} | " + " | ".join(cells) + " |")
+    for line, results in found.items():
+        cells = [spread([metrics.get(metric) for metrics in results]) for metric in table.metrics]
+        print(f"| {line} | {len(results)} | " + " | ".join(cells) + " |")
     return missing
+
+
+def driver_of(name, cfg):
+    """Run a driver to its end, unless --rows, and print what it said. Returns its command, in a list, if it
+    has not ended."""
+    (script, *flags), last = DRIVERS[name]
+    folder = Path(cfg.out) / name
+    command = [str(ROOT / "tests" / "experiments" / script)]
+    for flag in flags:
+        command.append(flag.format(out=cfg.out, seeds=cfg.seeds or "0,1,2", seed="{seed}"))
+    command += ["--out", str(folder)]
+    if not cfg.rows and not (folder / last).exists():
+        print(shlex.join(command), flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        run_to_end([sys.executable, *command], folder / "screen.txt")
+    if not (folder / last).exists():
+        return [shlex.join(["python", *command])]
+    print(f"\n{name}\n" + (folder / "screen.txt").read_text())
+    return []
 
 
 def main(cfg):
     """Every table, in order."""
-    names = list(TABLES) if cfg.only == "all" else cfg.only.split(",")
-    unknown = [name for name in names if name not in TABLES]
+    names = [*TABLES, *DRIVERS] if cfg.only == "all" else cfg.only.split(",")
+    unknown = [name for name in names if name not in TABLES and name not in DRIVERS]
     if unknown:
-        raise InputError(f"--only: no such table: {', '.join(unknown)}; there are {', '.join(TABLES)}")
+        raise InputError(f"--only: no such table: {', '.join(unknown)}; there are "
+                         f"{', '.join([*TABLES, *DRIVERS])}")
     missing = []
     for name in names:
-        seeds = (cfg.seeds or TABLES[name].seeds).split(",")
-        missing += table_of(name, TABLES[name], seeds, cfg)
+        if name in DRIVERS:
+            missing += driver_of(name, cfg)
+        else:
+            seeds = (cfg.seeds or TABLES[name].seeds).split(",")
+            missing += table_of(name, TABLES[name], seeds, cfg)
     if missing:
-        print("\nmissing: " + ", ".join(missing))
+        print("\nmissing:\n" + "\n".join(dict.fromkeys(missing)))
 
 
 if __name__ == "__main__":
