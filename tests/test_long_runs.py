@@ -1,16 +1,18 @@
 """The drivers of the long experiments (hacking.py, preferences.py, evidence.py of tests/experiments) in a
-small way: every command they would run is one its script takes, and of made-up results they tabulate and draw what
-these hold."""
+small way: every command they would run is one its script takes, and of made-up results they tabulate and draw
+what these hold."""
 import json
 import resource
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dpo
 import evidence
+import gao
 import hacking
 import ppo
 import preferences
@@ -261,3 +263,30 @@ def test_the_drivers_have_their_flags(links, monkeypatch, capsys):
         (links / name / "screen.txt").write_text("its table")
         evidence.main(cfg)
         assert not ran and "its table" in capsys.readouterr().out
+
+
+def test_the_laws_of_over_optimisation():
+    """On planted curves the fits give back their coefficients, and curves that lie 0.1 apart are 0.1 apart at
+    equal d, wherever their points are; a wrong sign of b, or rows compared instead of d, would show."""
+    d = np.linspace(0.1, 3, 40)
+    of_best, of_rl = d * (0.7 - 0.2 * d), d * (0.7 - 0.2 * np.log(d))
+    assert gao.fit(gao.terms_of_best_of_n(d), of_best) == pytest.approx((0.7, 0.2, 1), abs=1e-10)
+    assert gao.fit(gao.terms_of_rl(d), of_rl) == pytest.approx((0.7, 0.2, 1), abs=1e-10)
+    assert gao.fit(gao.terms_of_rl(d), of_best)[-1] < 0.999
+    other = np.linspace(3.5, 0.5, 13)
+    assert gao.difference(d, 2 * d + 0.1, other, 2 * other) == pytest.approx(0.1, abs=1e-10)
+    assert gao.difference(d, d, d + 5, d) is None
+
+
+def test_the_driver_of_these_laws(commands, tmp_path, capsys):
+    cfg = gao.Config(out=str(tmp_path), seeds="0,1", kl_coefs="0,0.1")
+    gao.main(cfg)
+    runs = configs_of("ppo.py", commands)
+    assert [(c.seed, c.kl_coef, c.relabel, c.iterations) for c in runs] == [
+        (0, 0, 0, 40), (0, 0.1, 0, 40), (1, 0, 0, 40), (1, 0.1, 0, 40)]
+    text = capsys.readouterr().out
+    # Both weights have the same made-up log, so that at equal d nothing is between them.
+    assert "| beta 0.1 | 0.000 (0.000 to 0.000) | 0.000 (0.000 to 0.000) | no |" in text
+    points = json.loads((tmp_path / "gao.json").read_text())
+    assert [point["name"] for point in points] == ["beta 0", "beta 0.1", "best of N"] * 2
+    assert (tmp_path / "gao.png").exists() == bool(find_spec("matplotlib"))

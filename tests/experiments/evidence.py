@@ -126,6 +126,7 @@ TABLES = {
 CHAINS = ["--links", "{out}/{seed}", "--seeds", "{seeds}"]      # {seed} is filled in by the driver itself
 STILL = "--ppo_flags=--relabel 0 --iterations 60"
 DRIVERS = {   # {name: (command, a file that it leaves when it has ended)}
+    "gao": (["gao.py", *CHAINS], "gao.json"),
     "process": (["process.py", *CHAINS], "process.txt"),
     "hacking": (["hacking.py", *CHAINS, "--cures", "none,relabel,budget,kl"], "cures.txt"),
     "frontier": (["preferences.py", "--frontier", *CHAINS, STILL], "frontier.json"),
