@@ -51,8 +51,8 @@ def commands(monkeypatch):
         if script == "data.evaluate":
             names = [Path(path).name for path in cfg.models.split(",")]
             result["models"] = {name: {"reward": 1.0, "gold": 0.5, "kl": 2.0} for name in names}
-            result["wins"] = {names[0]: {names[1]: {"win_rate": 0.25}}}
-            result["best_of"] = [{"n": n, "kl": n / 2, "reward": n, "gold": n} for n in (1, 2)]
+            result["wins"] = {name: {names[0]: {"win_rate": 0.25}} for name in names[1:]}
+            result["best_of"] = [{"n": n, "kl": n / 2, "reward": n, "gold": n} for n in (1, 2, 4)]
         (out / "result.json").write_text(json.dumps(result))
         return 0, 512.0
     monkeypatch.setattr(hacking, "run_to_end", run_to_end)
@@ -217,7 +217,7 @@ def test_every_table_is_commands(name, commands, links, capsys):
     assert len(commands) >= len(evidence.TABLES[name].runs)
     assert {c.seed for _, c in commands} == {0} and {Path(c.out).parent for _, c in commands} == {links / "0"}
     text = capsys.readouterr().out
-    assert "missing" not in text and "| 1 | 0.750 (0.750 to 0.750) |" in text.replace("|  |", "| 1 |")
+    assert "missing:" not in text and " | 1 | " in text
     commands.clear()
     evidence.main(cfg)
     assert commands == []
@@ -227,8 +227,8 @@ def test_models_beside_each_other_are_lines(commands, links, capsys):
     """data.evaluate's table has a line for each model, with whom it wins over, and one for each N."""
     evidence.main(evidence.Config(out=str(links), only="judge_ai,tax", seeds="0"))
     lines = capsys.readouterr().out.splitlines()
-    base = next(line for line in lines if line.startswith("| base"))
-    assert base.split("|")[4].strip() == "0.250 (0.250 to 0.250)"           # over sft
+    sft = next(line for line in lines if line.startswith("| sft"))
+    assert sft.split("|")[3].strip() == "0.250 (0.250 to 0.250)"            # over base
     assert any(line.startswith("| best of 2 | 1 |") for line in lines)
 
 

@@ -63,7 +63,7 @@ def fit(terms, gain):
     """(a, b, R squared) of the least squares fit of a gain (N,) by terms (N, 2)."""
     coefficients = np.linalg.lstsq(terms, gain, rcond=None)[0]
     left = ((gain - terms @ coefficients) ** 2).sum()
-    return *coefficients.tolist(), 1 - left / ((gain - gain.mean()) ** 2).sum()
+    return *coefficients.tolist(), 1 - float(left / ((gain - gain.mean()) ** 2).sum())
 
 
 def difference(d, gain, d_other, gain_other):
