@@ -44,7 +44,8 @@ def commands(monkeypatch):
         out = Path(cfg.out)
         assert screen == out / "screen.txt"
 
-        result = {"before": {"gold": 0.25}, "after": {"gold": 0.75 + cfg.seed / 8, "kl": 2.0, "accuracy": 0.75}}
+        after = {"gold": 0.75 + cfg.seed / 8, "kl": 2.0, "accuracy": 0.75}
+        result = {"before": {"gold": 0.25}, "after": after}
         if script == "ppo.py":
             end = {"none": 0.5, "center": 0.7}.get(out.name, 0.9)
             gold = [0.5 + 0.04 * i for i in range(11)] + [0.9] * 4
@@ -107,11 +108,9 @@ def test_nothing_to_cure():
     assert hacking.spread([None], none="nothing to cure") == "nothing to cure"
 
 
-def test_every_cure_and_variant_is_a_command():
+def test_every_cure_is_a_command():
     for flags in hacking.CURES.values():
         assert parse_flags(ppo.Config, "", flags.split()) != ppo.Config()
-    for name, flags in preferences.VARIANTS.items():
-        assert (parse_flags(dpo.Config, "", flags.split()) == dpo.Config()) == (name == "dpo")
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
@@ -131,26 +130,6 @@ pathlib.Path(sys.argv[-1], "result.json").write_text(json.dumps({"flags": sys.ar
     assert result["flags"] == ["--n", "1"] and 0 < result["seconds"] and 190 < result["mb"] < 600 + ours
 
 
-def test_the_table_of_variants(commands, tmp_path):
-    for seed in (0, 1):
-        sft = tmp_path / f"links{seed}" / "sft"
-        sft.mkdir(parents=True)
-        (sft / "result.json").write_text(json.dumps({"after": {"gold": 0.5}}))
-    preferences.main(preferences.Config(out=str(tmp_path), seeds="0,1", variants="cdpo,online",
-                                        dpo_flags="--epochs 1"))
-    assert [name for name, _ in commands] == ["reward.py", "dpo.py", "dpo.py"] * 2
-    trained = configs_of("dpo.py", commands)
-    assert [(c.label_smoothing, c.online, c.epochs, c.seed) for c in trained] == [
-        (0.05, False, 1, 0), (0, True, 1, 0), (0.05, False, 1, 1), (0, True, 1, 1)]
-    assert {Path(c.out).parent for c in trained[:2]} == {Path(commands[0][1].out).parent}   # side by side
-    lines = (tmp_path / "table.txt").read_text().splitlines()
-    assert [line.split()[0] for line in lines] == ["gold", "cdpo", "online", "SFT"]      # no ppo.py was run
-    assert "0.812 (0.750 to 0.875)" in lines[1] and "512.000 (512.000 to 512.000)" in lines[1]
-    assert "0.500 (0.500 to 0.500)" in lines[3]
-    with pytest.raises(InputError, match="no such variant: tdpo"):
-        preferences.main(preferences.Config(out=str(tmp_path), variants="tdpo"))
-
-
 def test_the_frontier(commands, tmp_path):
     preferences.main(preferences.Config(out=str(tmp_path), seeds="1,0", frontier=True,
                                         ppo_flags="--relabel 0"))
@@ -161,6 +140,8 @@ def test_the_frontier(commands, tmp_path):
     first = {"script": "dpo.py", "seed": 1, "beta": 0.05, "kl": 2.0, "gold": 0.875}
     assert len(points) == 20 and points[0] == first
     assert (tmp_path / "frontier.png").exists() == bool(find_spec("matplotlib"))
+    with pytest.raises(InputError, match="--frontier or --pareto"):
+        preferences.main(preferences.Config(out=str(tmp_path)))
 
 
 def test_annotators_with_two_minds(commands, tmp_path, monkeypatch):
@@ -224,6 +205,17 @@ def test_every_table_is_commands(name, commands, links, capsys):
     commands.clear()
     evidence.main(cfg)
     assert commands == []
+
+
+def test_the_whole_family():
+    """A loss of dpo.py that has no line in its table, or two lines that are the same run."""
+    found = []
+    for command in evidence.FAMILY.values():
+        script, *flags = command.split()
+        if script == "dpo.py":
+            found.append(parse_flags(dpo.Config, "", flags))
+    assert {c.loss for c in found} == set(dpo.LOSSES)
+    assert all(found.count(c) == 1 for c in found) and dpo.Config() in found
 
 
 def test_models_beside_each_other_are_lines(commands, links, capsys):

@@ -5,9 +5,9 @@
 Each of the four takes three values, the others staying as they are (BASE), on GPTs of random weights 256
 wide. A training step is one of sft.py, with AdamW, on batch x length tokens; decoding reads length / 2 tokens
 and writes as many. The exponent is the slope of the three points on a log-log line: 1 is linear. Beside it
-stands what the operations grow with at most: attention is quadratic in the length, all else is linear, and what does
-not grow pulls the slope down. Each point has a process of its own, so that its peak memory is its own: on the
-CPU what Linux counts, less what there was before the model; on a GPU what torch allocated.
+stands what the operations grow with at most: attention is quadratic in the length, all else is linear, and
+what does not grow pulls the slope down. Each point has a process of its own, so that its peak memory is its
+own: on the CPU what Linux counts, less what there was before the model; on a GPU what torch allocated.
 
 Leaves --out/growth.json, and prints a table in Markdown.
 """

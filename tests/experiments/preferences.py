@@ -1,16 +1,14 @@
-"""The DPO family side by side, the frontier of gold against KL, and helpfulness against harmlessness: the
-runs behind two tables and two plots. By hand, for hours.
+"""The frontier of gold against KL, and helpfulness against harmlessness: the runs behind two plots. By
+hand, for hours.
 
-    python tests/experiments/preferences.py                     all variants of dpo.py on 3 seeds, beside SFT and PPO
-    python tests/experiments/preferences.py --frontier          dpo.py and ppo.py, pull to the reference swept
-    python tests/experiments/preferences.py --pareto            ppo.py on two reward models, weights swept: one of people
-                                                    who want every request met, also harmful ones, one of
-                                                    people who only want harmful ones refused
-    python tests/experiments/preferences.py --links runs/{seed} --seeds 0 --variants dpo,ipo
+    python tests/experiments/preferences.py --frontier    dpo.py and ppo.py, pull to the reference swept
+    python tests/experiments/preferences.py --pareto      ppo.py on two reward models, weights swept: one of
+                                              people who want every request met, also harmful ones, one of
+                                              people who only want harmful ones refused
+    python tests/experiments/preferences.py --pareto --links 'runs/{seed}' --seeds 0
 
-Every variant of a seed learns from the same comparisons, those of its reward.py, for as many passes. A run
-that is there already is not made again. Leaves --out/table.txt and .json, or frontier.json and .png, or
-pareto.json and .png (plots if matplotlib is installed).
+A run that is there already is not made again. Leaves --out/frontier.json and .png, or pareto.json and .png
+(plots if matplotlib is installed). The family of DPO side by side: evidence.py --only dpo.
 """
 import itertools
 import json
@@ -19,20 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-from data import InputError, read_json, world, write_atomic, write_jsonl   # noqa: E402
+from data import InputError, world, write_atomic, write_jsonl   # noqa: E402
 from data.files import formats   # noqa: E402
 from data.files.checkpoint import load   # noqa: E402
 from data.flags import program   # noqa: E402
 from data.setup import seeded   # noqa: E402
 from data.sample import sample_answers   # noqa: E402
 from data.world.judge import METHODS, mentions   # noqa: E402
-from hacking import ROOT, make, spread   # noqa: E402
+from hacking import ROOT, make   # noqa: E402
 from model import sampling_copy   # noqa: E402
 
-VARIANTS = {   # flags of dpo.py; its default is DPO with an SFT term
-    "dpo": "", "dpo without SFT term": "--sft_coef 0", "cdpo": "--label_smoothing 0.05",
-    "rdpo": "--flip_rate 0.05", "ipo": "--loss ipo", "simpo": "--loss simpo", "orpo": "--loss orpo --lr 1e-3",
-    "kto": "--loss kto", "online": "--online --sft_coef 0"}
 WEIGHTS = (0, 0.25, 0.5, 0.75, 1)   # of the helpful reward model; the harmless one has the rest
 PULLS = {"dpo.py": ("--beta", (0.05, 0.1, 0.3, 1.0, 3.0)),     # to the reference
          "ppo.py": ("--kl_coef", (0.02, 0.05, 0.1, 0.3, 1.0))}
@@ -43,48 +37,15 @@ class Config:
     """The flags of `python tests/experiments/preferences.py`."""
     # What is run
     seeds: str = "0,1,2"          # which
-    variants: str = "all"         # which, of the names at the top of this file
-    frontier: bool = False        # sweep beta of DPO and PPO instead
-    pareto: bool = False          # sweep the weights of a helpful and a harmless reward model instead
+    frontier: bool = False        # sweep beta of DPO and PPO
+    pareto: bool = False          # sweep the weights of a helpful and a harmless reward model
     # Where, and with which flags
-    out: str = "out/preferences"  # folder for tables and the plot
+    out: str = "out/preferences"  # folder for the points and the plot
     links: str = ""               # folder of a seed, {seed} stands for it: holds (or gets) base, sft, reward
                                   # and all runs
     reward_flags: str = ""        # more flags for every reward.py
     dpo_flags: str = ""           # more flags for every dpo.py
-    ppo_flags: str = ""           # more flags for the PPO runs of --frontier and --pareto
-
-
-def table(cfg, seeds, folder_of):
-    """Every variant of dpo.py on every seed; a table of what they reached."""
-    names = list(VARIANTS) if cfg.variants == "all" else cfg.variants.split(",")
-    unknown = [name for name in names if name not in VARIANTS]
-    if unknown:
-        raise InputError(f"no such variant: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    rows = {name: [] for name in (*names, "SFT", "ppo")}
-    for seed in seeds:
-        links = folder_of(seed)
-        reward = make(links / "reward", [ROOT / "reward.py", "--seed", seed], cfg.reward_flags)
-        for name in names:
-            command = [ROOT / "dpo.py", "--seed", seed, *VARIANTS[name].split()]
-            rows[name].append(make(links / name.replace(" ", "_"), command, cfg.dpo_flags))
-        rows["SFT"].append({"after": read_json(links / "sft" / "result.json")["after"]})
-        if (links / "ppo" / "result.json").exists():
-            rows["ppo"].append(read_json(links / "ppo" / "result.json"))
-        print(f"seed {seed}: the reward model's held-out accuracy on the same comparisons: "
-              f"{reward['after']['accuracy']:.3f}")
-
-    # A line a variant: figures after training, and what the runs cost.
-    figures = ("gold", "helpful", "harmless", "honest", "eos_rate", "kl", "win_rate", "accuracy")
-    lines = [f"{'':22}" + "".join(f"{name:>30}" for name in (*figures, "seconds", "MB"))]
-    for name, results in rows.items():
-        if results:
-            cells = [spread([result["after"].get(figure) for result in results]) for figure in figures]
-            cells += [spread([result.get(cost) for result in results]) for cost in ("seconds", "mb")]
-            lines.append(f"{name:22}" + "".join(f"{cell:>30}" for cell in cells))
-    write_atomic(Path(cfg.out) / "table.txt", ("\n".join(lines) + "\n").encode())
-    write_atomic(Path(cfg.out) / "table.json", json.dumps(rows, indent=1).encode())
-    print("\n".join(lines))
+    ppo_flags: str = ""           # more flags for every ppo.py
 
 
 def frontier(cfg, seeds, folder_of):
@@ -203,16 +164,14 @@ def pareto(cfg, seeds, folder_of):
 
 
 def main(cfg):
-    """The table, the frontier or the front, as the flags say."""
+    """The frontier or the front, as the flags say."""
     def folder_of(seed):
         """Where a seed's base, sft, reward and all its runs are."""
         return Path((cfg.links or f"{cfg.out}/links{{seed}}").format(seed=seed))
+    if cfg.frontier == cfg.pareto:
+        raise InputError("give --frontier or --pareto")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    study = table
-    if cfg.frontier:
-        study = frontier
-    elif cfg.pareto:
-        study = pareto
+    study = frontier if cfg.frontier else pareto
     study(cfg, [int(seed) for seed in cfg.seeds.split(",")], folder_of)
 
 
