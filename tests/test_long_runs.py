@@ -106,6 +106,7 @@ def test_nothing_to_cure():
     assert hacking.cured([0.5, 0.9], [0.5, 0.9]) is None
     assert hacking.spread([None, 0.25, 0.5]) == "0.375 (0.250 to 0.500)"
     assert hacking.spread([None], none="nothing to cure") == "nothing to cure"
+    assert hacking.spread([0.5, None]) == "0.500"
 
 
 def test_every_cure_is_a_command():
@@ -223,7 +224,7 @@ def test_models_beside_each_other_are_lines(commands, links, capsys):
     evidence.main(evidence.Config(out=str(links), only="judge_ai,tax", seeds="0"))
     lines = capsys.readouterr().out.splitlines()
     sft = next(line for line in lines if line.startswith("| sft"))
-    assert sft.split("|")[3].strip() == "0.250 (0.250 to 0.250)"            # over base
+    assert sft.split("|")[3].strip() == "0.250"                            # over base
     assert any(line.startswith("| best of 2 | 1 |") for line in lines)
 
 

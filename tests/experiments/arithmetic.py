@@ -2,7 +2,8 @@
 
     python tests/experiments/arithmetic.py problems.jsonl          makes 600 problems
     python ppo.py --init SMOLLM2 --data problems.jsonl --reward tests/experiments/arithmetic.py:score \\
-        --advantage grpo --group 8 --rollouts 32 --max_new 64 --lr 1e-5 --out out/arithmetic
+        --advantage grpo --group 8 --rollouts 32 --minibatches 2 --micro_batch 8 --max_prompt 96 \\
+        --max_new 48 --lr 2e-5 --kl_coef 0.02 --eos_penalty 0 --out out/arithmetic
 
 Answers end in "#### 12", as those of GSM8K (arXiv:2110.14168) do. SMOLLM2: README, Your own model.
 """

@@ -51,6 +51,7 @@ class Table:
     first: dict = field(default_factory=dict)   # runs that the others need, which are no lines
     files: typing.Callable | None = None        # (folder of the seed, seed): writes what the runs read
     before: bool = False          # a line for the metrics before training, too
+    apart: bool = False           # a line for each seed, too
 
 
 def with_reward(flags, estimators=ESTIMATORS):
@@ -90,6 +91,7 @@ SIZES = {100: 20, 300: 10, 1000: 4, 3000: 2, 10000: 2}
 SIZED = {"reward": "reward.py", "dpo": "dpo.py"}
 for n, epochs in SIZES.items():
     SIZED |= learned_from(n, epochs)
+CHAIN = {"base": "-m data.pretrain", "sft": "sft.py", "ppo": "ppo.py"}
 POLICY = ("gold", "helpful", "harmless", "honest", "kl", "length", "eos_rate")
 FAMILY = {
     "sft": "sft.py", "dpo": "dpo.py", "dpo_plain": "dpo.py --sft_coef 0",
@@ -128,7 +130,7 @@ def judged(name, flags, metrics=OVER):
 
 
 TABLES = {
-    "chain": Table("0,1,2,3,4,5,6,7,8,9", {"ppo": "ppo.py"}, (*POLICY, "reward")),
+    "chain": Table("0,1,2,3,4,5,6,7,8,9", CHAIN, (*POLICY, "reward"), apart=True),
     "reward": Table("0,1,2,3,4,5,6,7,8,9", {"reward": "reward.py"}, ("accuracy", "ceiling", "loss")),
     "dpo": Table("0,1,2", FAMILY, (*POLICY, "accuracy", "win_rate")),
     "ladder": Table("0,1,2", {"ladder": f"-m data.evaluate {RUNGS} --reward {{run}}/reward --best_of 8"},
@@ -188,7 +190,7 @@ def lines_of(result, name, before):
 def table_of(name, table, seeds, cfg):
     """Make a table's runs, unless --rows, and print its rows in Markdown. Returns the commands of the runs
     that are not there."""
-    missing, found = [], {}
+    missing, found, apart = [], {}, {}
     for seed in seeds:
         run = Path(cfg.out) / str(seed)
         if table.files and not cfg.rows:
@@ -205,10 +207,12 @@ def table_of(name, table, seeds, cfg):
                 lines = lines_of(result, folder, table.before)
                 for line, metrics in lines.items():
                     found.setdefault(line, []).append(metrics)
+                    if table.apart:
+                        apart[f"{line}, seed {seed}"] = [metrics]
 
     print(f"\n{name}\n| | seeds | " + " | ".join(table.metrics) + " |")
     print("|---" * (len(table.metrics) + 2) + "|")
-    for line, results in found.items():
+    for line, results in (found | apart).items():
         cells = [spread([metrics.get(metric) for metrics in results]) for metric in table.metrics]
         print(f"| {line} | {len(results)} | " + " | ".join(cells) + " |")
     return missing

@@ -110,10 +110,13 @@ def make(folder, command, more=""):
 
 
 def spread(numbers, none=""):
-    """Mean (smallest to largest) of the numbers that there are, as text; `none` if there are none."""
+    """Mean (smallest to largest) of the numbers that there are, as text; of one that number, of none
+    `none`."""
     numbers = [x for x in numbers if x is not None]
     if not numbers:
         return none
+    if len(numbers) == 1:
+        return f"{numbers[0]:.3f}"
     return f"{sum(numbers) / len(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
 
 
