@@ -64,6 +64,20 @@ def with_reward(flags, estimators=ESTIMATORS):
     return runs
 
 
+def oversight():
+    """An annotator who knows a share of the facts, alone and with the base model's critiques: the reward model
+    and PPO against it, as {folder: command}."""
+    runs = {}
+    for share in ("0", "0.3", "0.6", "1"):
+        flags = {f"knows{share}": f"--prompts 2000 --knows {share}"}
+        if share != "1":
+            flags[f"knows{share}_critique"] = flags[f"knows{share}"] + " --critique {run}/base"
+        for name, more in flags.items():
+            runs[f"reward_{name}"] = f"reward.py {more}"
+            runs[f"ppo_{name}"] = f"ppo.py --reward {{run}}/reward_{name} --relabel 0 --iterations 30"
+    return runs
+
+
 def cut(run, seed):
     """Files with fewer comparisons of a seed's reward.py: the first so many of those it trains on, and all
     that it holds out. Which are held out depends on the prompt alone: the same ones of each file."""
@@ -144,6 +158,7 @@ TABLES = {
                        | with_reward(" --reward gold --iterations 30 --kl_coef 0"), POLICY),
     "cai": Table("0,1,2,3,4", {"cai": "cai.py", "rlhf": "cai.py --labels human"},
                  ("harmless_rate", "gold", "helpful", "harmless", "honest")),
+    "oversight": Table("0,1,2", oversight(), ("gold_accuracy", "accuracy", *POLICY)),
     "tax": judged("tax", "--reward {run}/reward --best_of 1,4,16,64",
                   ("bits_per_byte", "skill", "gold", "kl", "reward", "unique", *OVER)),
     "judge_annotator": judged("judge_annotator", "--judge annotator"),
