@@ -36,9 +36,8 @@ class Relabelling:
     @staticmethod
     def possible(cfg, folder):
         """Whether there is an annotator to ask: the tiny world's, and a reward model that reward.py made with
-        its comparisons, of which no critic has a part: it is not there any more."""
-        config = result_of(folder).get("config", {})
-        made_here = (Path(folder) / "comparisons.jsonl").exists() and config and not config.get("critique")
+        its comparisons."""
+        made_here = (Path(folder) / "comparisons.jsonl").exists() and result_of(folder)
         return bool(cfg.relabel and not cfg.data and made_here)
 
     def compare(self, it, rows, answers):

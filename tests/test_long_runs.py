@@ -58,7 +58,7 @@ def commands(monkeypatch):
             result["wins"] = {name: {names[0]: {"win_rate": 0.25}} for name in names[1:]}
             result["best_of"] = [{"n": n, "kl": n / 2, "reward": n, "gold": n} for n in (1, 2, 4)]
         (out / "result.json").write_text(json.dumps(result))
-        return 0, 512.0
+        return 0, 512.0, 60.0
     monkeypatch.setattr(hacking, "run_to_end", run_to_end)
     return found
 

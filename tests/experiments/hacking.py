@@ -76,8 +76,8 @@ class Config:
 
 
 def run_to_end(command, screen):
-    """Run a command (a list), its output going to the file `screen`. Returns its exit status and its peak
-    memory in MB (as Linux counts it)."""
+    """Run a command (a list), its output going to the file `screen`. Returns its exit status, its peak memory
+    in MB (as Linux counts it) and its processor seconds."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open(screen, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
@@ -87,22 +87,22 @@ def run_to_end(command, screen):
             process.kill()
             raise
         process.returncode = status
-    return status, usage.ru_maxrss / 1024
+    return status, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
 
 
-def make(folder, command, more=""):
+def make(folder, command, more="", python=sys.executable):
     """Run a script (list of its name and flags) into a folder, unless its result is there. Returns
-    result.json, with what the run cost in seconds and in MB."""
+    result.json, with what the run cost: seconds, processor seconds (cpu) and MB."""
     folder = Path(folder)
     if not (folder / "result.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *map(str, command), *shlex.split(more), "--out", str(folder)]
+        command = [str(python), *map(str, command), *shlex.split(more), "--out", str(folder)]
         print(" ".join(command[1:]), flush=True)
         start = time.time()
-        status, mb = run_to_end(command, folder / "screen.txt")
+        status, mb, cpu = run_to_end(command, folder / "screen.txt")
         if status:
             raise InputError(f"{command[1]} failed, see {folder}/screen.txt")
-        cost = {"seconds": time.time() - start, "mb": mb}
+        cost = {"seconds": time.time() - start, "mb": mb, "cpu": cpu}
         print(f"    {cost['seconds']:.0f} s", flush=True)
         write_atomic(folder / "cost.json", json.dumps(cost).encode())
     cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
