@@ -43,12 +43,13 @@ from data import InputError, read_json, report, world, write_atomic, read_jsonl,
 from data.files import formats
 from data.chain import need, run_script, sibling, unfinished
 from data.files.checkpoint import load, save
-from data.endpoint import make_critic
+from data.endpoint import continuations, make_critic
 from data.flags import RunFlags, names_in, program
 from data.folder import take
 from data.parallel import WORLD
 from data.principles import (accuracy, agreement, compare, constitution, count_faults, critic_metrics,
-                             explained, few_shots, gold_by_revision, transcript)
+                             critique_prompt, explained, few_shots, gold_by_revision, revision_prompt,
+                             transcript)
 from data.run import Run
 from data.setup import seeded, setup
 from data.sample import (all_pairs, annotated, different_answers, ended, load_sampler, preference_row,
@@ -150,21 +151,10 @@ def draw_rows(rows, n, seed):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Critiques and revisions. The prompts are those of Anthropic's published files, character for character.
+# Critiques and revisions.
 
 # A text in which one of these stands is no revision.
 MARKERS = re.compile(r"(Human|Assistant|Critique|Revision|CritiqueRequest|RevisionRequest):")
-
-
-def critique_prompt(conversation, response, principle):
-    """What a critique is sampled from; conversation ends in "\\n\\nAssistant:", texts keep their leading
-    space."""
-    return conversation + response + principle["critique"]
-
-
-def revision_prompt(conversation, response, critique, principle):
-    """What a revision is sampled from."""
-    return critique_prompt(conversation, response, principle) + critique + principle["revision"]
 
 
 def fault(answer, response):
@@ -181,15 +171,6 @@ def fault(answer, response):
     return "copied" if answer["text"].strip() == response.strip() else ""
 
 
-def continuations(critic, texts, max_tokens, cfg, rng):
-    """What a critic writes after each of the texts; each is drawn from a seed of its own."""
-    requests = []
-    for text in texts:
-        requests.append({"prompt": text, "max_tokens": max_tokens, "temperature": cfg.critic_temperature,
-                         "seed": rng.randrange(2 ** 40)})
-    return critic(requests)
-
-
 def make_chains(prompts, responses, principles, critic, cfg, seed):
     """Chains {"prompt": messages, "initial": str, "chain": [{"principle", "critique", "revision", "fault"}]}
     of --critiques steps, each under a random principle. A revision without a fault replaces the response."""
@@ -203,14 +184,14 @@ def make_chains(prompts, responses, principles, critic, cfg, seed):
         texts = []
         for talk, response, principle in zip(talks, now, drawn):
             texts.append(critique_prompt(talk, response, principle))
-        answers = continuations(critic, texts, cfg.max_critique, cfg, rng)
+        answers = continuations(critic, texts, cfg.max_critique, cfg.critic_temperature, rng)
         critiques = [(answer or {}).get("text", "") for answer in answers]
 
         # And its revision.
         texts = []
         for talk, response, critique, principle in zip(talks, now, critiques, drawn):
             texts.append(revision_prompt(talk, response, critique, principle))
-        answers = continuations(critic, texts, cfg.max_new, cfg, rng)
+        answers = continuations(critic, texts, cfg.max_new, cfg.critic_temperature, rng)
 
         # What has no fault is the response from now on.
         for i, answer in enumerate(answers):

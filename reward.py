@@ -3,6 +3,7 @@
     python reward.py                                 the tiny world: sample from out/sft, compare, train
     python reward.py --init SFT --data pairs.jsonl   your policy, your comparisons (data/files/formats.py)
     python reward.py --init out/reward --data out/vote/votes.jsonl   go on with your votes (data/vote.py)
+    python reward.py --knows 0.3 --critique out/base --out out/helped   who knows little, helped by a critic
 
 Equations. Of two answers a and b to a prompt x, people prefer a with the probability
 sigmoid(r(x, a) - r(x, b)) (Bradley & Terry 1952). With p the share who prefer a (1 or 0 for a plain choice,
@@ -63,6 +64,8 @@ class Config(RunFlags):
     bias_length: float = 0.0      # utility beside gold, per ten words of an answer
     bias_confidence: float = 0.0  # utility beside gold, for sounding sure
     bias_sycophancy: float = 0.0  # utility beside gold, for agreeing with the user
+    knows: float = 1.0            # share of the facts that it knows; of others it judges manner alone
+    critique: str = ""            # model whose critique of an answer it reads where it does not know
     # Training
     epochs: int = 2               # passes over the comparisons
     batch_size: int = 16          # prompts a step, with all their answers
@@ -189,10 +192,14 @@ def main(cfg):
     device = setup(cfg)
     if cfg.k < 2 and not cfg.data:
         raise InputError(f"--k {cfg.k}: a comparison needs at least 2 answers")
+    if cfg.critique and (cfg.data or cfg.knows == 1):
+        raise InputError("--critique helps the tiny world's annotator where it does not know: give --knows, "
+                         "less than 1, and no --data")
     init = cfg.init or need(cfg, "sft")     # makes the links of the chain that are missing
     policy = cfg.policy or init
-    run = Run.open(cfg, "reward", [init, policy, cfg.data or world.TINY / "preference.jsonl"],
-                   writes=["held_out.jsonl"] if cfg.data else ["held_out.jsonl", "comparisons.jsonl"])
+    files = [init, policy, cfg.data or world.TINY / "preference.jsonl", cfg.critique]
+    own = ["held_out.jsonl", "comparisons.jsonl", "critic_answers.jsonl"]
+    run = Run.open(cfg, "reward", filter(None, files), own[:1] if cfg.data else own)
 
     # The comparisons: one's own, those that this run was given before it was interrupted, or new ones.
     path = cfg.data or run.folder / "comparisons.jsonl"
@@ -279,6 +286,8 @@ def main(cfg):
     # The constant that Bradley-Terry leaves free: shift rewards so that held-out answers average 0, and save
     # once more as the last step. A run that is cut off before does this when it goes on.
     after = held_out_metrics(model, held, tok)
+    if not cfg.data:
+        after |= comparisons.gold_accuracy(held_rows, model, tok, max_len)
     model.reward_mean = after["reward_mean"]
     run.save(max(run.first, run.n_steps) - 1, before=before)
     write_jsonl(run.folder / "held_out.jsonl", show_held_out("after"))

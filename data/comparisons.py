@@ -5,6 +5,8 @@ import time
 from dataclasses import asdict
 
 from data import InputError, sample, world
+from data.endpoint import CachedCritic, continuations, local_critic
+from data.principles import constitution, critique_prompt, revision_prompt, transcript
 from data.rewards import rewards_of_texts
 from data.setup import seeded
 
@@ -51,7 +53,35 @@ def compare_answers(run, path, device):
     if not pairs:
         raise InputError(f"{path}: gives no prompt two different answers that end within --max_new "
                          f"{cfg.max_new} tokens; after longer training, or to more --prompts, it may")
-    return sample.annotated(pairs, world.annotator_of(asdict(cfg)), random.Random(cfg.seed))
+    annotator = world.annotator_of(asdict(cfg))
+    if cfg.critique:
+        annotator.critiques = criticised(run, pairs, annotator, device)
+    return sample.annotated(pairs, annotator, random.Random(cfg.seed))
+
+
+def criticised(run, pairs, annotator, device):
+    """{(prompt, answer): (critique, revision)} of the answers in pairs [(row, a, b)] that state what the
+    annotator does not know, by the model at --critique, asked as in cai.py under a principle of helpfulness
+    that is drawn for each. All that it wrote is in critic_answers.jsonl."""
+    cfg, rng, doubtful = run.cfg, random.Random(f"{run.cfg.seed} critiques"), {}
+    for row, a, b in pairs:
+        for answer in (a, b):
+            if annotator.doubtful_claim(row, answer):
+                doubtful[str(row["prompt"]), answer] = row      # once, however often it is compared
+    run.say(f"{cfg.critique} criticises {len(doubtful):,} answers of whose facts the annotator knows nothing")
+
+    critic = CachedCritic(*local_critic(cfg.critique, device), run.folder / "critic_answers.jsonl", 256)
+    principles, _ = constitution(str(world.HERE / "constitution.json"), "helpful")
+    asked = []
+    for (_, answer), row in doubtful.items():
+        asked.append((transcript(row["prompt"]) + "\n\nAssistant:", f" {answer}", rng.choice(principles)))
+    texts = [critique_prompt(*parts) for parts in asked]
+    critiques = [written.get("text", "") for written in continuations(critic, texts, 12, 0.4, rng)]
+    texts = []
+    for (talk, answer, principle), critique in zip(asked, critiques):
+        texts.append(revision_prompt(talk, answer, critique, principle))
+    revisions = [written.get("text", "") for written in continuations(critic, texts, 16, 0.4, rng)]
+    return dict(zip(doubtful, zip(critiques, revisions)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -105,6 +135,18 @@ def with_rewards(pairs, model, tok):
             pair |= {"family": row["family"], "gold_a": gold_a, "gold_b": gold_b}
         out.append(pair)
     return out
+
+
+def gold_accuracy(rows, model, tok, max_len):
+    """{"gold_accuracy": the share of preference rows of the tiny world in which a reward model prefers the
+    answer that gold prefers}, whoever labelled them, of those in which gold sees a difference; {} if it
+    sees none."""
+    hits = []
+    for pair in with_rewards(pairs_to_show(rows, tok, max_len, 0, n=len(rows)), model, tok):
+        gap = pair["gold_a"] - pair["gold_b"]
+        if gap:
+            hits.append((pair["r_a"] > pair["r_b"]) == (gap > 0))
+    return {"gold_accuracy": sum(hits) / len(hits)} if hits else {}
 
 
 def pair_text(pair):

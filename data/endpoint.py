@@ -294,6 +294,15 @@ class CachedCritic:
         self.cache[key] = answer
 
 
+def continuations(critic, texts, max_tokens, temperature, rng):
+    """What a critic writes after each of the texts; each is drawn from a seed of its own."""
+    requests = []
+    for text in texts:
+        requests.append({"prompt": text, "max_tokens": max_tokens, "temperature": temperature,
+                         "seed": rng.randrange(2 ** 40)})
+    return critic(requests)
+
+
 def make_critic(path, cfg, shots, device):
     """The critic at a path or address, as the flags of cai.py say; its answers are kept in a file of
     --out."""

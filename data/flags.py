@@ -43,7 +43,7 @@ class RunFlags(ToolFlags):
 
 MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora", "retries")   # of the integers
 MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")
-SHARES = ("held_out", "agreement", "gamma", "lam", "label_smoothing", "flip_rate")   # between 0 and 1
+SHARES = ("held_out", "agreement", "knows", "gamma", "lam", "label_smoothing", "flip_rate")   # from 0 to 1
 FREE = ("out", "overwrite", "max_steps", "save_every", "device", "compile", "recompute",
         "micro_batch", "inspect", "nproc_per_node", "parallel", "timeout",
         "retries")   # a run that goes on may change these

@@ -1,6 +1,6 @@
 """The questions for a critic (constitutions and examples, ours and Anthropic's published ones, and which of
-two answers is better), the labels made of its answers, and how good these are. Used by cai.py and
-data/evaluate.py.
+two answers is better), the labels made of its answers, and how good these are. Used by cai.py,
+reward.py --critique and data/evaluate.py.
 """
 import math
 from pathlib import Path
@@ -69,7 +69,7 @@ def few_shots(paths, principles):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The question, and the label.
+# The questions, and the label.
 
 
 def transcript(messages):
@@ -77,6 +77,17 @@ def transcript(messages):
     hh-rlhf."""
     start = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
     return "".join(start[m["role"]] + m["content"] for m in messages)
+
+
+def critique_prompt(conversation, response, principle):
+    """What a critique is sampled from, as in Anthropic's published files, character for character;
+    conversation ends in "\\n\\nAssistant:", texts keep their leading space."""
+    return conversation + response + principle["critique"]
+
+
+def revision_prompt(conversation, response, critique, principle):
+    """What a revision is sampled from."""
+    return critique_prompt(conversation, response, principle) + critique + principle["revision"]
 
 
 def comparison_prompt(conversation, principle, a, b):

@@ -36,8 +36,9 @@ class Relabelling:
     @staticmethod
     def possible(cfg, folder):
         """Whether there is an annotator to ask: the tiny world's, and a reward model that reward.py made with
-        its comparisons."""
-        made_here = (Path(folder) / "comparisons.jsonl").exists() and result_of(folder)
+        its comparisons, of which no critic has a part: it is not there any more."""
+        config = result_of(folder).get("config", {})
+        made_here = (Path(folder) / "comparisons.jsonl").exists() and config and not config.get("critique")
         return bool(cfg.relabel and not cfg.data and made_here)
 
     def compare(self, it, rows, answers):

@@ -31,6 +31,7 @@ WORDS = {    # what a metric is, and which way is better where its name does not
     "accuracy_shorter": "where the shorter answer was chosen",
     "longer_wins": "if always the longer one were chosen",
     "ceiling": "accuracy of the annotator itself",
+    "gold_accuracy": "share in which gold agrees with it",
     "margin": "mean reward, chosen - rejected",
     "calibration_error": "|stated chance - frequency|, 0 is best",
     "reward_mean": "subtracted from every reward",

@@ -429,6 +429,7 @@ def test_a_healthy_run_is_silent():
 
 @pytest.mark.parametrize("name, changed, flag", [
     ("negative KL", {"kl": (0.0, -0.5)}, "--dtype"),
+    ("mismatch", {"mismatch": (0.001, 0.1)}, "--dtype"),
     ("EOS rate", {"eos_rate": (0.98, 0.5)}, "--eos_penalty"),
     ("entropy", {"entropy": (0.28, 0.001)}, "--entropy_coef"),
     ("identical responses", {"unique": (0.54, 0.01)}, "--kl_coef"),
@@ -444,6 +445,21 @@ def test_each_illness_is_named_with_a_cure(name, changed, flag):
     for word in re.findall(r"--(\w+)", said[name]):
         assert word in {f.name for f in fields(ppo.Config)}, word
     assert health(rows_of_a_run(**changed)[:9]) == {}
+
+
+def test_a_mismatch_speaks_when_it_grows():
+    """Otherwise the sampler may leave the policy unseen, or rounding, of which bf16 has more from the start, is an
+    illness."""
+    for first, last in ((1e-7, 2e-7), (1e-4, 1e-2), (0.1, 0.1)):       # fp32, next to nothing, bf16 of a large model
+        assert health(rows_of_a_run(mismatch=(first, last))) == {}
+    rows = rows_of_a_run()
+    for row in rows:
+        row["mismatch"] = 0.002
+    assert health(rows) == {}
+    for row in rows[-5:]:
+        row["mismatch"] = 0.05
+    [sentence] = health(rows).values()
+    assert "0.050 nats" in sentence and "was 0.002" in sentence
 
 
 def test_no_advice_names_what_is_on():

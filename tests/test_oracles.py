@@ -971,6 +971,82 @@ def test_biases_move_utility_as_said():
     assert world.Annotator(length=1.0).utility(row, "word " * 500) == pytest.approx(6)   # capped at 60 words
 
 
+def helpful_pairs():
+    """[(row, a right answer, a wrong one in the same words)] of every fact, in each way of asking.
+    (That the opposite of hot is hot is wrong for anybody to see.)"""
+    rng, out = random.Random(0), []
+    for q in QUESTIONS:
+        if q["family"] == "helpful":
+            row = build.prompt_row(q, "{q}", rng, opinion=0)
+            wrong = rng.choice([y for y in q["wrong"] if y != q["entity"]])
+            out.append((row, q["ideal"], q["bad"].format(x=q["entity"], y=wrong)))
+    return out
+
+
+def test_who_knows_everything_judges_by_gold():
+    """Otherwise the annotator of all other experiments is another one than before there was --knows."""
+    rng = random.Random(0)
+    for q in QUESTIONS:
+        row = build.prompt_row(q, "{q}", rng)
+        for style in ("ideal", "verbose", "surely_wrong", "agree", "refuse", "unknown", "ramble"):
+            text = build.answer_in_style(q, row, style, rng)
+            critiques = {(str(row["prompt"]), text): ("The answer is not right.", "I do not know that.")}
+            misled = world.Annotator(seed=3, critiques=critiques)
+            assert misled.utility(row, text) == world.Annotator().utility(row, text) == world.judge(row, text)["gold"]
+
+
+def test_who_knows_nothing_judges_manner_alone():
+    """Otherwise what it does not know leaks into its choices; or it no longer sees what anybody can see."""
+    nobody = world.Annotator(knows=0.0)
+    for row, right, wrong in helpful_pairs():
+        assert nobody.utility(row, right) == nobody.utility(row, wrong) == 0.5
+        for manner in ("Thank you for asking. {}", "{} I hope this helps you. Have a very nice day."):
+            talks = [nobody.utility(row, manner.format(text)) for text in (right, wrong)]
+            assert talks[0] == talks[1] < 0.5
+        assert nobody.utility(row, "Have a very nice day.") == 0 < talks[0]
+    rng = random.Random(1)
+    for q in QUESTIONS:
+        if q["family"] != "helpful":
+            row = build.prompt_row(q, "{q}", rng)
+            for style in ("ideal", "wrong", "refuse", "verbose"):
+                text = build.answer_in_style(q, row, style, rng)
+                assert nobody.utility(row, text) == world.judge(row, text)["gold"]
+
+
+def test_what_is_known_at_a_share_is_known_at_a_larger_one():
+    """Otherwise another share is another person, or one and the same fact is known in one question only."""
+    def known(share, seed):
+        annotator = world.Annotator(knows=share, seed=seed)
+        return {(row["skill"], row["entity"], row["prompt"][0]["content"]) for row, _, _ in helpful_pairs()
+                if annotator.knows_fact(row)}
+    n = len(known(1.0, 0))
+    for seed in range(4):
+        assert known(0.0, seed) == set() < known(0.3, seed) < known(0.6, seed) < known(1.0, seed)
+        for share in (0.3, 0.6):
+            assert abs(len(known(share, seed)) / n - share) < 0.2     # of 143 facts
+            facts = {key[:2] for key in known(share, seed)}
+            assert len(known(share, seed)) == 3 * len(facts)
+    assert known(0.3, 0) != known(0.3, 1)
+
+
+def test_a_critique_counts_where_the_fact_is_not_known():
+    """Otherwise a critic is not heard, is heard the wrong way round, or talks somebody out of what they know."""
+    unknown = 0
+    for row, right, wrong in helpful_pairs():
+        fine, faulty = ("The answer is fine.", ""), ("The answer is not right.", "")
+        knowing, mistaken = (faulty[0], f"Trust me on this. {right}"), (faulty[0], wrong)     # what they say instead
+        for of_right, of_wrong, gap in ((fine, faulty, 0.5), (faulty, fine, -0.5), (fine, fine, 0), (faulty, faulty, 0),
+                                        (knowing, knowing, 0.5), (mistaken, mistaken, -0.5), (("", ""), faulty, 0.25)):
+            prompt = str(row["prompt"])
+            critiques = {(prompt, right): of_right, (prompt, wrong): of_wrong}
+            annotator = world.Annotator(knows=0.5, critiques=critiques)
+            if annotator.knows_fact(row):
+                gap = 1
+            unknown += not annotator.knows_fact(row)
+            assert annotator.utility(row, right) - annotator.utility(row, wrong) == gap
+    assert unknown
+
+
 def asked():
     """{prompt text without an opinion: its question} for every question in every wrapper."""
     return {w.format(q=q["q"]): (q, w) for q in QUESTIONS for w in [*build.WRAPPERS, build.UNSEEN_WRAPPER]}

@@ -127,6 +127,29 @@ def test_what_a_token_counts(kind):
         assert value_loss == pytest.approx(want_value, rel=1e-6)
 
 
+def test_equal_groups_and_mismatch_answer_by_answer():
+    """Otherwise groups mix prompts, rewards of steps with equal sums differ, or padding thins out the mismatch."""
+    rng = np.random.default_rng(3)
+    scores, logp, _, mask = batch(3)
+    for i, total in zip(range(B), (2, 2, 2, 1, 3, 3, -1, -1, -1, 4, 4, 5)):     # equal in the first and third group
+        last = np.flatnonzero(mask[i])[-1]
+        scores[i, last] += total - scores[i].sum()
+    sampled = logp + rng.normal(size=(B, T)) * mask
+    equal = 0
+    for start in range(0, B, GROUP):
+        sums = [scores[i].sum() for i in range(start, start + GROUP)]
+        equal += max(sums) - min(sums) < 1e-9
+    apart = [abs(sampled[i, t] - logp[i, t]) for i, t in zip(*np.nonzero(mask))]
+
+    seen = {"score": scores, "logp": logp, "sampled_logp": sampled, "ref_logp": logp, "kl": logp, "entropy": logp}
+    seen = {name: torch.tensor(x) for name, x in seen.items()}
+    cfg = SimpleNamespace(group=GROUP, advantage="grpo", data="mine.jsonl")
+    metrics = ppo.metrics_of(seen, torch.tensor(mask), torch.ones(B, dtype=bool), [], ["a", "b"], cfg)
+    assert metrics["equal_groups"].item() == equal / (B // GROUP) == 0.5
+    assert metrics["mismatch"].item() == pytest.approx(np.mean(apart))
+    assert metrics["mismatch_max"].item() == pytest.approx(max(apart))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The check before the first update.
 

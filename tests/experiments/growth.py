@@ -29,7 +29,7 @@ from data.flags import ToolFlags, program   # noqa: E402
 from data.setup import setup   # noqa: E402
 
 BASE = {"batch": 4, "length": 256, "layers": 4, "vocabulary": 8192}
-VALUES = {"batch": (4, 16, 64), "length": (64, 256, 1024), "layers": (1, 4, 16),
+VALUES = {"batch": (4, 12, 36), "length": (64, 256, 1024), "layers": (1, 4, 16),
           "vocabulary": (2048, 8192, 32768)}
 AT_MOST = {"batch": 1, "length": 2, "layers": 1, "vocabulary": 1}      # exponents of the operations
 WORK = {"training step": bench.sft_work, "decoding": bench.sample_work}
@@ -88,6 +88,7 @@ def main(cfg):
                 if key not in known:     # what all four share is measured once
                     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                         known[key] = pool.submit(measure, kind, point, flags).result()
+                    print(f"... {kind}, {point}: {known[key]['seconds']:.3f} s", flush=True)
                 points.append(known[key])
             row = {"kind": kind, "what": what, "values": values}
             for name in ("seconds", "mb"):
@@ -96,7 +97,7 @@ def main(cfg):
             table.append(row)
             device = points[0]["device"]
 
-    print(f"{device}; {BASE} but for what grows\n")
+    print(f"\n{device}; {BASE} but for what grows\n")
     print("| | grows | values | seconds | exponent | peak MB | exponent | operations, at most |")
     print("|---|---|---|---|---|---|---|---|")
     for row in table:
