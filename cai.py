@@ -29,7 +29,6 @@ Stage 2, RLAIF (section 4; arXiv:2309.00267):
 Both make a round; with --rounds 2 the aligned model is the next generator and, without --critic, the critic.
 Left out: red-team prompts by a model, several principles per label, chains of thought, chat-only servers.
 """
-import json
 import random
 import re
 import shlex
@@ -39,21 +38,22 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, read_json, report, world, write_atomic, read_jsonl, write_jsonl
+from data import InputError, read_json, read_jsonl, report, world, write_json, write_jsonl
 from data.files import formats
 from data.chain import need, run_script, sibling, unfinished
 from data.files.checkpoint import load, save
 from data.endpoint import continuations, make_critic
-from data.flags import RunFlags, names_in, program
+from data.flags import RunFlags, program
 from data.folder import take
 from data.parallel import WORLD
 from data.principles import (accuracy, agreement, compare, constitution, count_faults, critic_metrics,
                              critique_prompt, explained, few_shots, gold_by_revision, revision_prompt,
                              transcript)
+from data.prompts import short_enough, test_prompts
 from data.run import Run
 from data.setup import seeded, setup
 from data.sample import (all_pairs, annotated, different_answers, ended, load_sampler, preference_row,
-                         sample_answers, short_enough)
+                         sample_answers)
 from data.world import build
 
 
@@ -363,7 +363,7 @@ def stage2(cfg, run, setting, n, model, critic_path):
             for_people += sampled_pairs(helpful, 2)
         rows += [row | {"by": "human"} for row in annotated(for_people, annotator, rng)]
         write_jsonl(pairs_file, formats.as_messages(rows))
-        write_atomic(metrics_file, json.dumps(metrics).encode())
+        write_json(metrics_file, metrics)
         del sampler, critic      # training gets the memory to itself
 
     metrics = read_json(metrics_file, kind=dict)
@@ -399,8 +399,7 @@ def measure_critic(cfg, setting):
     labels = compare(pairs, setting.choose, critic, random.Random(f"{cfg.seed} choices"))
     metrics = accuracy(labels, pairs) | critic_metrics(labels, pairs)
     print(explained(metrics))
-    text = json.dumps(metrics | {"critic": critic.name}, indent=1)
-    write_atomic(Path(cfg.out) / "critic.json", text.encode())
+    write_json(Path(cfg.out) / "critic.json", metrics | {"critic": critic.name})
 
 
 def main(cfg):
@@ -418,8 +417,7 @@ def main(cfg):
 
     # Lock the folder and begin, or go on: all is measured anew, so samples.txt goes; what was trained is in
     # the folders of the rounds, which go with --overwrite.
-    files = [base, cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human]
-    files += names_in(cfg.constitution) + names_in(cfg.few_shots)
+    files = [base, cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human, cfg.constitution, cfg.few_shots]
     run = Run.open(cfg, "cai", filter(None, files), files_of_rounds(cfg), runs_scripts=True)
     (run.folder / "samples.txt").unlink(missing_ok=True)
 
@@ -437,7 +435,7 @@ def main(cfg):
         raise InputError(f"no red-team prompt leaves room for --max_new {cfg.max_new} tokens in the model's "
                          f"context of {policy.cfg.max_len}")
     own = None if setting.graded else setting.red
-    tests = report.test_prompts(policy, tok, cfg.max_new, own, cfg.data)
+    tests = test_prompts(policy, tok, cfg.max_new, own, cfg.data)
     run.begin(1 + 2 * cfg.rounds, tok)
     columns = {}
 
@@ -476,7 +474,7 @@ def main(cfg):
     policy, tok = load(model)
     save(cfg.out, policy, tok)
     rows = report.answer_rows(tests, before, after)
-    run.finish(columns["start"], columns[f"{cfg.rounds}: RL"], columns, rows, device)
+    run.finish(columns["start"], columns[f"{cfg.rounds}: RL"], rows, columns=columns, device=device)
 
 
 if __name__ == "__main__":

@@ -53,18 +53,18 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from data import InputError, health, report, world
-from data.chain import chain_columns, need
+from data.chain import need
 from data.comparisons import mismatch, online_pairs
 from data.files import formats
 from data.files.checkpoint import load
 from data.flags import RunFlags, program
 from data.parallel import all_sum, filled_up, in_shares, micro_batches, prepare
 from data.prefix_sharing import pair_logps
-from data.rewards import judge_of
+from data.prompts import read_prompts, test_prompts
+from data.rewards import scorer_on
 from data.run import Run
-from data.sample import hold_out, read_prompts
 from data.setup import adamw, batches, cosine, set_lr, setup
-from model import cast_weights, freeze, pad_answers, refresh, sampling_copy, token_logprobs, with_lora
+from model import freeze_and_cast, pad_answers, refresh, sampling_copy, token_logprobs, with_lora
 
 # ------------------------------------------------------------------------------------------------------------
 # Rewards of answers, without beta, as pure functions of their log-probs under policy and reference, summed
@@ -274,21 +274,6 @@ def read_examples(run, path, paired, tok, max_len):
     return train, held, held_rows + train_rows
 
 
-def read_online(run, path, tok, longest, device):
-    """Prompt rows of a file to sample answers to, rows to measure on (of one's own prompts held-out ones),
-    and the judge of the answers. InputError: no prompt leaves the judge room for an answer."""
-    cfg = run.cfg
-    rows = read_prompts(run, path, tok, longest)
-    judge, fitting = judge_of("--judge", cfg.judge, device, rows, cfg.max_new)
-    run.say(f"{len(rows) - len(fitting):,} of them left out that leave the judge no room for an answer")
-    if not fitting:
-        raise InputError(f"--judge {cfg.judge}: no prompt leaves room for an answer in its context")
-    if not cfg.data:
-        return fitting, fitting, judge
-    rows, held_out = hold_out(run, fitting)
-    return rows, held_out, judge
-
-
 def lengths_of(examples):
     """Tokens of each example with its longer answer: what batches are sorted by."""
     return [len(prompt) + max(len(first), len(second)) for prompt, first, second, _ in examples]
@@ -423,25 +408,27 @@ def main(cfg):
     policy, tok = load(init)
 
     # What there is to learn from, and which of it each step reads.
-    context, plan, train, held = policy.cfg.max_len, [], [], []
+    plan, train, held = [], [], []
     if cfg.online:
-        rows, own, judge = read_online(run, data, tok, min(cfg.max_prompt, context - cfg.max_new), device)
+        # The annotator judges as gold does, with some errors.
+        judge = scorer_on("--judge", "gold" if cfg.judge == "annotator" else cfg.judge, device)
+        rows, tests = read_prompts(run, data, tok, policy, judge)
         for step in range(cfg.online_steps):
             plan.append(random.Random(f"{cfg.seed} {step}").choices(range(len(rows)), k=cfg.batch_size))
     else:
-        train, held, own = read_examples(run, data, spec.paired, tok, min(cfg.max_len, context))
+        train, held, own = read_examples(run, data, spec.paired, tok, min(cfg.max_len, policy.cfg.max_len))
+        tests = test_prompts(policy, tok, cfg.max_new, own if cfg.data else None, data)
         for epoch in range(cfg.epochs):
             plan += batches(lengths_of(train), cfg.batch_size, cfg.seed, epoch)
-    tests = report.test_prompts(policy, tok, cfg.max_new, own if cfg.data else None, data)
 
     # The policy on its device and its optimizer. With adapters, its frozen trunk is the reference. Else the
     # reference is a second model, loaded when one is needed: for new answers, and for the KL at the end.
     reference = None
     if cfg.lora:
-        reference = cast_weights(freeze(policy), exactly=True).to(device)
+        reference = policy.to(device)
         policy = with_lora(reference, cfg.lora)
     elif cfg.online:
-        reference = cast_weights(freeze(load(init)[0])).to(device)
+        reference = freeze_and_cast(load(init)[0]).to(device)
     sampler = sampling_copy(policy).to(device)
     policy = prepare(policy, cfg, device)
     optimizer = adamw(policy, cfg.weight_decay, eps=1e-6)
@@ -470,7 +457,8 @@ def main(cfg):
         # 2. Reference: its log-probs of both answers, (2, B).
         if cfg.online:
             refresh(sampler, policy)
-            examples = online_pairs(sampler, tok, [rows[i] for i in plan[step]], judge, cfg, step)
+            asked = [rows[i] for i in plan[step]]
+            examples = online_pairs(sampler, tok, asked, judge.score_texts, cfg, step)
             ref_logp = reference_logps(reference, examples, tok, cfg)
         else:
             examples, ref_logp = [train[i] for i in plan[step]], all_ref_logp[:, plan[step]]
@@ -504,16 +492,15 @@ def main(cfg):
     # How good the policy has become, and how far it is from the reference.
     after, answers = measure("after")
     if reference is None:
-        reference = cast_weights(freeze(load(init)[0])).to(device)
+        reference = freeze_and_cast(load(init)[0]).to(device)
     after["kl"], _ = report.mean_kl(sampler, reference, tok, answers.prompt_ids, answers.ids)
     if tests.graded:
         after["win_rate"] = report.win_rate(first_answers, answers.scored)
     for name, sentence in health.of_preferences(run.history, before, after).items():
         run.say(f"health, {name}: {sentence}")
-    columns = None
-    if spec.start == "sft" and not cfg.data and not cfg.init:
-        columns = chain_columns(cfg, cfg.loss.upper(), before, after)
-    run.finish(before, after, columns, report.answer_rows(tests, first_answers, answers.scored))
+    is_of_chain = spec.start == "sft" and not cfg.data and not cfg.init
+    answers = report.answer_rows(tests, first_answers, answers.scored)
+    run.finish(before, after, answers, cfg.loss.upper() if is_of_chain else "")
 
 
 if __name__ == "__main__":

@@ -317,10 +317,11 @@ def freeze(model):
     return model.requires_grad_(False)
 
 
-def cast_weights(model, exactly=False):
-    """Cast the weights of a frozen model's linear layers to the dtype of their products, for which they would
-    be cast in every call anyway: half the memory, the same numbers. exactly: only those that lose nothing by
-    it, in what is saved again, as LoRA's trunk is with its adapters. Returns the model."""
+def freeze_and_cast(model, exactly=False):
+    """Freeze a model, and cast the weights of its linear layers to the dtype of their products, for which
+    they would be cast in every call anyway: half the memory, the same numbers. exactly: only those that lose
+    nothing by it, in what is saved again, as LoRA's trunk is with its adapters. Returns the model."""
+    freeze(model)
     for layer in model.h.modules():
         if isinstance(layer, Linear) and Linear.compute_dtype:
             for name, p in list(layer.named_parameters()):
@@ -335,7 +336,7 @@ def sampling_copy(model):
     token. `refresh` brings it up to date."""
     # Copy what is trained or has to be cast, share the rest.
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    sampler = cast_weights(freeze(copy.deepcopy(model, shared)))
+    sampler = freeze_and_cast(copy.deepcopy(model, shared))
 
     # Its head is a layer of its own, which the embedding does not share any more.
     head = sampler.head().detach().clone()
@@ -377,9 +378,10 @@ class LoRA(nn.Module):
 
 
 def with_lora(trunk, rank, scalar_head=False):
-    """A model with its own LoRA adapters on a frozen `trunk`, whose weights are shared, not copied. The trunk
-    itself is the reference; policy and value model cost little memory beside it."""
+    """A model with its own LoRA adapters on `trunk`, which is frozen by this, and whose weights are shared,
+    not copied. The trunk itself is the reference; policy and value model cost little memory beside it."""
     # The same weights, not a copy of them, inside new layers.
+    freeze_and_cast(trunk, exactly=True)
     model = copy.deepcopy(trunk, {id(p): p for p in trunk.parameters()})
     for block in model.h:
         block.attn.qkv, block.attn.proj = LoRA(block.attn.qkv, rank), LoRA(block.attn.proj, rank)
@@ -585,6 +587,11 @@ MAX_LOGITS = 2 ** 28   # at a time: 1 GB in fp32
 def last_token(mask):
     """Position (B,) of the last True of each row of a mask (B, T); T - 1 in a row without one."""
     return mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+
+
+def is_last(mask):
+    """(B, T), True at the last token of each row where mask (B, T) is True: an answer's EOS."""
+    return torch.arange(mask.shape[1], device=mask.device) == last_token(mask)[:, None]
 
 
 def width_of(mask):

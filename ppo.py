@@ -37,7 +37,6 @@ What is not as in InstructGPT, and why:
 To add an estimator, write its function and its row of ESTIMATORS.
 """
 import copy
-import json
 import typing
 from dataclasses import dataclass
 from functools import partial
@@ -45,21 +44,21 @@ from functools import partial
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, health, report, world, write_atomic
-from data.chain import chain_columns, need
-from data.corpus import read_corpus
+from data import InputError, health, report, world, write_json
+from data.chain import need
 from data.files.checkpoint import load, save
-from data.flags import RunFlags, names_in, program
-from data.parallel import RANK, WORLD, all_sum, generate_in_shares, in_chunks, micro_batches, prepare
-from data.relabel import Relabelling
+from data.flags import RunFlags, program
+from data.parallel import WORLD, all_sum, generate_answers, in_chunks, micro_batches, prepare
+from data.prompts import read_corpus, read_prompts
+from data.relabel import relabelling_of
 from data.rewards import Scorer
 from data.run import Run, flags_of_its_run
-from data.setup import RELABEL, adamw, seeded, set_lr, setup
-from data.sample import hold_out, read_prompts
-from data.steps import is_last
-from model import (answer_rewards, cast_weights, compare_policies, freeze, last_token, refresh, sampling_copy,
+from data.setup import adamw, seeded, set_lr, setup
+from model import (compare_policies, freeze_and_cast, is_last, last_token, refresh, sampling_copy,
                    token_logprobs, token_values, with_lora)
-from reward import batch_of_pairs, group_pairs, preference_loss
+from reward import group_pairs, learn_comparisons
+
+OTHERS = 2 ** 20    # stream of random numbers for the reference's answers, beside those of the iterations
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -89,13 +88,18 @@ def whiten(x, mask):
     return (x - mean) * torch.rsqrt(var + 1e-8) * mask
 
 
+def log_ratio(logp, old_logp, mask):
+    """log pi / pi_old of each token (B, T), 0 outside the mask."""
+    # A ratio per answer, as GSPO has it (arXiv:2507.18071), would be another one here: the mean over the
+    # answer's tokens, 0 outside them, with a far smaller --clip.
+    return ((logp - old_logp) * mask).clamp(-20, 20)     # exp must not overflow
+
+
 def policy_loss(logp, old_logp, advantages, weights, clip, clip_high):
     """Clipped surrogate (arXiv:1707.06347, eq. 7; its upper end apart: arXiv:2503.14476, eq. 10), summed with
     weights that are 0 outside the responses (token_weights). Returns the loss and, for the log, sums over
     response tokens: approx_kl = (ratio - 1) - log ratio (joschu.net/blog/kl-approx.html), clipfrac."""
-    # A ratio per answer, as GSPO has it (arXiv:2507.18071), would be another logratio here: the mean over the
-    # answer's tokens, 0 outside them, with a far smaller clip. data/health.py shows the ratio of each token.
-    logratio = ((logp - old_logp) * (weights > 0)).clamp(-20, 20)     # exp must not overflow
+    logratio = log_ratio(logp, old_logp, weights > 0)
     ratio = logratio.exp()
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip_high) * advantages)
     with torch.no_grad():
@@ -277,21 +281,6 @@ def check_flags(cfg):
         raise InputError("--temperature 0: a policy that always says the same has nothing to learn from")
 
 
-def load_prompts(run, path, tok, policy, reward_models):
-    """Prompt rows of a file to train on, their ids, and what the policy is measured on: the tiny world's test
-    prompts, or some of --data, held out. Left out are prompts longer than --max_prompt, and those that leave
-    a model's context no room for an answer."""
-    cfg, context = run.cfg, min(model.cfg.max_len for model in (policy, *reward_models))
-    rows = read_prompts(run, path, tok, min(cfg.max_prompt, context - cfg.max_new))
-    if "gold" in names_in(cfg.reward) and not all(map(world.knows, rows)):
-        raise InputError(f"{path}: --reward gold judges the tiny world's prompts only")
-    held = None
-    if cfg.data:
-        rows, held = hold_out(run, rows)
-    tests = report.test_prompts(policy, tok, cfg.max_new, held, cfg.data)
-    return rows, [tok.render(row["prompt"], generation_prompt=True)[0] for row in rows], tests
-
-
 def pick(n_rows, n, rng):
     """n row numbers below n_rows, sorted. Each is drawn once before any is drawn again."""
     rounds = [torch.randperm(n_rows, generator=rng) for _ in range(0, n, n_rows)]
@@ -352,12 +341,11 @@ def load_models(policy, init, value_start, cfg):
     critic, value = ESTIMATORS[cfg.advantage].critic, None
     if cfg.lora:
         # One frozen trunk: the reference is the policy without its adapters, the value model has its own.
-        reference = cast_weights(freeze(policy), exactly=True)
-        policy = with_lora(reference, cfg.lora)
+        reference, policy = policy, with_lora(policy, cfg.lora)
         if critic:
             value = with_lora(reference, cfg.lora, scalar_head=True)
     else:
-        reference = cast_weights(freeze(copy.deepcopy(policy)))
+        reference = freeze_and_cast(copy.deepcopy(policy))
         if critic:
             value = copy.deepcopy(value_start) if value_start else load(init, head="new")[0]
     return policy, reference, value
@@ -374,7 +362,7 @@ def prepare_models(policy, reference, value, reward_models, relabels, cfg, devic
         trained["value"] = (value, adamw(value, eps=1e-5))
     for model in reward_models:
         if not relabels:
-            cast_weights(freeze(model))
+            freeze_and_cast(model)
         prepare(model, cfg, device)
     if relabels:
         trained["reward_model"] = (reward_models[0], adamw(reward_models[0], weight_decay=0.01))
@@ -387,10 +375,8 @@ def prepare_models(policy, reference, value, reward_models, relabels, cfg, devic
 
 def rollout(sampler, tok, prompts, cfg, step):
     """Answers to prompts (lists of ids): ids (B, T), mask, logp as `model.generate` returns them, and lists
-    of ids."""
-    draws = torch.rand(len(prompts), cfg.max_new, dtype=torch.float64, generator=seeded(cfg.seed, step))
-    ids, mask, logp = generate_in_shares(sampler, tok, prompts, draws, cfg.temperature)
-    return ids, mask, logp, [x[m].tolist() for x, m in zip(ids.cpu(), mask.cpu())]
+    of ids. At the temperature of all log-probs, without top-k or top-p."""
+    return generate_answers(sampler, tok, prompts, cfg.max_new, seeded(cfg.seed, step), cfg.temperature)
 
 
 def score(rewards, rows, texts, ids, mask, tok, cfg):
@@ -458,6 +444,15 @@ def what_is_kept(run, n_steps):
     return kept
 
 
+def is_over_budget(run, it, exact_kl):
+    """Whether answers with this KL (B, T) have spent --kl_budget, after `it` iterations; it says so."""
+    cfg = run.cfg
+    if not cfg.kl_budget or cfg.inspect or exact_kl.sum(1).mean() < cfg.kl_budget:
+        return False
+    run.say(f"--kl_budget {cfg.kl_budget:g} is spent after {it} iterations")
+    return True
+
+
 def decay(it, n_steps):
     """Factor of the learning rates in an iteration. It falls to a third and not to 0: the reward model learns
     until the end, and the policy has to follow it."""
@@ -475,53 +470,6 @@ def learning_rates(cfg, it, n_steps, warmup):
     return rates
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Step 6.
-
-
-def begin_relabelling(cfg, folder, tok, rewards, compared):
-    """The Relabelling of a run whose one reward model, of the policy's tokens, reward.py made in a folder;
-    None where that is not so, or --relabel 0. compared: the groups of this run."""
-    models = rewards.models()
-    if len(models) != 1 or rewards.value_start is None or not Relabelling.possible(cfg, folder):
-        return None
-
-    def group(rows):
-        """Preference rows as reward.py groups them."""
-        groups, _ = group_pairs(rows, tok, models[0].cfg.max_len)
-        return groups
-
-    return Relabelling(cfg, folder, tok, group, compared)
-
-
-def learn_comparisons(run, model, optimizer, groups, center):
-    """reward.py's update, --minibatches times: L over some prompts with their answers and pairs, groups as
-    `group_pairs` makes them. Returns sums over the rank's prompts for the log: the loss, and the share of
-    pairs that the model gets right before it learns from them."""
-    cfg, sums = run.cfg, {}
-    longest = [max(len(ids) for ids in answers) for answers, _ in groups]
-    most = max(len(answers) for answers, _ in groups)
-    size = max(1, cfg.micro_batch // most)                          # prompts per forward pass
-    for mini in torch.arange(len(groups)).chunk(cfg.minibatches):
-        mini = mini[: len(mini) // WORLD * WORLD].tolist()          # each rank the same number
-        for part in micro_batches(mini, longest, size):
-            ids, mask, pairs = batch_of_pairs([groups[i] for i in part], run.tok, model.wte.weight.device)
-            r = answer_rewards(model, ids, mask)                                                 # (N,)
-            r_a, r_b = r[pairs.a], r[pairs.b]                                                    # (M,) each
-            loss = (pairs.weight * preference_loss(r_a, r_b, pairs.p, pairs.margin, center)).sum()
-            (loss / len(mini)).backward()
-            right = (pairs.weight * report.right((r_a - r_b).detach(), pairs.p)).sum()
-            add_mean(sums, len(groups), rm_loss=loss, rm_accuracy=right)
-        norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        if run.allows_step(norm, model, mini):
-            optimizer.step()
-        optimizer.zero_grad()
-    return sums
-
-
-# ------------------------------------------------------------------------------------------------------------
-
-
 def ptx_windows(cfg, tok, max_len):
     """The text of --ptx_coef as rows of ids (N, T), without the last 2 %, which measure the alignment tax."""
     length = min(128, max_len)
@@ -531,20 +479,24 @@ def ptx_windows(cfg, tok, max_len):
 
 def ptx_loss(policy, corpus, rng):
     """- mean log pi(x_t | x_<t) over 8 windows of the text, rows of corpus (N, T): L_ptx of the objective."""
-    window = torch.randint(len(corpus), (8,), generator=rng)[RANK::WORLD]
-    x = corpus[window].to(policy.wte.weight.device)                                  # (8 / processes, T)
+    window = torch.randint(len(corpus), (8,), generator=rng).tolist()
+    [mine] = micro_batches(window, [corpus.shape[1]] * len(corpus), 8)               # this rank's share
+    x = corpus[mine].to(policy.wte.weight.device)                                    # (8 / processes, T)
     every = torch.ones(x.shape, dtype=torch.bool)
     return -token_logprobs(policy, x, every).sum() / (8 * (x.shape[1] - 1))
 
 
 def page_of(run, it, name, policy, value, rows, answers, seen):
     """{name: what the page and --inspect show of iteration `it`}, {} if that has no name. answers: ids and
-    mask, (B, T) each; seen: tensors (B, T) by name, as they were before the update."""
+    mask, (B, T) each; seen: tensors (B, T) by name, as they were before the update. The models are those of
+    after it."""
     if not name:
         return {}
-    estimator = ESTIMATORS[run.cfg.advantage]
+    cfg, estimator, (ids, mask) = run.cfg, ESTIMATORS[run.cfg.advantage], answers
+    logp = in_chunks(partial(token_logprobs, policy, temperature=cfg.temperature), ids, mask, cfg.micro_batch)
+    after = {"logp": logp, "ratio": log_ratio(logp, seen["logp"], mask).exp()}
     estimates = kl_estimators(seen["logp"], seen["ref_logp"])
-    page = health.inspection(policy, value, run.tok, rows, answers, seen, estimates, run.cfg)
+    page = health.inspection(value, run.tok, rows, answers, seen, after, estimates, cfg)
     page |= {"iteration": it + 1, "how": estimator.in_words(), "critic": estimator.critic,
              "whitened": estimator.whitened, "mean_over": estimator.mean_over}
     return {name: page}
@@ -562,9 +514,8 @@ def finish(run, sampler, policy, reference, rewards, tests, start, inspected):
         report.add_rewards(metrics, scored, rewards.score_texts(tests.rows, [x["answer"] for x in scored]))
     if "reward_model" in run.trained:
         save(run.folder / "reward", rewards.models()[0], run.tok)
-    write_atomic(run.folder / "inspect.json", json.dumps(inspected).encode())
-    run.finish(before, after, chain_columns(run.cfg, "PPO", before, after),
-               report.answer_rows(tests, first_answers, last.scored))
+    write_json(run.folder / "inspect.json", inspected)
+    run.finish(before, after, report.answer_rows(tests, first_answers, last.scored), "PPO")
 
 
 def main(cfg):
@@ -579,7 +530,7 @@ def main(cfg):
     reward_name = cfg.reward or need(cfg, "reward")
     init = cfg.init or need(cfg, "sft")
     data = cfg.data or world.TINY / "rl.jsonl"
-    run = Run.open(cfg, "ppo", [init, *names_in(reward_name), data], ["inspect.json", "reward/"], cfg.inspect)
+    run = Run.open(cfg, "ppo", [init, reward_name, data], ["inspect.json", "reward/"], cfg.inspect)
     run.health = partial(health.health, cfg=cfg)
     n_steps = min(cfg.iterations, cfg.max_steps or cfg.iterations)     # those that will run
     kept = what_is_kept(run, n_steps)
@@ -588,9 +539,10 @@ def main(cfg):
     policy, tok = load(init)
     rewards = Scorer("--reward", reward_name, tok, cfg.reward_weights, cfg.ensemble)
     policy, reference, value = load_models(policy, init, rewards.value_start, cfg)
-    rows, prompts, tests = load_prompts(run, data, tok, policy, rewards.models())
+    rows, tests = read_prompts(run, data, tok, policy, rewards)
+    prompts = [tok.render(row["prompt"], generation_prompt=True)[0] for row in rows]
     corpus = ptx_windows(cfg, tok, policy.cfg.max_len) if cfg.ptx_coef else None
-    relabelling = begin_relabelling(cfg, reward_name, tok, rewards, kept["compared"])
+    relabelling = relabelling_of(cfg, reward_name, tok, rewards, group_pairs, kept["compared"])
 
     # Copies to sample from, whose weights `refresh` brings up to date. Then all models move to their device.
     sampler = sampling_copy(policy).to(device)
@@ -637,11 +589,10 @@ def main(cfg):
         #    tokens are those of the whole minibatch, so that the gradients add up to the same sum. In the
         #    first minibatch the ratio is 1, since nothing has changed yet. There the loss is near 0, because
         #    A has mean 0, and its gradient is not: a policy gradient's loss says nothing of how it learns.
-        over_budget = bool(cfg.kl_budget and exact_kl.sum(1).mean() >= cfg.kl_budget and not cfg.inspect)
-        epochs = 0 if over_budget else cfg.epochs
+        over_budget = is_over_budget(run, it, exact_kl)
         sums, n_updates = {}, cfg.epochs * cfg.minibatches             # for the log
         weights = torch.zeros_like(old_logp)                                                     # (B, T)
-        for _ in range(epochs):
+        for _ in range(0 if over_budget else cfg.epochs):
             for mini in torch.randperm(len(ids), generator=rng).chunk(cfg.minibatches):
                 weights[mini] = token_weights(mask[mini], estimator.mean_over, cfg.max_new)
                 for part in micro_batches(mini.tolist(), widths, cfg.micro_batch):
@@ -674,9 +625,8 @@ def main(cfg):
 
         # 6. Relabel: the annotator compares all answers to a prompt, one more of the reference among them.
         if relabelling and not over_budget and (it + 1) % cfg.relabel == 0:
-            _, _, _, others = rollout(ref_sampler, tok, [prompts[i] for i in asked], cfg, RELABEL + it)
-            said = [answers[k * cfg.group: (k + 1) * cfg.group] + [other] for k, other in enumerate(others)]
-            groups = relabelling.compare(it, [rows[i] for i in asked], said)
+            _, _, _, others = rollout(ref_sampler, tok, [prompts[i] for i in asked], cfg, OTHERS + it)
+            groups = relabelling.compare(it, [rows[i] for i in asked], answers, others)
             model, optimizer = trained["reward_model"]
             set_lr(optimizer, cfg.reward_lr * decay(it, n_steps))
             sums |= learn_comparisons(run, model, optimizer, groups, relabelling.center)
@@ -691,7 +641,6 @@ def main(cfg):
         kept["inspected"] |= page_of(run, it, name, policy, value, batch_rows, (ids, mask), seen)
         run.save_when_due(it, now=over_budget, **kept)
         if over_budget:
-            run.say(f"--kl_budget {cfg.kl_budget:g} is spent after {it} iterations")
             break
 
     if cfg.inspect:

@@ -36,10 +36,10 @@ from data.files import formats
 from data.chain import need
 from data.files.checkpoint import load
 from data.flags import RunFlags, program
-from data.parallel import all_sum, barrier, in_chunks, micro_batches, prepare
+from data.parallel import WORLD, all_sum, barrier, in_chunks, micro_batches, prepare
 from data.run import Run
 from data.setup import adamw, batches, cosine, set_lr, setup
-from model import answer_rewards, cast_weights, freeze, pad_batch, with_lora
+from model import answer_rewards, pad_batch, with_lora
 
 
 @dataclass
@@ -135,6 +135,32 @@ def batch_of_pairs(groups, tok, device):
     return ids, mask, Pairs(*tensors)
 
 
+def learn_comparisons(run, model, optimizer, groups, center):
+    """Step 6 of ppo.py: the update of `main` below, --minibatches times, each over some of the groups.
+    Returns sums over the rank's prompts for the log: the loss, and the share of pairs that the model gets
+    right before it learns from them."""
+    cfg, sums = run.cfg, {"rm_loss": 0.0, "rm_accuracy": 0.0}
+    longest = [max(len(ids) for ids in answers) for answers, _ in groups]
+    most = max(len(answers) for answers, _ in groups)
+    size = max(1, cfg.micro_batch // most)                          # prompts per forward pass
+    for mini in torch.arange(len(groups)).chunk(cfg.minibatches):
+        mini = mini[: len(mini) // WORLD * WORLD].tolist()          # each rank the same number
+        for part in micro_batches(mini, longest, size):
+            ids, mask, pairs = batch_of_pairs([groups[i] for i in part], run.tok, model.wte.weight.device)
+            r = answer_rewards(model, ids, mask)                                                 # (N,)
+            r_a, r_b = r[pairs.a], r[pairs.b]                                                    # (M,) each
+            loss = (pairs.weight * preference_loss(r_a, r_b, pairs.p, pairs.margin, center)).sum()
+            (loss / len(mini)).backward()
+            sums["rm_loss"] += loss.detach() / len(groups)
+            right = report.right((r_a - r_b).detach(), pairs.p)
+            sums["rm_accuracy"] += (pairs.weight * right).sum() / len(groups)
+        norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        if run.allows_step(norm, model, mini):
+            optimizer.step()
+        optimizer.zero_grad()
+    return sums
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Held-out comparisons.
 
@@ -215,7 +241,7 @@ def main(cfg):
     model.reward_mean, model.process = 0.0, False
     if cfg.lora:
         # Adapters on a frozen trunk; the head begins at random, so it is trained as a whole.
-        model = with_lora(cast_weights(freeze(model), exactly=True), cfg.lora)
+        model = with_lora(model, cfg.lora)
         model.score.requires_grad_(True)
 
     # The rows by prompt, some prompts held out.

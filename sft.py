@@ -25,9 +25,10 @@ from data.chain import need
 from data.files.checkpoint import load
 from data.flags import RunFlags, program
 from data.parallel import all_sum, micro_batches, prepare
+from data.prompts import test_prompts
 from data.run import Run
 from data.setup import adamw, batches, cosine, set_lr, setup
-from model import cast_weights, freeze, pad_batch, refresh, sampling_copy, token_logprobs, with_lora
+from model import pad_batch, refresh, sampling_copy, token_logprobs, with_lora
 
 
 @dataclass
@@ -96,7 +97,7 @@ def main(cfg):
     run = Run.open(cfg, "sft", [init, data])
     model, tok = load(init)
     if cfg.lora:
-        model = with_lora(cast_weights(freeze(model), exactly=True), cfg.lora)
+        model = with_lora(model, cfg.lora)
 
     # The demonstrations as ids, some of them held out.
     rows, dropped = formats.load(data, "sft")
@@ -110,7 +111,7 @@ def main(cfg):
     if not train or not held:
         raise InputError(f"{data}: {len(train)} conversations within --max_len {max_len} tokens to train on, "
                          f"{len(held)} held out (--held_out); both need at least one")
-    tests = report.test_prompts(model, tok, cfg.max_new, held_rows + train_rows if cfg.data else None, data)
+    tests = test_prompts(model, tok, cfg.max_new, held_rows + train_rows if cfg.data else None, data)
 
     # The model on its device, its optimizer, and which conversations each step reads.
     sampler = sampling_copy(model).to(device)

@@ -3,12 +3,12 @@
     setup, parallel          device, seeds, optimizer, batches; several processes
     run, folder, screen      a run's log, save and resume; whose files lie in its folder; what it prints
     flags, chain             the command line; making the links that a script starts from
+    prompts                  what a run trains on and is measured on; a text as ids
     sample, comparisons      answers of a policy; pairs of them, from people, from the annotator
     prefix_sharing           both answers of a pair in one row, for dpo.py: faster, the same numbers
     rewards, relabel         what scores answers; asking the annotator again
     steps                    the steps of an answer, and where rewards arrive
     report, health, page     measures, tables; what is wrong, and one PPO iteration; out/index.html
-    corpus                   a text as ids (pretrain, ppo.py --ptx_coef, evaluate)
     pretrain, process, chat, vote, evaluate     commands: `python -m data.pretrain`, ...
     principles, endpoint     constitutions, and critics behind a URL (cai.py)
     world/                   the tiny world: gold judge, annotator, texts
@@ -58,6 +58,11 @@ def read_json(path, data=None, kind=object):
         wanted = {dict: "object", list: "list"}.get(kind, "value")
         raise InputError(f"{path}: holds no JSON {wanted}")
     return value
+
+
+def write_json(path, value):
+    """Write a JSON value; the file is either the old or the whole new one, never half of it."""
+    write_atomic(path, json.dumps(value, indent=1).encode())
 
 
 def write_jsonl(path, rows):

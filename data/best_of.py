@@ -13,7 +13,6 @@ and for worse.
 The control tells selection apart from training on one's own answers: --pick random keeps as many
 demonstrations, of the same answers, and its reward only measures.
 """
-import json
 import math
 import random
 import time
@@ -21,13 +20,14 @@ import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data import InputError, report, world, write_atomic, write_jsonl
+from data import InputError, report, world, write_json, write_jsonl
 from data.chain import need
 from data.files import formats
-from data.flags import ToolFlags, names_in, program
+from data.flags import ToolFlags, program
 from data.folder import take
+from data.prompts import short_enough
 from data.rewards import scorer_on
-from data.sample import ended, load_sampler, sample_answers, short_enough
+from data.sample import ended, load_sampler, sample_answers
 from data.setup import seeded, setup
 
 AT_ONCE = 64      # prompts between two messages
@@ -87,11 +87,9 @@ def main(cfg):
     graded = all(map(world.knows, rows))
     if not rows:
         raise InputError(f"{data}: no prompt leaves room for --max_new {cfg.max_new} tokens")
-    if "gold" in names_in(reward_name) and not graded:
-        raise InputError(f"{data}: --reward gold judges the tiny world's prompts only")
 
     folder = Path(cfg.out)
-    take(cfg, "best_of", ["demos.jsonl", "result.json"], [policy_name, *names_in(reward_name), data])
+    take(cfg, "best_of", ["demos.jsonl", "result.json"], [policy_name, reward_name, data])
 
     # All answers, and those that are kept: lists of (row, text, score).
     answers, kept, last_message = [], [], time.time()
@@ -128,7 +126,7 @@ def main(cfg):
         after["kl"] = math.log(cfg.n) - (cfg.n - 1) / cfg.n
     result = {"stage": "best_of", "seed": cfg.seed, "config": asdict(cfg), "device": str(device),
               "seconds": round(time.perf_counter() - start, 1), "before": before, "after": after}
-    write_atomic(folder / "result.json", json.dumps(result, indent=1).encode())
+    write_json(folder / "result.json", result)
     print(report.table({"all answers": before, f"{cfg.pick} of {cfg.n}": after}, explained=True))
     path, n_without = folder / "demos.jsonl", len(rows) - len(demos)
     print(f"{len(demos):,} demonstrations in {path}; {n_without:,} prompts have no answer that ends")

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from data import InputError, sample, world
 from data.endpoint import CachedCritic, continuations, local_critic
 from data.principles import constitution, critique_prompt, revision_prompt, transcript
+from data.prompts import short_enough
 from data.rewards import rewards_of_texts
 from data.setup import seeded
 
@@ -19,7 +20,7 @@ def answer_prompts(run, path, device):
     policy, tok = sample.load_sampler(path, device)
     rows = world.rows("preference")
     rows = random.Random(cfg.seed).sample(rows, min(cfg.prompts, len(rows)))
-    fitting = sample.short_enough(tok, rows, policy.cfg.max_len - cfg.max_new)
+    fitting = short_enough(tok, rows, policy.cfg.max_len - cfg.max_new)
     if not fitting:
         raise InputError(f"{path}: no prompt leaves room for --max_new {cfg.max_new} tokens in its context "
                          f"of {policy.cfg.max_len}")

@@ -28,7 +28,6 @@ broken.
 
 Leaves --out with result.json and generations.jsonl (every answer).
 """
-import json
 import math
 import random
 import sys
@@ -39,16 +38,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import InputError, report, world, write_atomic, write_jsonl
+from data import InputError, report, world, write_json, write_jsonl
 from data.files import formats
 from data.folder import result_of, take
-from data.corpus import bits_per_byte, read_corpus
 from data.endpoint import local_critic
 from data.flags import ToolFlags, names_in, program
 from data.principles import compare, constitution
+from data.prompts import read_corpus, short_enough
 from data.rewards import scorer_on
 from data.setup import seeded, setup
-from data.sample import load_sampler, sample_answers, short_enough
+from data.sample import load_sampler, sample_answers
 
 CONTROL = "That is a great question! Thank you for asking. I hope this helps you."
 
@@ -213,7 +212,7 @@ def answer_and_measure(model, tok, reference, rows, cfg):
     else:
         _, metrics["entropy"] = report.mean_kl(model, model, tok, asked, ids)
     tail = tail_of(cfg.corpus or world.TINY / "corpus.txt", tok)
-    metrics["bits_per_byte"] = bits_per_byte(model, tok, tail.to(model.wte.weight.device))
+    metrics["bits_per_byte"] = report.bits_per_byte(model, tok, tail.to(model.wte.weight.device))
     metrics |= report.metrics_of_ids(tok, ids)
     for n in (1, 3):
         metrics[f"distinct_{n}"] = report.distinct_n(ids, n)
@@ -425,7 +424,7 @@ def main(cfg):
     result = {"stage": "evaluate", "seed": cfg.seed, "config": asdict(cfg), "device": str(device),
               "seconds": round(time.perf_counter() - start, 1), "models": metrics, "wins": wins,
               "best_of": best}
-    write_atomic(folder / "result.json", json.dumps(result, indent=1).encode())
+    write_json(folder / "result.json", result)
     show(metrics, wins, best, len(rows), cfg.judge)
     for name, path in zip(names, paths):
         note = report.run_note(result_of(path))

@@ -6,15 +6,14 @@ with other flags needs the user's --overwrite besides. `foreign` decides this fo
 """
 import ast
 import hashlib
-import json
 import os
 import sys
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from data import InputError, read_json, write_atomic
-from data.flags import FREE
+from data import InputError, read_json, write_json
+from data.flags import FREE, names_in
 
 try:
     import fcntl
@@ -126,7 +125,7 @@ def take(cfg, stage, files, inputs=()):
     if old and not cfg.overwrite:
         check_same(cfg.out, old, record)
     remove(cfg.out, old.get("files", files))
-    write_atomic(Path(cfg.out) / "run.json", json.dumps(record, indent=1).encode())
+    write_json(Path(cfg.out) / "run.json", record)
 
 
 def lock(folder):
@@ -254,8 +253,11 @@ def missing(names):
 
 
 def parts_of(name):
-    """The paths in the name of an input: itself, or its parts where it has colons, such as FILE.py:function
-    and implicit:A:B; the file of the module of module:function."""
+    """The paths in the name of an input: itself, or its parts where it has commas, as A,B has, or colons,
+    such as FILE.py:function and implicit:A:B; the file of the module of module:function."""
+    first, *others = names_in(str(name))
+    if others:
+        return parts_of(first) + parts_of(",".join(others))
     path = Path(name)
     if not path.exists() and path.with_name(path.name + ".py").is_file():
         path = path.with_name(path.name + ".py")

@@ -6,7 +6,7 @@ import torch
 
 from data import InputError
 from data.parallel import in_chunks
-from model import Linear, token_logprobs, token_values
+from model import Linear, token_values
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -177,32 +177,30 @@ BEFORE = ("logp", "ref_logp", "paid", "score", "reward", "value", "advantage", "
 KL_FORMULAS = {"k1": "logp - ref", "k2": "(logp - ref)^2 / 2", "k3": "exp(ref - logp) - 1 + logp - ref"}
 
 
-def inspection(policy, value, tok, rows, batch, numbers, estimates, cfg):
+def inspection(value, tok, rows, batch, numbers, after, estimates, cfg):
     """The numbers of a response to each of INSPECTED prompts of an iteration, for inspect.json: first those
     with the most clipped tokens, where one sees what PPO does.
 
     rows: the prompt rows of all B responses; batch: (ids, mask), (B, T) each. numbers: tensors (B, T) of
-    before the update by name, those of BEFORE but "paid". estimates: k1, k2 and k3 of them, (B, T) each. The
-    models are those of after the update."""
+    before the update by name, those of BEFORE but "paid"; after: "logp" and "ratio" of after it, the ratio as
+    the loss has it. estimates: k1, k2 and k3 of before, (B, T) each. value: the model of after the update."""
     (ids, mask), numbers = batch, dict(numbers)
     # What the reward took off for the KL, per beta: from the numbers, so that an edit of the loop shows here.
     numbers["paid"] = (numbers["score"] - numbers["reward"]) / cfg.kl_coef if cfg.kl_coef else 0 * mask
     kl_name = name_of_kl(numbers["paid"], estimates, mask)
 
-    # The ratios that the update has led to. clipped: clip(ratio) A is the smaller one in min(ratio A,
-    # clip(ratio) A), so that the token has no gradient.
-    read = partial(token_logprobs, policy, temperature=cfg.temperature)
-    logp = in_chunks(read, ids, mask, cfg.micro_batch)                                             # (B, T)
-    ratio, clip_high = (logp - numbers["logp"]).exp(), cfg.clip_high or cfg.clip
+    # clipped: clip(ratio) A is the smaller one in min(ratio A, clip(ratio) A), so that the token has no
+    # gradient.
+    ratio, clip_high = after["ratio"], cfg.clip_high or cfg.clip                                   # (B, T)
     clipped = torch.where(numbers["whitened"] > 0, ratio > 1 + clip_high, ratio < 1 - cfg.clip) & mask
 
     # One answer to each prompt: those to a prompt follow one another.
     firsts = torch.arange(0, len(ids), cfg.group, device=ids.device)
     some = firsts[clipped[firsts].sum(1).argsort(descending=True, stable=True)][:INSPECTED]        # (n,)
-    values = torch.zeros_like(logp)
+    values = torch.zeros_like(ratio)
     if value is not None:
         values[some] = in_chunks(partial(token_values, value), ids[some], mask[some], cfg.micro_batch)
-    after = {"logp": logp, "value": values, "ratio": ratio, "clipped": clipped}
+    after = after | {"value": values, "clipped": clipped}
 
     responses = []
     for i in some.tolist():

@@ -215,3 +215,12 @@ def generate_in_shares(model, tok, prompts, draws, temperature=1.0):
                 whole[rank::WORLD, : x.shape[1]] = x
     device = model.wte.weight.device
     return ids.to(device), mask.to(device), logp.to(device)
+
+
+def generate_answers(model, tok, prompts, max_new, generator, temperature=1.0):
+    """One answer to each prompt (lists of ids), of at most max_new tokens: ids (B, T), mask and logp as
+    `model.generate` returns them, and the answers as lists of ids. Each process samples its share."""
+    # A number for every token that may come, drawn in fp64 on the CPU: the same on every machine.
+    draws = torch.rand(len(prompts), max_new, dtype=torch.float64, generator=generator)
+    ids, mask, logp = generate_in_shares(model, tok, prompts, draws, temperature)
+    return ids, mask, logp, [row[on].tolist() for row, on in zip(ids.cpu(), mask.cpu())]

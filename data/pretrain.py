@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError, parallel, report, world
-from data.corpus import bits_per_byte, read_corpus
+from data import InputError, report, world
 from data.flags import RunFlags, program
-from data.parallel import all_sum, micro_batches, prepare
+from data.parallel import all_sum, generate_answers, micro_batches, prepare
+from data.prompts import TEST_MAX_NEW, Tests, read_corpus, test_prompts
 from data.run import Run
 from data.setup import MEASURE, adamw, cosine, seeded, set_lr, setup
 from data.files.tokenizer import gpt2_tokenizer, tokenizer_from_ranks
@@ -61,11 +61,10 @@ class Config(RunFlags):
 
 def continue_texts(sampler, tok, starts, seed):
     """How a model goes on after starts (n, 16), beginnings of text: report.Answers."""
-    draws = torch.rand(len(starts), report.TEST_MAX_NEW, dtype=torch.float64, generator=seeded(seed, MEASURE))
-    ids, mask, _ = parallel.generate_in_shares(sampler, tok, starts.tolist(), draws)   # (n, T)
-    said = [row[on].tolist() for row, on in zip(ids.cpu(), mask.cpu())]
-    texts = [tok.decode(row) for row in said]
-    return report.Answers(texts, starts.tolist(), said, [{"answer": text} for text in texts])
+    prompts, generator = starts.tolist(), seeded(seed, MEASURE)
+    _, _, _, said = generate_answers(sampler, tok, prompts, TEST_MAX_NEW, generator)
+    texts = [tok.decode(ids) for ids in said]
+    return report.Answers(texts, prompts, said, [{"answer": text} for text in texts])
 
 
 def main(cfg):
@@ -89,9 +88,9 @@ def main(cfg):
     starts = test[: len(test) // 16 * 16].view(-1, 16)[: report.N_SAMPLES]   # (n, 16)
     if cfg.data:
         rows = [{"prompt": [{"role": "user", "content": tok.decode(start)}]} for start in starts]
-        tests = report.Tests(rows, graded=False, max_new=report.TEST_MAX_NEW)
+        tests = Tests(rows, graded=False, max_new=TEST_MAX_NEW)
     else:
-        tests = report.test_prompts(model, tok, report.TEST_MAX_NEW)
+        tests = test_prompts(model, tok, TEST_MAX_NEW)
 
     # The model on its device, and its optimizer.
     sampler = sampling_copy(model).to(device)
@@ -102,7 +101,7 @@ def main(cfg):
     def measure(title):
         """Compression of the held-out text, and what the model says: metrics and report.Answers."""
         refresh(sampler, model)
-        bits = {"bits_per_byte": bits_per_byte(model, tok, test.to(device), cfg.length)}
+        bits = {"bits_per_byte": report.bits_per_byte(model, tok, test.to(device), cfg.length)}
         if cfg.data:
             answers = continue_texts(sampler, tok, starts, cfg.seed)
             run.samples(title, tests.prompts, answers.texts)

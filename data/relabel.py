@@ -33,19 +33,13 @@ class Relabelling:
         kept = set(random.Random(cfg.seed).sample(prompts, min(FIRST, len(prompts))))
         self.first = group([row for row in rows if str(row["prompt"]) in kept])
 
-    @staticmethod
-    def possible(cfg, folder):
-        """Whether there is an annotator to ask: the tiny world's, and a reward model that reward.py made with
-        its comparisons, of which no critic has a part: it is not there any more."""
-        config = result_of(folder).get("config", {})
-        made_here = (Path(folder) / "comparisons.jsonl").exists() and config and not config.get("critique")
-        return bool(cfg.relabel and not cfg.data and made_here)
-
-    def compare(self, it, rows, answers):
-        """The groups to learn from in an iteration: new ones, of all answers to each row's prompt (a list of
-        lists of ids per row) that ended and differ, and some older ones."""
-        texts = []
-        for said in answers:
+    def compare(self, it, rows, answers, others):
+        """The groups to learn from in an iteration: new ones, of the answers (lists of ids) to each row's
+        prompt that ended and differ, --group by the policy, which follow one another, and one other; and some
+        older ones."""
+        texts, size = [], self.cfg.group
+        for k, other in enumerate(others):
+            said = answers[k * size: (k + 1) * size] + [other]
             # dict.fromkeys drops repeated answers and keeps their order.
             finished = [self.tok.decode(ids).strip() for ids in said if ended(self.tok, ids)]
             texts.append([text for text in dict.fromkeys(finished) if text])
@@ -63,3 +57,19 @@ class Relabelling:
         self.later += new
         del self.later[:-LATER]
         return groups
+
+
+def relabelling_of(cfg, folder, tok, scorer, group_pairs, later):
+    """The Relabelling of a run whose one reward model, which reads the policy's tokens, reward.py made in a
+    folder, from comparisons in which no critic had a part (it is not there any more); None where that is not
+    so, or --relabel 0. group_pairs: of reward.py; later: see Relabelling."""
+    config = result_of(folder).get("config", {})
+    made_here = (Path(folder) / "comparisons.jsonl").exists() and config and not config.get("critique")
+    is_one = len(scorer.models()) == 1 and scorer.value_start is not None
+    if not cfg.relabel or cfg.data or not made_here or not is_one:
+        return None
+
+    def group(rows):
+        """Preference rows as reward.py groups them."""
+        return group_pairs(rows, tok, scorer.value_start.cfg.max_len)[0]
+    return Relabelling(cfg, folder, tok, group, later)

@@ -1,16 +1,15 @@
 """What a run measured: answers to test prompts and their figures, tables, and the page."""
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
 import torch
 
-from data import InputError, page, sample, world, read_jsonl
-from data.files import formats
-from model import compare_policies, pad_batch
+from data import InputError, page, read_jsonl, sample, world
+from model import compare_policies, pad_batch, token_logprobs
 
 N_SAMPLES = 12        # test prompts whose answers stand in samples.txt
-TEST_MAX_NEW = 48     # longest answer to a test prompt of the tiny world, in tokens, whoever measures
 
 
 WORDS = {    # what a metric is, and which way is better where its name does not tell
@@ -209,48 +208,6 @@ def with_scores(scored):
 # Measuring a policy.
 
 
-@dataclass
-class Tests:
-    """The prompts a policy is measured on: the tiny world's test prompts, which gold can judge, or some of
-    one's own."""
-    rows: list          # prompt rows
-    graded: bool        # whether gold can judge the answers
-    max_new: int        # longest answer, in tokens
-
-    @property
-    def prompts(self):
-        return [row["prompt"] for row in self.rows]
-
-
-def test_prompts(model, tok, max_new, own_rows=None, path=""):
-    """The tiny world's test prompts, or the first 32 different ones of rows of one's own, that leave room for
-    an answer in the model's context. InputError: none does."""
-    graded = own_rows is None
-    max_new = TEST_MAX_NEW if graded else max_new
-    longest = model.cfg.max_len - max_new
-    if graded:
-        fitting = sample.short_enough(tok, world.rows("test"), longest)
-    else:
-        fitting = own_prompts(own_rows, tok, longest, 32)
-    if not fitting:
-        raise InputError(f"{path or 'test prompts'}: no prompt leaves room for --max_new {max_new} tokens in "
-                         f"the model's context of {model.cfg.max_len}")
-    return Tests(fitting, graded, max_new)
-
-
-def own_prompts(rows, tok, longest, n):
-    """The first n different prompts of rows of any kind that take at most `longest` tokens: prompt rows."""
-    out, seen = [], set()
-    for row in rows:
-        prompt = formats.prompt_of(row)
-        if str(prompt) not in seen:     # its other keys stay: a reward may judge by them
-            seen.add(str(prompt))
-            out += sample.short_enough(tok, [row | {"prompt": prompt}], longest)
-        if len(out) == n:
-            break
-    return out
-
-
 def test_policy(sampler, tok, tests, generator):
     """What a policy says to the test prompts, at temperature 1: metrics {name: mean} and Answers."""
     texts, prompt_ids, ids = sample.sample_answers(sampler, tok, tests.prompts, tests.max_new, generator)
@@ -295,26 +252,6 @@ def answer_rows(tests, before, after):
     return rows
 
 
-def add_up(parts, n):
-    """The figures of micro-batches, dicts {name: (B,)}, as one {name: float}: their sums divided by n."""
-    sums = {}
-    for part in parts:
-        for name, x in part.items():
-            sums[name] = sums.get(name, 0.0) + x.sum() / n
-    return {name: x.item() for name, x in sums.items()}
-
-
-@torch.no_grad()
-def held_out_figures(losses, model, held, ref_logp, tok, cfg):
-    """Mean figures of held-out examples. losses: from losses_of_step of dpo.py; ref_logp (2, N): log-probs of
-    both answers under the reference."""
-    parts = []
-    for i in range(0, len(held), cfg.micro_batch):
-        part = slice(i, i + cfg.micro_batch)
-        parts.append(losses(model, held[part], ref_logp[:, part], tok, cfg)[1])
-    return add_up(parts, len(held))
-
-
 def win_rate(before, after):
     """Share of the test prompts on which gold is higher than before, ties one half. Both: `scored` of
     Answers."""
@@ -332,6 +269,18 @@ def distinct_n(responses, n):
         for i in range(len(ids) - n + 1):
             grams.append(tuple(ids[i: i + n]))
     return len(set(grams)) / max(1, len(grams))
+
+
+@torch.no_grad()
+def bits_per_byte(model, tok, ids, length=128, batch=32):
+    """Compression of a text: total -log2 p of its ids (N,), cut into windows, divided by the bytes of those
+    that are predicted: not the first of a window, nor what is left behind the last window."""
+    ids = ids[: len(ids) // length * length].view(-1, length)
+    n_bytes = sum(tok.byte_counts(ids[:, 1:].flatten().tolist()))
+    nll = 0.0
+    for x in ids.split(batch):
+        nll -= token_logprobs(model, x, torch.ones_like(x, dtype=torch.bool)).cpu().double().sum().item()
+    return nll / math.log(2) / n_bytes
 
 
 def mean_kl(policy, reference, tok, prompts, answers, batch=16):

@@ -17,10 +17,10 @@ from data.folder import run_of
 from data.files.checkpoint import load
 from data.flags import function_of, names_in
 from data.parallel import RANK, all_sum, in_chunks
-from data.sample import short_enough
-from data.steps import (carried, implicit_logits, implicit_rewards, is_last, rewards_at_tokens, step_logits,
+from data.prompts import short_enough
+from data.steps import (carried, implicit_logits, implicit_rewards, rewards_at_tokens, step_logits,
                         step_mask)
-from model import cast_weights, freeze, pad_answers
+from model import freeze_and_cast, is_last, pad_answers
 
 BETA = 0.3    # of an implicit reward if the policy's run.json names none: dpo.py's default
 OF_MEANS = ("dpo_norm", "ipo", "simpo", "orpo")    # losses of dpo.py whose beta weighs means over tokens
@@ -160,8 +160,11 @@ class Scorer:
         return None
 
     def readable(self, rows, max_new):
-        """The prompt rows that leave every model room for an answer of max_new of its tokens, and its EOS."""
+        """The prompt rows that leave every model room for an answer of max_new of its tokens, and its EOS.
+        InputError: gold does not know one of them."""
         for source in self.sources:
+            if source.name == "gold" and not all(map(world.knows, rows)):
+                raise InputError(f"{self.flag} gold judges the tiny world's prompts only")
             if source.models:
                 longest = min(model.cfg.max_len for model in source.models)
                 rows = short_enough(source.tok, rows, longest - max_new - 1)
@@ -259,15 +262,5 @@ def scorer_on(flag, name, device):
     """The Scorer that a flag names, to judge with: its models frozen and on the device."""
     scorer = Scorer(flag, name)
     for model in scorer.models():
-        cast_weights(freeze(model)).to(device)
+        freeze_and_cast(model).to(device)
     return scorer
-
-
-def judge_of(flag, name, device, rows, max_new):
-    """judge(rows, texts) -> utilities (list of floats) of answers to prompt rows: the tiny world's annotator,
-    or whatever a Scorer knows. And those of some prompt rows that leave it room for an answer of max_new
-    tokens."""
-    if name == "annotator":
-        return world.Annotator().utilities, rows
-    scorer = scorer_on(flag, name, device)
-    return scorer.score_texts, scorer.readable(rows, max_new)

@@ -23,8 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import model as gpt
-from data import InputError, report, write_atomic, write_jsonl
-from data.chain import next_commands, sibling
+from data import InputError, report, write_atomic, write_json, write_jsonl
+from data.chain import chain_columns, next_commands, sibling
 from data.files.checkpoint import finish_save, load_state, save
 from data.flags import given_flags, parse_flags
 from data.folder import (CHECKPOINT, PART_OF_A_CHAIN, changed_code, check_same, claim, missing, record_of,
@@ -109,7 +109,7 @@ class Run:
         samples = self.folder / "samples.txt"
         if samples.exists():      # it is added to, and a backup may share its bytes (cp -l)
             write_atomic(samples, samples.read_bytes())
-        write_atomic(self.folder / "run.json", json.dumps(record, indent=1).encode())
+        write_json(self.folder / "run.json", record)
 
     def is_begun(self):
         """Whether the folder holds what a run of ours has made: a checkpoint, or a round of cai.py."""
@@ -352,15 +352,18 @@ class Run:
             with open(self.folder / "samples.txt", "a", encoding="utf-8") as f:
                 f.write(report.samples_text(title, prompts, answers))
 
-    def finish(self, before, after, columns=None, answers=(), device=None):
-        """answers.jsonl, result.json, the closing table (of `columns` if given) and the page. before, after
-        and columns: metrics by name; answers: rows as report.answer_rows gives them. device: where it ran, if
-        nothing was trained."""
+    def finish(self, before, after, answers=(), title="", columns=None, device=None):
+        """answers.jsonl, result.json, the closing table and the page. before, after: metrics by name;
+        answers: rows as report.answer_rows gives them. title: of a link of the tiny chain that starts from
+        SFT. columns: other ones of the table. device: where it ran, if nothing was trained."""
         if RANK:
             return
         self.log_file.close()
         speeds = sorted(row["tok_s"] for row in self.history if "tok_s" in row)
-        columns = columns or {"before": before, "after": after}
+        if not columns:
+            columns = {"before": before, "after": after}
+            if title:
+                columns = chain_columns(self.cfg, title, before, after)
         for model, _ in self.trained.values():
             device = model.wte.weight.device
         result = {"stage": self.stage, "seed": self.cfg.seed, "config": asdict(self.cfg),
@@ -369,7 +372,7 @@ class Run:
                   "steps": len(self.history), "planned": self.n_planned, "given": given_flags(self.cfg),
                   "before": before, "after": after, "columns": columns}
         write_jsonl(self.folder / "answers.jsonl", answers)
-        write_atomic(self.folder / "result.json", json.dumps(result, indent=1).encode())
+        write_json(self.folder / "result.json", result)
         if answers and PART_OF_A_CHAIN not in os.environ:
             own_reward = bool(getattr(self.cfg, "reward", ""))
             self.say(report.closing_samples(answers, list(columns), sibling(self.cfg, "base"), own_reward))

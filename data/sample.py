@@ -1,11 +1,9 @@
 """Answers sampled from a policy, and what the annotator says of them."""
 from itertools import combinations
 
-import torch
-
-from data import InputError, parallel, world
-from data.files import formats
+from data import world
 from data.files.checkpoint import load
+from data.parallel import generate_answers
 from model import freeze, sampling_copy
 
 # ------------------------------------------------------------------------------------------------------------
@@ -25,11 +23,10 @@ def sample_answers(model, tok, prompts, max_new, generator, temperature=1.0, bat
     answers = [None] * len(asked)
     # Prompts of similar length are answered together, so that little is padded.
     for part in batches_by_length(asked, batch):
-        # A number for every token that may come, drawn in fp64 on the CPU: the same on every machine.
-        draws = torch.rand(len(part), max_new, dtype=torch.float64, generator=generator)
-        ids, mask, _ = parallel.generate_in_shares(model, tok, [asked[i] for i in part], draws, temperature)
-        for i, row, on in zip(part, ids.cpu(), mask.cpu()):
-            answers[i] = row[on].tolist()
+        prompts_of_part = [asked[i] for i in part]
+        said = generate_answers(model, tok, prompts_of_part, max_new, generator, temperature)[-1]
+        for i, answer in zip(part, said):
+            answers[i] = answer
     texts = [tok.decode(ids) for ids in answers]
     return texts, asked, answers
 
@@ -43,41 +40,6 @@ def batches_by_length(rows, batch):
 def ended(tok, ids):
     """Whether an answer (list of ids) came to an end, instead of being cut off at the longest length."""
     return bool(ids) and ids[-1] in tok.eos_ids
-
-
-def short_enough(tok, rows, longest):
-    """The rows whose prompt takes at most `longest` tokens. A longer one is left out and not cut: what is cut
-    off may be the question."""
-    found = []
-    for row in rows:
-        prompt, _ = tok.render(row["prompt"], generation_prompt=True)
-        if len(prompt) <= longest:
-            found.append(row)
-    return found
-
-
-def read_prompts(run, path, tok, longest):
-    """Prompt rows of a file, of at most `longest` tokens. InputError: there are none."""
-    rows, dropped = formats.load(path, "prompt")
-    run.say(formats.describe(rows, dropped, path))
-    fitting = short_enough(tok, rows, longest)
-    message = (f"{len(fitting):,} prompts to answer; {len(rows) - len(fitting):,} left out, of more than "
-               f"{longest} tokens (--max_prompt, --max_new)")
-    if not fitting:
-        raise InputError(f"{path}: {message}")
-    run.say(message)
-    return fitting
-
-
-def hold_out(run, rows):
-    """Prompt rows of one's own to train on, and others to measure on: a tenth, at most about 32. With too few
-    prompts for that both are all of them, and the run says so."""
-    train, held = formats.split(rows, min(0.1, 32 / len(rows)), seed=0)
-    if not train or not held:
-        run.say("too few prompts to hold some out: what is measured at the end is trained on")
-        return rows, rows
-    run.say(f"{len(train):,} of them to train on, {len(held):,} held out to measure on")
-    return train, held
 
 
 def different_answers(model, tok, rows, k, max_new, generator, temperature=1.0):

@@ -117,7 +117,7 @@ def idle_seconds():
 # ------------------------------------------------------------------------------------------------------------
 # Random draws, the optimizer, its schedule, and which examples a step reads.
 
-MEASURE, RELABEL = 2 ** 31 - 1, 2 ** 20   # streams of random numbers beside those of the steps 0, 1, 2, ...
+MEASURE = 2 ** 31 - 1     # a stream of random numbers beside those of the steps 0, 1, 2, ...
 
 
 def seeded(seed, step):

@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from model import answer_rewards, last_token, token_logprobs, width_of
+from model import answer_rewards, is_last, token_logprobs, width_of
 
 # In bytes, because a token may hold a part of a character.
 LINE = re.compile(rb"[^\n]*\S")
@@ -89,11 +89,6 @@ def implicit_logits(policy, reference, beta, tok, ids, mask):
 
 # ------------------------------------------------------------------------------------------------------------
 # Rewards at tokens, whose sum over an answer is its reward.
-
-
-def is_last(mask):
-    """(B, T), True at the last token of each row where mask (B, T) is True: an answer's EOS."""
-    return torch.arange(mask.shape[1], device=mask.device) == last_token(mask)[:, None]
 
 
 def rewards_at_tokens(model, tok, ids, mask):

@@ -19,9 +19,10 @@ from data.chain import need
 from data.files.checkpoint import load
 from data.flags import ToolFlags, names_in, program
 from data.folder import lock
+from data.prompts import short_enough
 from data.rewards import rewards_of_texts
 from data.setup import seeded, setup
-from model import cast_weights, freeze
+from model import freeze_and_cast
 
 KEYS = "1, 2, t(ie), s(kip), u(ndo), q(uit)"
 
@@ -52,7 +53,7 @@ def questions(policies, rows, cfg):
         rng, answers = random.Random(f"{cfg.seed} {row['prompt']}"), []
         for n, (model, tok) in enumerate(policies):
             count = cfg.k // len(policies) + (n < cfg.k % len(policies))
-            if not sample.short_enough(tok, [row], model.cfg.max_len - cfg.max_new):
+            if not short_enough(tok, [row], model.cfg.max_len - cfg.max_new):
                 continue
             generator = seeded(rng.getrandbits(32), 0)
             [texts] = sample.different_answers(model, tok, [row], count, cfg.max_new, generator,
@@ -147,7 +148,7 @@ def main(cfg):
     policies = [sample.load_sampler(name, device) for name in names]
     if reward:
         reward_model, reward_tok = load(reward, head="score")
-        reward_model = cast_weights(freeze(reward_model)).to(device)
+        reward_model = freeze_and_cast(reward_model).to(device)
     rows, _ = formats.load(cfg.data or world.TINY / "preference.jsonl", "prompt")
     seen = [vote["prompt"] for vote in votes]
     rows = [row for row in random.Random(cfg.seed).sample(rows, len(rows)) if row["prompt"] not in seen]
