@@ -242,8 +242,8 @@ def inspection_text(page):
     if page["whitened"]:
         lines.append(f"A -> whitened: minus the mean {page['mean']:.4g}, over the standard deviation "
                      f"{page['std']:.4g} of all tokens; below 0 is worse than this batch")
-    lines += [f"return = A + V;  ratio = exp(new logp - logp), clipped where A pushes it out of {low:g} to "
-              f"{high:g};", f"the loss is a mean over {page['mean_over']}"]
+    lines += [f"return = A + V;  ratio: that of the loss (ppo.log_ratio), clipped where A pushes it out of "
+              f"{low:g} to {high:g};", f"the loss is a mean over {page['mean_over']}"]
     if page["bf16"]:
         lines.append("products are in bf16: three digits of a number are known")
     titles = {"logp": "logp", "ref_logp": "ref", "paid": kl["name"], "reward": "R", "value": "V",

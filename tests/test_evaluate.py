@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import ppo
-from data import InputError, evaluate, principles, report, sample, world
+from data import InputError, evaluate, principles, prompts, report, world
 from data.files.checkpoint import load, save
 from data.flags import names_in
-from data.health import BEFORE, KL_FORMULAS, health, inspection_text, name_of_kl
-from data.rewards import Scorer, judge_of
+from data.health import BEFORE, KL_FORMULAS, health, inspection, inspection_text, name_of_kl
+from data.rewards import Scorer, scorer_on
 from data.world import build
 from model import GPT, GPTConfig
 from test_scripts import fails, log_of, other_tokenizer, result_of, snapshot, user, write
@@ -185,7 +185,7 @@ def test_scores_that_are_not_finite_are_refused(chain, tmp_path):
     with torch.no_grad():
         rm.score.weight.fill_(3e38)      # some channel is above 1.2: a score is infinite, or not a number
     save(tmp_path / "rm", rm, tok)
-    judge, _ = judge_of("--judge", str(tmp_path / "rm"), "cpu", [], 8)
+    judge = scorer_on("--judge", str(tmp_path / "rm"), "cpu").score_texts
     with pytest.raises(InputError, match="--judge .*rm: gives scores that are not finite"):
         judge([{"prompt": [{"role": "user", "content": "Hi"}]}], ["Hello"])
 
@@ -218,11 +218,11 @@ def test_prompts_of_ones_own_are_held_out_to_measure_on():
     said = []
     run = SimpleNamespace(say=said.append)
     rows = [{"prompt": [{"role": "user", "content": f"Question {i}"}]} for i in range(2000)]
-    train, held = sample.hold_out(run, rows)
+    train, held = prompts.hold_out(run, rows)
     assert 15 < len(held) < 60 and len(train) + len(held) == 2000 and not any(row in train for row in held)
-    train, held = sample.hold_out(run, rows[:40])
+    train, held = prompts.hold_out(run, rows[:40])
     assert len(train) + len(held) == 40 and held and not any(row in train for row in held)
-    assert sample.hold_out(run, rows[:1]) == (rows[:1], rows[:1]) and "too few prompts" in said[-1]
+    assert prompts.hold_out(run, rows[:1]) == (rows[:1], rows[:1]) and "too few prompts" in said[-1]
 
 
 @needs_fork
@@ -377,6 +377,20 @@ def test_the_estimate_of_the_kl_is_told_by_its_numbers():
     for formula, estimate in zip(KL_FORMULAS.values(), estimates):      # and is written down rightly
         k = eval(formula.replace("^", "**"), values)
         assert torch.allclose(k, estimate.double(), atol=1e-5)
+
+
+def test_the_ratio_that_is_shown_is_that_of_the_loss():
+    """Otherwise --inspect shows a ratio a token, and clipped ones, where policy_loss has one an answer."""
+    cfg = SimpleNamespace(kl_coef=0.1, clip=0.2, clip_high=0.0, group=1, gamma=1.0, lam=1.0, advantage="gae")
+    ids, mask = torch.arange(8).view(2, 4), torch.tensor([[False, True, True, True], [False, True, True, False]])
+    numbers = {name: torch.ones(2, 4) for name in BEFORE if name != "paid"}
+    ratio = torch.tensor([[1.0] + [1.3] * 3, [1.0] + [0.9] * 2 + [1.0]])
+    tok = SimpleNamespace(eos_ids={3}, decode=lambda ids: " ".join(map(str, ids)))
+    page = inspection(None, tok, [{"prompt": [{"content": "?"}]}] * 2, (ids, mask), numbers,
+                      {"logp": torch.zeros(2, 4), "ratio": ratio}, (torch.zeros(2, 4),) * 3, cfg)
+    shown = [response["after"] for response in page["responses"]]
+    assert [after["ratio"] for after in shown] == [pytest.approx([1.3] * 3), pytest.approx([0.9] * 2)]
+    assert [after["clipped"] for after in shown] == [[True] * 3, [False] * 2]
 
 
 def test_bf16_is_printed_with_the_digits_it_has():

@@ -31,7 +31,7 @@ from data.parallel import in_chunks, micro_batches  # noqa: E402
 from data.files.tokenizer import Tokenizer, tokenizer_from_ranks  # noqa: E402
 from data.world import build   # noqa: E402
 from model import (GPT, GPTConfig, answer_rewards, attention, attention_bias, compare_policies,  # noqa: E402
-                   cast_weights, draw, freeze, generate, last_token, pad_answers, pad_batch, refresh,
+                   draw, freeze, freeze_and_cast, generate, last_token, pad_answers, pad_batch, refresh,
                    sampling_copy, token_logprobs, token_values, with_lora)
 
 torch.set_num_threads(1)
@@ -1226,7 +1226,7 @@ def test_a_sampling_copy_gives_the_same_numbers(dialect, rank, compute, monkeypa
     alone: otherwise answers come from another policy than the trained one, or CUDA graphs replay an old
     one."""
     monkeypatch.setattr(model_py.Linear, "compute_dtype", compute)
-    model = with_lora(cast_weights(freeze(tiny(dialect))), rank) if rank else tiny(dialect)
+    model = with_lora(freeze_and_cast(tiny(dialect)), rank) if rank else tiny(dialect)
     before, ids = {k: v.clone() for k, v in model.state_dict().items()}, torch.randint(V, (3, 11))
     trained, sampler = names_of_trained(model), sampling_copy(model)
     assert not names_of_trained(sampler) and names_of_trained(model) == trained
@@ -1265,7 +1265,7 @@ def test_a_trunk_is_saved_as_it_was_loaded(dialect, rounded, monkeypatch):
     if rounded:
         model.to(torch.bfloat16).float()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    trunk = cast_weights(freeze(model), exactly=True)
+    trunk = freeze_and_cast(model, exactly=True)
     assert trunk.h[0].attn.qkv.weight.dtype == (torch.bfloat16 if rounded else torch.float32)
     policy = with_lora(trunk, 2)
     sampler, ids = sampling_copy(policy), torch.randint(V, (3, 11))
@@ -1307,7 +1307,7 @@ def test_cast_weights_give_the_same_numbers(dialect, monkeypatch):
     """Bit for bit: otherwise the KL to the reference would not start at 0."""
     monkeypatch.setattr(model_py.Linear, "compute_dtype", torch.bfloat16)
     model = tiny(dialect)
-    half, ids = cast_weights(copy.deepcopy(model)), torch.randint(V, (3, 11))
+    half, ids = freeze_and_cast(copy.deepcopy(model)), torch.randint(V, (3, 11))
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     assert half.h[0].attn.qkv.weight.dtype == torch.bfloat16 and half.wte.weight.dtype == torch.float32
     assert model.h[0].attn.qkv.weight.dtype == torch.float32

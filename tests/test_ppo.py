@@ -12,8 +12,8 @@ from test_oracles import both, draws, ragged, tiny, tok_of
 
 import ppo
 from data import relabel, world, write_jsonl
-from model import GPT, GPTConfig, Linear, cast_weights, freeze, generate, sampling_copy, token_logprobs
-from reward import group_pairs
+from model import GPT, GPTConfig, Linear, freeze_and_cast, generate, sampling_copy, token_logprobs
+from reward import group_pairs, learn_comparisons
 
 B, T, GROUP, BETA, GAMMA, LAM, MAX_NEW = 12, 9, 3, 0.1, 0.9, 0.8, 11
 CFG = SimpleNamespace(group=GROUP, gamma=GAMMA, lam=LAM)
@@ -183,7 +183,7 @@ def test_planted_bugs_are_found_before_the_first_update(dialect, compute, monkey
     monkeypatch.setattr(Linear, "compute_dtype", compute)
     torch.manual_seed(0)
     policy, tok = tiny(dialect), tok_of(4, pad=30)
-    reference, sampler = cast_weights(freeze(copy.deepcopy(policy))), sampling_copy(policy)
+    reference, sampler = freeze_and_cast(copy.deepcopy(policy)), sampling_copy(policy)
     prompts, cfg = ragged(random.Random(3), 64, 1, 9), SimpleNamespace(temperature=0.9, micro_batch=16, compile=False)
 
     def check(temperature=0.9, sampled=None):
@@ -244,11 +244,19 @@ def test_asking_again_asks_the_same_annotator(tmp_path, monkeypatch):
     again = again_in(tmp_path)
     assert again.center == 0.01 and len(again.first) == 100
     assert ([(2, 150, 6, 0), (2, 150, 7, 0)], [(0, 1, 1.0, 0.0, 1.0)]) in again.first
-    assert relabel.Relabelling.possible(ppo.Config(), tmp_path)
-    assert not relabel.Relabelling.possible(ppo.Config(relabel=0), tmp_path)
-    assert not relabel.Relabelling.possible(ppo.Config(data="mine.jsonl"), tmp_path)
 
-    # Two prompts; the third answer to the first one repeats the second, the first one to the other does not end.
+    # Whom: only the annotator of one reward model, that reads the policy's tokens, in the tiny world.
+    model = SimpleNamespace(cfg=SimpleNamespace(max_len=16))
+    one, two = [SimpleNamespace(models=lambda n=n: [model] * n, value_start=model) for n in (1, 2)]
+    stranger = SimpleNamespace(models=one.models, value_start=None)
+    for cfg, scorer, is_asked in ((ppo.Config(), one, True), (ppo.Config(relabel=0), one, False),
+                                  (ppo.Config(data="mine.jsonl"), one, False), (ppo.Config(), two, False),
+                                  (ppo.Config(), stranger, False)):
+        found = relabel.relabelling_of(cfg, tmp_path, WORDS, scorer, group_pairs, [])
+        assert (found is not None) == is_asked
+        assert not is_asked or found.first == again.first
+
+    # Two prompts; the other answer to the first one repeats the second, the first one to the second does not end.
     seen, rows = [], [asked("2 3"), asked("4")]
 
     def utility(annotator, row, text):
@@ -256,7 +264,7 @@ def test_asking_again_asks_the_same_annotator(tmp_path, monkeypatch):
         return len(seen)
     monkeypatch.setattr(world.Annotator, "utility", utility)
     monkeypatch.setattr(world, "annotate", lambda u, v, noise, rng: noise if u < v else -noise)
-    groups = again.compare(3, rows, [[[5, 0], [6, 0], [6, 0]], [[7, 8], [7, 0], [9, 0]]])
+    groups = again.compare(3, rows, [[5, 0], [6, 0], [7, 8], [7, 0]], [[6, 0], [9, 0]])
     bias = (-0.5, 1.0, 0.25)
     assert seen == [(rows[0], "5 0", bias), (rows[0], "6 0", bias), (rows[1], "7 0", bias), (rows[1], "9 0", bias)]
     # The annotator said 0.2 for the other order.
@@ -301,11 +309,11 @@ def test_step_6_is_the_update_of_a_reward_model():
         loss = p * np.logaddexp(0, s - r) + (1 - p) * np.logaddexp(0, r - s) + 0.25 * (r + s) ** 2 / 2
         losses.setdefault(str(row["prompt"]), []).append(loss)
         right.setdefault(str(row["prompt"]), []).append(0.5 if p == 0.5 else float(r > s))
-    once = ppo.learn_comparisons(run, model, optimizer, groups, 0.25)
+    once = learn_comparisons(run, model, optimizer, groups, 0.25)
     assert once["rm_loss"].item() == pytest.approx(np.mean([np.mean(x) for x in losses.values()]), rel=1e-5)
     assert once["rm_accuracy"].item() == pytest.approx(np.mean([np.mean(x) for x in right.values()]))
     for _ in range(40):
-        last = ppo.learn_comparisons(run, model, optimizer, groups, 0.25)
+        last = learn_comparisons(run, model, optimizer, groups, 0.25)
     assert last["rm_loss"] < 0.7 * once["rm_loss"] and reward_of(rows[3], "7 0") > reward_of(rows[3], "9 0")
 
 

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import model as model_py
 from data import InputError, parallel
 from data import setup as setup_py
-from model import (GPT, GPTConfig, Linear, answer_rewards, cast_weights, compare_policies, freeze, generate,
+from model import (GPT, GPTConfig, Linear, answer_rewards, compare_policies, freeze, generate,
                    sampling_copy, token_logprobs, token_values, with_lora)
 
 V = 97
