@@ -63,7 +63,7 @@ from data.prefix_sharing import pair_logps
 from data.prompts import read_prompts, test_prompts
 from data.rewards import scorer_on
 from data.run import Run
-from data.setup import adamw, batches, cosine, set_lr, setup
+from data.setup import adamw, cosine, plan_of, set_lr, setup
 from model import freeze_and_cast, pad_answers, refresh, sampling_copy, token_logprobs, with_lora
 
 # ------------------------------------------------------------------------------------------------------------
@@ -418,8 +418,7 @@ def main(cfg):
     else:
         train, held, own = read_examples(run, data, spec.paired, tok, min(cfg.max_len, policy.cfg.max_len))
         tests = test_prompts(policy, tok, cfg.max_new, own if cfg.data else None, data)
-        for epoch in range(cfg.epochs):
-            plan += batches(lengths_of(train), cfg.batch_size, cfg.seed, epoch)
+        plan = plan_of(lengths_of(train), cfg)
 
     # The policy on its device and its optimizer. With adapters, its frozen trunk is the reference. Else the
     # reference is a second model, loaded when one is needed: for new answers, and for the KL at the end.
@@ -476,7 +475,7 @@ def main(cfg):
             add_metrics(total, weight[part], loss, w, l, p, cfg)
 
         # 4. Update: one step of AdamW. A gradient that is not finite never reaches the weights.
-        set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
+        set_lr(optimizer, cfg.lr * cosine(step, run.n_steps, cfg.warmup))
         norm = clip_grad_norm_(policy.parameters(), cfg.grad_clip)
         if run.allows_step(norm, policy, plan[step]):
             optimizer.step()

@@ -38,7 +38,7 @@ from data.files.checkpoint import load
 from data.flags import RunFlags, program
 from data.parallel import WORLD, all_sum, barrier, in_chunks, micro_batches, prepare
 from data.run import Run
-from data.setup import adamw, batches, cosine, set_lr, setup
+from data.setup import adamw, cosine, plan_of, set_lr, setup
 from model import answer_rewards, pad_batch, with_lora
 
 
@@ -260,9 +260,7 @@ def main(cfg):
     optimizer = adamw(model, cfg.weight_decay)
     longest = [max(len(ids) for ids in answers) for answers, _ in train]
     n_tokens = [sum(len(ids) for ids in answers) for answers, _ in train]
-    plan = []
-    for epoch in range(cfg.epochs):
-        plan += batches(longest, cfg.batch_size, cfg.seed, epoch)
+    plan = plan_of(longest, cfg)
     run.begin(len(plan), tok, model=(model, optimizer))
 
     def show_held_out(title):
@@ -299,7 +297,7 @@ def main(cfg):
             right += (pairs.weight * report.right((r_a - r_b).detach(), pairs.p)).sum() / len(prompts)
 
         # 3. One step of AdamW; a gradient that is not finite never reaches the weights.
-        set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
+        set_lr(optimizer, cfg.lr * cosine(step, run.n_steps, cfg.warmup))
         norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
         if run.allows_step(norm, model, prompts):
             optimizer.step()

@@ -27,7 +27,7 @@ from data.flags import RunFlags, program
 from data.parallel import all_sum, micro_batches, prepare
 from data.prompts import test_prompts
 from data.run import Run
-from data.setup import adamw, batches, cosine, set_lr, setup
+from data.setup import adamw, cosine, plan_of, set_lr, setup
 from model import pad_batch, refresh, sampling_copy, token_logprobs, with_lora
 
 
@@ -118,9 +118,7 @@ def main(cfg):
     model = prepare(model, cfg, device)
     optimizer = adamw(model, cfg.weight_decay)
     lengths = [len(ids) for ids, _ in train]
-    plan = []
-    for epoch in range(cfg.epochs):
-        plan += batches(lengths, cfg.batch_size, cfg.seed, epoch)
+    plan = plan_of(lengths, cfg)
     run.begin(len(plan), tok, model=(model, optimizer))
 
     def measure(title):
@@ -144,7 +142,7 @@ def main(cfg):
             total += loss.detach()
 
         # 3. One step of AdamW; a gradient that is not finite never reaches the weights.
-        set_lr(optimizer, cfg.lr * cosine(step, len(plan), cfg.warmup))
+        set_lr(optimizer, cfg.lr * cosine(step, run.n_steps, cfg.warmup))
         norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
         if run.allows_step(norm, model, batch):
             optimizer.step()

@@ -128,7 +128,7 @@ def main(cfg):
             total += loss.detach()
 
         # 3. One step of AdamW; a gradient that is not finite never reaches the weights.
-        set_lr(optimizer, cfg.lr * cosine(step, cfg.steps, cfg.warmup))
+        set_lr(optimizer, cfg.lr * cosine(step, run.n_steps, cfg.warmup))
         norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
         if run.allows_step(norm, model, at.tolist()):
             optimizer.step()

@@ -34,7 +34,7 @@ from data.files.checkpoint import load
 from data.flags import RunFlags, program
 from data.parallel import all_sum, barrier, in_chunks, micro_batches, prepare
 from data.run import Run
-from data.setup import adamw, batches, cosine, set_lr, setup
+from data.setup import adamw, cosine, plan_of, set_lr, setup
 from data.steps import last_tokens, steps_of, token_logits
 from model import pad_batch
 
@@ -268,9 +268,7 @@ def main(cfg):
     optimizer = adamw(model, cfg.weight_decay)
     longest = [max(len(ids) for ids in answers) for answers, _ in train]
     n_tokens = [sum(len(ids) for ids in answers) for answers, _ in train]
-    plan = []
-    for epoch in range(cfg.epochs):
-        plan += batches(longest, cfg.batch_size, cfg.seed, epoch)
+    plan = plan_of(longest, cfg)
     run.begin(len(plan), tok, model=(model, optimizer))
 
     def show_held_out(title):
@@ -300,7 +298,7 @@ def main(cfg):
             right += (steps.weight * report.right(z.detach(), steps.label)).sum() / len(prompts)
 
         # 3. The optimizer's step; a gradient that is not finite never reaches the weights.
-        set_lr(optimizer, cfg.lr * cosine(update, len(plan), cfg.warmup))
+        set_lr(optimizer, cfg.lr * cosine(update, run.n_steps, cfg.warmup))
         norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
         if run.allows_step(norm, model, prompts):
             optimizer.step()

@@ -145,8 +145,8 @@ def set_lr(optimizer, lr):
 
 
 def cosine(step, steps, warmup):
-    """Learning-rate factor: linear warmup, then a cosine from 1 down to 0.1. In a run shorter than four
-    warmups the warmup shrinks to a quarter of it."""
+    """Learning-rate factor of a step, of those that will run (Run.n_steps): linear warmup, then a cosine from
+    1 down to 0.1. In a run shorter than four warmups the warmup shrinks to a quarter of it."""
     warmup = max(1, min(warmup, steps // 4))
     falling = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps))
     return min(1.0, (step + 1) / warmup) * falling
@@ -170,3 +170,11 @@ def batches(lengths, batch_size, seed, epoch):
         out += [window[i: i + batch_size] for i in range(0, len(window), batch_size)]
     out = [batch[: len(batch) // WORLD * WORLD] for batch in rng.sample(out, len(out))]
     return [batch for batch in out if batch]
+
+
+def plan_of(lengths, cfg):
+    """Which examples of these lengths each step reads: the `batches` of --epochs passes, one after another."""
+    plan = []
+    for epoch in range(cfg.epochs):
+        plan += batches(lengths, cfg.batch_size, cfg.seed, epoch)
+    return plan

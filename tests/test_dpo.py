@@ -532,10 +532,11 @@ def test_adapters_train_alone_and_resume(suite, chain, tmp_path):
     """--lora: the checkpoint is a plain one; a run cut in two ends as the whole one does."""
     flags = ["--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl", "--lora", 2, "--batch_size", 8,
              "--warmup", 1, "--max_new", 8, "--dtype", "float32"]
-    for r in suite.run_all([["dpo.py", *flags, "--out", tmp_path / "a", "--max_steps", 4],
-                            ["dpo.py", *flags, "--out", tmp_path / "b", "--max_steps", 2]]):
-        assert r.rc == 0 and r.err == "", r.err
-    suite.ok("dpo.py", *flags, "--out", tmp_path / "b", "--max_steps", 4)
+    flags += ["--max_steps", 4, "--out"]
+    stopped = suite.start_and_stop(2, "dpo.py", *flags, tmp_path / "b")
+    suite.ok("dpo.py", *flags, tmp_path / "a")
+    assert "after step 2" in suite.finish(stopped).err
+    suite.ok("dpo.py", *flags, tmp_path / "b")
     files = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
     assert files[0] == files[1] and len(files[0]) == len((chain / "sft" / "model.safetensors").read_bytes())
     state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)["models"]["policy"]
@@ -661,6 +662,21 @@ def test_one_pair_is_enough(suite, small):
     assert (small / "x" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("script", ["dpo.py", "sft.py", "reward.py"])
+def test_a_short_trial_has_the_schedule_of_its_own_steps(suite, small, script):
+    """--max_steps 5 of a long run is a run of 5 steps: otherwise it ends within the warm-up of the long one."""
+    rows = [pair(i) for i in range(24)]
+    if script == "sft.py":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    flags = ["--init", small / "model", "--data", write(small / "rows.jsonl", rows), "--batch_size", 4,
+             "--held_out", 0.2, "--warmup", 30, "--max_new", 4, "--lr", 1e-3, "--dtype", "float32", "--out"]
+    suite.ok(script, *flags, small / "whole", "--epochs", 1)
+    n = len(rows_of(small / "whole"))
+    suite.ok(script, *flags, small / "short", "--epochs", 9, "--max_steps", n)
+    files = [(small / x / "model.safetensors").read_bytes() for x in ("whole", "short")]
+    assert files[0] == files[1] and len(rows_of(small / "short")) == n
+
+
 @pytest.mark.parametrize("change", ["reordered", "one_removed", "appended", "same"])
 def test_what_is_kept_belongs_to_its_data(suite, small, change):
     """The reference's log-probs are kept by row number: with other rows they would be those of other answers. The
@@ -668,14 +684,14 @@ def test_what_is_kept_belongs_to_its_data(suite, small, change):
     rows = [pair(i) for i in range(30)]
     data, out = write(small / "a.jsonl", rows), small / "x"
     flags = ["--init", small / "model", "--data", data, "--batch_size", 4, "--held_out", 0.2, "--max_new", 4,
-             "--lr", 1e-3, "--warmup", 0, "--dtype", "float32", "--sft_coef", 0, "--out"]
-    suite.ok("dpo.py", *flags, out, "--max_steps", 2)
+             "--lr", 1e-3, "--warmup", 0, "--dtype", "float32", "--sft_coef", 0, "--max_steps", 4, "--out"]
+    assert "after step 2" in suite.finish(suite.start_and_stop(2, "dpo.py", *flags, out)).err
     state = (out / "state.pt").read_bytes()
     changed = {"reordered": rows[::-1], "one_removed": rows[1:], "appended": [*rows, pair(99)], "same": rows}
     write(data, changed[change])
-    r = suite.run("dpo.py", *flags, out, "--max_steps", 4)
+    r = suite.run("dpo.py", *flags, out)
     if change == "same":
-        whole = suite.ok("dpo.py", *flags, small / "whole", "--max_steps", 4)
+        whole = suite.ok("dpo.py", *flags, small / "whole")
         told = "instead of a second model"
         assert r.rc == 0 and told in whole.out and told not in r.out
         for row, other in zip(rows_of(out), rows_of(small / "whole"), strict=True):

@@ -232,8 +232,9 @@ def test_lora_is_saved_merged(suite, chain, tmp_path, script):
     else:
         flags += ["--init", chain / "base", "--data", write(tmp_path / "demos.jsonl", world.rows("demos")[:60])]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    stopped = suite.start_and_stop(2, script, *flags, "--max_steps", 4, "--out", cut)
     suite.ok(script, *flags, "--max_steps", 4, "--out", whole)
-    suite.ok(script, *flags, "--max_steps", 2, "--out", cut)
+    assert "after step 2" in suite.finish(stopped).err
     suite.ok(script, *flags, "--max_steps", 4, "--out", cut)
     same(whole, cut)
 
