@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from data import InputError
+from data.files import checkpoint
 from data.files.checkpoint import (CheckpointError, config_from_hf, config_to_hf, load, load_state, load_weights, save,
                              save_folder, weights_from_hf, weights_to_hf)
 from data.files.hub import fetch_hub
@@ -939,8 +940,30 @@ def test_config_and_weights_round_trip(tmp_path, kind):
         hf = json.loads(json.dumps(config_to_hf(cfg, tok)))
         assert config_from_hf(hf) == cfg
         state = GPT(cfg).state_dict()
-        back = weights_from_hf(weights_to_hf(state, cfg), cfg)
+        back = weights_from_hf(weights_to_hf(state, cfg), cfg, hf["model_type"])
         assert back.keys() == state.keys() and all(torch.equal(back[k], v) for k, v in state.items())
+
+
+def test_two_families_of_one_shape(tmp_path, monkeypatch):
+    """Each is read by its own names of tensors, not by those of the row above, and saved as that one."""
+    names = {"wte": "gpt.words", "ln_f": "gpt.last_norm", "h": "gpt.blocks", "ln_1": ["first_norm"]}
+    monkeypatch.setitem(checkpoint.FAMILIES, "mine", checkpoint.Family("Mine", names=names))
+    cfg, tok = CONFIGS["llama"], toy_tokenizer(tmp_path, TEMPLATE_OF["llama"])
+    save(tmp_path / "m", shake(GPT(cfg)), tok)
+    want = load(tmp_path / "m")[0].state_dict()
+    tensors = {}
+    for key, x in read_tensors(tmp_path / "m").items():
+        for old, new in (("model.embed_tokens", "gpt.words"), ("model.norm", "gpt.last_norm"),
+                         ("model.layers", "gpt.blocks"), ("input_layernorm", "first_norm")):
+            key = key.replace(old, new)
+        tensors[key] = x.clone()
+    write_safetensors(tmp_path / "m" / "model.safetensors", tensors)
+    hf = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(hf | {"model_type": "mine"}))
+    model, tok = load(tmp_path / "m")
+    assert model.cfg == cfg and all(torch.equal(x, want[key]) for key, x in model.state_dict().items())
+    save(tmp_path / "again", model, tok)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "llama"
 
 
 def test_a_language_model_becomes_a_scalar_model_and_back(tmp_path):
@@ -955,10 +978,10 @@ def test_a_language_model_becomes_a_scalar_model_and_back(tmp_path):
         assert load_weights(tmp_path / kind)[0].scalar_head
         tensors = read_tensors(tmp_path / kind)
         if cfg.tie:
-            assert weights_from_hf(tensors, cfg).keys() == state.keys()
+            assert weights_from_hf(tensors, cfg, kind).keys() == state.keys()
         else:
             with pytest.raises(CheckpointError, match="lm_head.weight"):
-                weights_from_hf(tensors, cfg)
+                weights_from_hf(tensors, cfg, kind)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -984,8 +1007,8 @@ def test_weights_by_other_names():
     bare = {k.removeprefix("transformer."): v for k, v in hf.items()}
     bare |= {"h.0.attn.bias": torch.ones(1, 1, 9, 9), "h.1.attn.masked_bias": torch.tensor(-1e4),
              "lm_head.weight": hf["transformer.wte.weight"]}
-    assert all(torch.equal(v, state[k]) for k, v in weights_from_hf(bare, cfg).items())
-    half = weights_from_hf({k: v.bfloat16() for k, v in bare.items()}, cfg)
+    assert all(torch.equal(v, state[k]) for k, v in weights_from_hf(bare, cfg, "gpt2").items())
+    half = weights_from_hf({k: v.bfloat16() for k, v in bare.items()}, cfg, "gpt2")
     assert all(v.dtype == torch.float32 and torch.equal(v, state[k].bfloat16().float()) for k, v in half.items())
     for change, words in (({"h.0.ln_1.bias": None}, ["h.0.ln_1.bias", "missing", "(48,)"]),
                           ({"h.2.ln_1.bias": torch.zeros(48)}, ["h.2.ln_1.bias", "not of this model"]),
@@ -993,7 +1016,7 @@ def test_weights_by_other_names():
                           ({"wte.weight": torch.zeros(320, 48, dtype=torch.int8)}, ["wte.weight", "int8"])):
         bad = {k: v for k, v in (bare | change).items() if v is not None}
         with pytest.raises(CheckpointError) as e:
-            weights_from_hf(bad, cfg)
+            weights_from_hf(bad, cfg, "gpt2")
         assert all(w in str(e.value) for w in words), e.value
     for bad in ({k: v for k, v in state.items() if "ln_f" not in k}, state | {"more": torch.zeros(1)},
                 state | {"wte.weight": torch.zeros(3, 3)}):

@@ -137,7 +137,7 @@ def load_weights(path, head=None):
                 f"tokenizer.json has {tok.vocab_size} tokens, config.json says {cfg.vocab_size}")
         notes = notes_of(hf, tok)
         drawn = ["score.weight"] if head == "new" else []
-        weights = weights_from_hf(read_tensors(folder), cfg, drawn)
+        weights = weights_from_hf(read_tensors(folder), cfg, hf["model_type"], drawn)
         return replace(cfg, tie=cfg.tie and "lm_head.weight" not in weights), weights, tok, notes
     except CheckpointError as e:
         raise e if str(e).startswith(str(folder)) else CheckpointError(f"{folder}: {e}") from None
@@ -245,7 +245,7 @@ class Family:
 # lines of model.py that read it; OLMo-2 needed two such fields. Gemma needs more (embeddings scaled by
 # sqrt(C), norms that multiply by 1 + weight, GeGLU, soft caps on logits, layers that see a window), and so do
 # Phi-3 (whose tensors hold q, k, v and gate, up together) and mixtures of experts. Of two rows of one shape
-# the first is the one that is saved and whose names of tensors are read: put yours below.
+# the first is the one that is saved: put yours below.
 FAMILIES = {
     "llama": Family("Llama"),            # SmolLM2 and many others say that they are of this type
     "mistral": Family("Mistral"),        # the same numbers; saved as llama
@@ -398,9 +398,10 @@ def ids_to_hf(tok):
 # The weights, both ways.
 
 
-def weight_table(cfg):
-    """Yields (our name, [(their name, their shape), ...], transposed) of each tensor of GPT(cfg)."""
-    family = FAMILIES[family_of(cfg)]
+def weight_table(cfg, kind):
+    """Yields (our name, [(their name, their shape), ...], transposed) of each tensor of GPT(cfg), by the
+    names of a model type."""
+    family = FAMILIES[kind]
     names = LLAMA_NAMES | family.names
     q, kv = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
     with torch.device("meta"):                        # one layer, as all are alike
@@ -422,11 +423,11 @@ def weight_table(cfg):
             yield f"h.{i}.{part}.{kind}", list(zip(full, shapes)), flip
 
 
-def weights_from_hf(tensors, cfg, drawn=()):
-    """Our state dict from Hugging Face names. A head that cfg has no use for is dropped; one of `drawn` that
-    the file lacks is left out, for the caller to draw. CheckpointError: any other tensor is missing, extra or
-    of another shape."""
-    names = LLAMA_NAMES | FAMILIES[family_of(cfg)].names
+def weights_from_hf(tensors, cfg, kind, drawn=()):
+    """Our state dict from tensors by the names of a Hugging Face model type. A head that cfg has no use for
+    is dropped; one of `drawn` that the file lacks is left out, for the caller to draw. CheckpointError: any
+    other tensor is missing, extra or of another shape."""
+    names = LLAMA_NAMES | FAMILIES[kind].names
     prefix = names["wte"].partition(".")[0] + "."     # which some files leave out
     buffers = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")   # tables in old files
     left = {}                                         # {full name: name in the file}
@@ -442,7 +443,7 @@ def weights_from_hf(tensors, cfg, drawn=()):
         same = left.setdefault(embedding, "lm_head.weight")
         cfg = replace(cfg, tie=torch.equal(tensors[same].float(), tensors["lm_head.weight"].float()))
     ours = {}
-    for name, theirs, flip in weight_table(cfg):
+    for name, theirs, flip in weight_table(cfg, kind):
         if name in drawn and name not in left:
             continue
         parts = []
@@ -462,8 +463,10 @@ def weights_from_hf(tensors, cfg, drawn=()):
 
 
 def weights_to_hf(state, cfg):
-    """The inverse of weights_from_hf for a full state dict of GPT(cfg)."""
-    theirs, table = {}, {name: rest for name, *rest in weight_table(cfg)}   # rest: their names, transposed
+    """The inverse of weights_from_hf for a full state dict of GPT(cfg), by the names it is saved with."""
+    theirs, table = {}, {}
+    for name, *rest in weight_table(cfg, family_of(cfg)):     # rest: their names, transposed
+        table[name] = rest
     odd = sorted(state.keys() ^ table.keys())
     require(not odd, f"tensors missing, or not of this model: {', '.join(odd[:5])}")
     for name, (parts, flip) in table.items():
