@@ -297,7 +297,7 @@ def answer_logps(model, examples, tok, side=BOTH):
     return logp.sum(1)[None], mask.sum(1)[None].to(device)
 
 
-def all_logps(model, examples, tok, size, side=BOTH, say=None):
+def all_logps(model, examples, tok, size, side=BOTH, say=False):
     """The log-probs of `answer_logps` of many examples, without gradients, `size` at a time, in shares."""
     def logps(rows):
         return answer_logps(model, [examples[i] for i in rows], tok, side)[0]
@@ -313,7 +313,7 @@ def reference_logps(reference, examples, tok, cfg, say=None):
         n_bytes = sum(p.nbytes for p in reference.parameters())
         say(f"the reference reads {len(examples):,} examples once; {8 * len(examples):,} bytes are kept "
             f"instead of a second model of {n_bytes:,}")
-    return all_logps(reference, examples, tok, cfg.micro_batch, say=say)
+    return all_logps(reference, examples, tok, cfg.micro_batch, say=bool(say))
 
 
 def reference_point(policy, examples, ref_logp, tok, cfg):
@@ -495,8 +495,7 @@ def main(cfg):
     after["kl"], _ = report.mean_kl(sampler, reference, tok, answers.prompt_ids, answers.ids)
     if tests.graded:
         after["win_rate"] = report.win_rate(first_answers, answers.scored)
-    for name, sentence in health.of_preferences(run.history, before, after).items():
-        run.say(f"health, {name}: {sentence}")
+    run.say_health(health.of_preferences(run.history, before, after))
     is_of_chain = spec.start == "sft" and not cfg.data and not cfg.init
     answers = report.answer_rows(tests, first_answers, answers.scored)
     run.finish(before, after, answers, cfg.loss.upper() if is_of_chain else "")

@@ -315,8 +315,7 @@ def main(cfg):
     model.reward_mean = after["reward_mean"]
     run.save(max(run.first, run.n_steps) - 1, before=before)
     write_jsonl(run.folder / "held_out.jsonl", show_held_out("after"))
-    for name, sentence in health.of_reward_model(run.history, after).items():
-        run.say(f"health, {name}: {sentence}")
+    run.say_health(health.of_reward_model(run.history, after))
     run.finish(before, after)
 
 

@@ -28,6 +28,7 @@ from data.folder import take
 from data.prompts import short_enough
 from data.rewards import scorer_on
 from data.sample import ended, load_sampler, sample_answers
+from data.screen import SCREEN
 from data.setup import seeded, setup
 
 AT_ONCE = 64      # prompts between two messages
@@ -92,7 +93,7 @@ def main(cfg):
     take(cfg, "best_of", ["demos.jsonl", "result.json"], [policy_name, reward_name, data])
 
     # All answers, and those that are kept: lists of (row, text, score).
-    answers, kept, last_message = [], [], time.time()
+    answers, kept = [], []
     generator, rng = seeded(cfg.seed, 0), random.Random(cfg.seed)
     for at in range(0, len(rows), AT_ONCE):
         asked = []
@@ -108,9 +109,7 @@ def main(cfg):
             i = choose(texts[group], ids[group], scores, tok, rng)
             if i is not None:
                 kept.append(scored[first + i])
-        if time.time() - last_message > 4:
-            last_message = time.time()
-            print(f"... {len(answers) // cfg.n:,} of {len(rows):,} prompts answered", flush=True)
+        SCREEN.count(len(answers) // cfg.n, len(rows), "prompts answered")
     if not kept:
         raise InputError(f"{policy_name}: none of {len(answers):,} answers ends within --max_new "
                          f"{cfg.max_new} tokens, so there is nothing to learn from")

@@ -1,7 +1,6 @@
 """Where comparisons come from: the tiny world's annotator (reward.py), a file, or a policy's own new answers
 (dpo.py)."""
 import random
-import time
 from dataclasses import asdict
 
 from data import InputError, sample, world
@@ -9,6 +8,7 @@ from data.endpoint import CachedCritic, continuations, local_critic
 from data.principles import constitution, critique_prompt, revision_prompt, transcript
 from data.prompts import short_enough
 from data.rewards import rewards_of_texts
+from data.screen import SCREEN
 from data.setup import seeded
 
 
@@ -29,14 +29,12 @@ def answer_prompts(run, path, device):
             f"room for --max_new {cfg.max_new} tokens")
 
     # Some prompts at a time, so that something can be said in between.
-    generator, answers, last_message = seeded(cfg.seed, 0), [], time.time()
+    generator, answers = seeded(cfg.seed, 0), []
     for start in range(0, len(fitting), 64):
         part = fitting[start: start + 64]
         answers += sample.different_answers(policy, tok, part, cfg.k, cfg.max_new, generator,
                                             cfg.temperature)
-        if time.time() - last_message > 4:
-            last_message = time.time()
-            run.say(f"... {len(answers):,} of {len(fitting):,} prompts answered")
+        SCREEN.count(len(answers), len(fitting), "prompts answered")
 
     n_answers = sum(len(texts) for texts in answers)
     n_alone = sum(len(texts) < 2 for texts in answers)

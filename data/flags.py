@@ -5,7 +5,6 @@ import difflib
 import functools
 import importlib.util
 import inspect
-import math
 import os
 import re
 import signal
@@ -85,25 +84,6 @@ def parse_bool(text):
     return text.lower() in ("true", "1", "yes")
 
 
-def parse_float(text):
-    """A flag's finite float; ArgumentTypeError for anything else."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
-
-
-def parse_int(text):
-    """A flag's int; ArgumentTypeError for anything else."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
@@ -118,7 +98,7 @@ def parse_flags(Config, doc, args=None, defaults={}):
     known, groups = {f.name: f for f in fields(Config)}, {}
     for group, name, comment in described_fields(Config):
         f = known[name]
-        kind, options = {int: parse_int, float: parse_float}.get(f.type, f.type), {"metavar": "TEXT"}
+        kind, options = f.type, {"metavar": "TEXT"}
         if f.type in (int, float):
             options = {"metavar": "N" if f.type is int else "X"}
         elif typing.get_origin(f.type) is typing.Literal:
@@ -140,15 +120,18 @@ def parse_flags(Config, doc, args=None, defaults={}):
         parser.error(f"unknown argument {unknown[0]}{hint}")
     cfg = Config(**vars(given))
     for f in fields(Config):
-        if f.type in (int, float) and not f.name.startswith("bias_"):
+        if f.type in (int, float):
             check_range(parser, f, getattr(cfg, f.name))
     return cfg
 
 
 def check_range(parser, f, value):
-    """End the program if a number is outside of what its flag can mean."""
-    low = int(f.type is int and f.name not in MAY_BE_0)
-    high = 1 if f.name in SHARES else 2 ** 31 - 1 if f.type is int else math.inf
+    """End the program if a number is outside of what its flag can mean, or is none (nan)."""
+    low, high = int(f.type is int and f.name not in MAY_BE_0), 2 ** 31 - 1
+    if f.name in SHARES:
+        high = 1
+    if f.name.startswith("bias_"):
+        low = -high
     if not low <= value <= high:
         bounds = f"at least {low}" if value < low and high > 1 else f"between {low} and {high}"
         parser.error(f"argument --{f.name}: {value} is not {bounds}")

@@ -5,7 +5,6 @@ frozen ones, are cut over the ranks by PyTorch's FSDP2 (arXiv:2304.11277), which
 are normalised over the whole step, so the sum is what one process would compute. With one process all of this
 is the plain thing. """
 import os
-import time
 from datetime import timedelta
 
 import torch
@@ -15,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_optimizer_state_dict)
 
 from data import InputError
+from data.screen import SCREEN
 from model import generate, last_token
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -162,12 +162,12 @@ def even_share(lengths):
 
 
 @torch.no_grad()
-def in_shares(f, lengths, size, say=None):
+def in_shares(f, lengths, size, say=False):
     """f(rows) over all rows, whose lengths are given: `size` of similar length at a time, each rank its
     share. f takes a list of row numbers and returns (.., n), the rows last. The result is the same with all N
-    rows, (.., N), in fp32 and without gradients, on every rank. say: prints how far it is, now and then."""
+    rows, (.., N), in fp32 and without gradients, on every rank. say: whether to print how far it is."""
     mine = even_share(lengths)
-    total, counts, last_message = None, None, time.time()
+    total, counts = None, None
     for start in range(0, len(mine), size):
         rows = mine[start: start + size]
         part = f(rows).float()                                                     # (.., n)
@@ -176,9 +176,8 @@ def in_shares(f, lengths, size, say=None):
             counts = part.new_zeros(len(lengths))
         total[..., rows] = part
         counts[rows] = 1.0
-        if say and time.time() - last_message > 4:
-            last_message = time.time()
-            say(f"... {(start + len(rows)) * WORLD:,} of {len(lengths):,}")
+        if say:
+            SCREEN.count((start + len(rows)) * WORLD, len(lengths), "rows read")
     return all_sum(total) / all_sum(counts)
 
 

@@ -60,7 +60,7 @@ class Run:
         self.health = None                            # a stage's own function of the log: {name: warning}
         self.skipped, self.stopping = 0, False        # steps not taken; whether to end after this one
         self.shown, self.warned, self.history = 0.0, set(), []    # history: the rows of log.jsonl
-        self.start, self.step_seconds = time.perf_counter(), []
+        self.start = time.perf_counter()
 
     @classmethod
     def open(cls, cfg, stage, inputs=(), writes=(), dry=False, runs_scripts=False):
@@ -253,10 +253,8 @@ class Run:
             return
         if RANK == 0:
             self.write_row(self.history[-1])
-        self.watch_speed(seconds)
         if self.health:
-            for name, sentence in self.health(self.history).items():
-                self.say_once(name, f"health, {name}: {sentence}")
+            self.say_health(self.health(self.history))
         if done is None:
             done = (step + 1 - self.first) / (self.n_steps - self.first)
         shown = {name: row[name] for name in show or row if name in row}
@@ -282,25 +280,12 @@ class Run:
         parts.append(f"{left // 60:.0f}:{left % 60:02.0f} left")
         SCREEN.progress(parts, is_last)
 
-    def watch_speed(self, seconds):
-        """Say once what to do when steps on the CPU have become several times slower than they were."""
-        if any(next(model.parameters()).device.type != "cpu" for model, _ in self.trained.values()):
-            return
-        self.step_seconds.append(seconds)
-        if len(self.step_seconds) < 40:
-            return
-        best = sorted(self.step_seconds)[len(self.step_seconds) // 10]    # the 10th percentile
-        now = sorted(self.step_seconds[-10:])[2]                          # the third fastest of the last ten
-        if now > 4 * best > 0:
-            self.say_once("speed", f"steps take {now / best:.0f} times as long as before: others use the "
-                          "processor.\nCtrl-C saves; with OMP_NUM_THREADS=1 before the same command it goes "
-                          "on, often faster")
-
-    def say_once(self, name, text):
-        """Print a warning unless one of that name was printed before."""
-        if name not in self.warned:
-            self.warned.add(name)
-            self.say(text)
+    def say_health(self, warnings):
+        """Print warnings {name: sentence}, but none of a name that was printed before."""
+        for name, sentence in warnings.items():
+            if name not in self.warned:
+                self.warned.add(name)
+                self.say(f"health, {name}: {sentence}")
 
     # --------------------------------------------------------------------------------------------------------
     # What is kept.

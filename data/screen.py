@@ -2,6 +2,7 @@
 import os
 import shutil
 import sys
+import time
 
 
 class Screen:
@@ -10,11 +11,18 @@ class Screen:
     def __init__(self):
         self.is_line_open = False     # whether a progress line stands there that has not ended
         self.is_pipe_broken = False   # whether the reader behind `| tee` or `| head` is gone
+        self.last_count = 0.0         # when `count` last printed something
 
     def say(self, text):
         """Print a line of its own."""
         self.end_line()
         self.write(f"{text}\n")
+
+    def count(self, n, total, of_what):
+        """Say how far something is that takes long, unless that was said in the last four seconds."""
+        if n < total and time.time() - self.last_count > 4:
+            self.last_count = time.time()
+            self.say(f"... {n:,} of {total:,} {of_what}")
 
     def progress(self, parts, is_last):
         """Show a list of texts in one line, the first two and the last two at least. A terminal redraws it in

@@ -173,7 +173,7 @@ def batches(lengths, batch_size, seed, epoch):
 
 
 def plan_of(lengths, cfg):
-    """Which examples of these lengths each step reads: the `batches` of --epochs passes, one after another."""
+    """Which examples of these lengths each step of a run reads: the `batches` of --epochs passes."""
     plan = []
     for epoch in range(cfg.epochs):
         plan += batches(lengths, cfg.batch_size, cfg.seed, epoch)
