@@ -27,7 +27,7 @@ from data.flags import ToolFlags, program
 from data.folder import take
 from data.prompts import short_enough
 from data.rewards import scorer_on
-from data.sample import ended, load_sampler, sample_answers
+from data.sample import ended, load_sampler, repeated, sample_answers
 from data.screen import SCREEN
 from data.setup import seeded, setup
 
@@ -96,9 +96,7 @@ def main(cfg):
     answers, kept = [], []
     generator, rng = seeded(cfg.seed, 0), random.Random(cfg.seed)
     for at in range(0, len(rows), AT_ONCE):
-        asked = []
-        for row in rows[at: at + AT_ONCE]:
-            asked += [row] * cfg.n
+        asked = repeated(rows[at: at + AT_ONCE], cfg.n)
         prompts = [row["prompt"] for row in asked]
         texts, _, ids = sample_answers(policy, tok, prompts, cfg.max_new, generator, cfg.temperature)
         scored = list(zip(asked, texts, reward.score_texts(asked, texts)))

@@ -188,9 +188,7 @@ def online_pairs(policy, tok, rows, judge, cfg, step):
     utilities. What cannot be compared (equal answers, neither finished, a tie) is left out; an unfinished
     answer loses."""
     # Two answers to each prompt, side by side, and what the judge thinks of them.
-    twice = []
-    for row in rows:
-        twice += [row, row]
+    twice = sample.repeated(rows, 2)
     texts, prompts, answers = sample.sample_answers(policy, tok, [row["prompt"] for row in twice],
                                                     cfg.max_new, seeded(cfg.seed, step))
     utilities, rng, out = judge(twice, texts), random.Random(f"{cfg.seed} {step}"), []

@@ -47,7 +47,7 @@ from data.principles import compare, constitution
 from data.prompts import read_corpus, short_enough
 from data.rewards import scorer_on
 from data.setup import seeded, setup
-from data.sample import load_sampler, sample_answers
+from data.sample import load_sampler, repeated, sample_answers
 
 CONTROL = "That is a great question! Thank you for asking. I hope this helps you."
 
@@ -194,11 +194,6 @@ def short_names(paths):
     raise InputError(f"--models {','.join(paths)}: the same checkpoint twice")
 
 
-def tail_of(path, tok, length=128):
-    """Ids of the last 2 % of a corpus, as pretraining holds them out."""
-    return read_corpus(path, tok, length, min_windows=1)[1]
-
-
 def answer_and_measure(model, tok, reference, rows, cfg):
     """A model's answers (texts) to the prompts, and what can be said of it without a judge: {name: number}.
     reference: (model, tokenizer) that the KL is to."""
@@ -211,7 +206,8 @@ def answer_and_measure(model, tok, reference, rows, cfg):
         metrics["kl"], metrics["entropy"] = report.mean_kl(model, ref, tok, asked, ids)
     else:
         _, metrics["entropy"] = report.mean_kl(model, model, tok, asked, ids)
-    tail = tail_of(cfg.corpus or world.TINY / "corpus.txt", tok)
+    # The last 2 %, which pretraining holds out.
+    _, tail = read_corpus(cfg.corpus or world.TINY / "corpus.txt", tok, 128, min_windows=1)
     metrics["bits_per_byte"] = report.bits_per_byte(model, tok, tail.to(model.wte.weight.device))
     metrics |= report.metrics_of_ids(tok, ids)
     for n in (1, 3):
@@ -267,9 +263,7 @@ def best_answers(model, tok, rows, reward, ns, graded, cfg):
     """Rows {"n", "kl", "reward", "gold"}: the mean best of n answers by a reward (a Scorer), for each n. One
     of steps also has "gold_product" and "gold_smallest", chosen by the product and the smallest of the
     answer's step scores."""
-    many = []
-    for row in rows:
-        many += [row] * ns[-1]
+    many = repeated(rows, ns[-1])
     texts, _, _ = sample_answers(model, tok, [row["prompt"] for row in many], cfg.max_new,
                                  seeded(cfg.seed, 1), cfg.temperature)
 

@@ -7,7 +7,7 @@ from textwrap import shorten
 import torch
 
 from data import InputError, page, read_jsonl, sample, world
-from model import compare_policies, pad_batch, token_logprobs
+from model import compare_policies, pad_answers, token_logprobs
 
 N_SAMPLES = 12        # test prompts whose answers stand in samples.txt
 
@@ -288,12 +288,8 @@ def mean_kl(policy, reference, tok, prompts, answers, batch=16):
     at every token of answers (lists of ids), which follow prompts (lists of ids)."""
     device, kl, entropy = policy.wte.weight.device, 0.0, 0.0
     for i in range(0, len(prompts), batch):
-        rows, answer = [], []
-        for prompt, ids in zip(prompts[i: i + batch], answers[i: i + batch]):
-            rows.append(prompt + ids)
-            answer.append([0] * len(prompt) + [1] * len(ids))
-        ids, _ = pad_batch(rows, tok.pad_id, device)                                  # (B, T)
-        mask = pad_batch(answer, 0, device)[0].bool()                                 # (B, T)
+        rows = list(zip(prompts[i: i + batch], answers[i: i + batch]))
+        ids, mask = pad_answers(rows, tok.pad_id, device)                             # (B, T) each
         _, _, kl_part, entropy_part = compare_policies(policy, reference, ids, mask)
         kl += kl_part.sum().item()
         entropy += entropy_part.sum().item()

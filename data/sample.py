@@ -42,12 +42,18 @@ def ended(tok, ids):
     return bool(ids) and ids[-1] in tok.eos_ids
 
 
+def repeated(rows, k):
+    """Each of the rows k times, one after another."""
+    out = []
+    for row in rows:
+        out += [row] * k
+    return out
+
+
 def different_answers(model, tok, rows, k, max_new, generator, temperature=1.0):
     """Up to k different answers to the prompt of each row, finished and not empty: a list of texts per
     row."""
-    prompts = []
-    for row in rows:
-        prompts += [row["prompt"]] * k
+    prompts = repeated([row["prompt"] for row in rows], k)
     texts, _, ids = sample_answers(model, tok, prompts, max_new, generator, temperature)   # k of a row each
 
     # One that was cut off says less of the policy than of max_new; nobody can choose between equal ones.

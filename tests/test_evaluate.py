@@ -567,7 +567,7 @@ def test_ptx(train):
 
 def test_ptx_leaves_the_held_out_text_alone(chain):
     _, tok = load(chain / "base")
-    text, held = world.TINY / "corpus.txt", evaluate.tail_of(world.TINY / "corpus.txt", tok)
+    text, held = world.TINY / "corpus.txt", prompts.read_corpus(world.TINY / "corpus.txt", tok, 128, 1)[1]
     rows = ppo.ptx_windows(ppo.Config(), tok, 256)
     ids = [i for doc in text.read_text().split("<|endoftext|>") for i in [tok.eos_id, *tok.encode(doc)]]
     assert rows.flatten().tolist() == ids[: rows.numel()] and held.tolist() == ids[-len(held):]
