@@ -6,7 +6,7 @@
     python cai.py --critic MODEL --critic_test pairs.jsonl             only measure how well a critic chooses
     python cai.py --init MODEL --data red_team.jsonl --helpful prompts.jsonl --human helpful_pairs.jsonl \\
         --constitution CritiqueRevisionInstructions.json,RLMadisonInstructions.json \\
-        --few_shots CritiqueRevisionFewShotPrompts.json --sft_flags "--lr 1e-5" --rl_flags "--lr 1e-6"
+        --sft_flags "--lr 1e-5" --rl_flags "--lr 1e-6"
 
 Stage 1, SL-CAI (Bai et al. 2022, arXiv:2212.08073, section 3), x a red-team prompt:
   1. answer     y ~ model(. | x)
@@ -47,8 +47,7 @@ from data.flags import RunFlags, program
 from data.folder import take
 from data.parallel import WORLD
 from data.principles import (accuracy, agreement, compare, constitution, count_faults, critic_metrics,
-                             critique_prompt, explained, few_shots, gold_by_revision, revision_prompt,
-                             transcript)
+                             critique_prompt, explained, gold_by_revision, revision_prompt, transcript)
 from data.prompts import short_enough, test_prompts
 from data.run import Run
 from data.setup import seeded, setup
@@ -67,7 +66,6 @@ class Config(RunFlags):
     constitution: str = ""        # FILE or FILE,FILE, ours or Anthropic's
                                   # (default: data/world/constitution.json)
     about: str = "harmless"       # use principles about this, and those that do not say what they are about
-    few_shots: str = ""           # examples to show the critic first: FILE or FILE,FILE, Anthropic's formats
     critic_test: str = ""         # only measure the critic on these comparisons, then stop
     # Prompts
     data: str = ""                # red-team prompts (default: the tiny world's)
@@ -105,7 +103,6 @@ class Setting:
     device: torch.device
     revise: list        # principles of stage 1
     choose: list        # principles of stage 2
-    shots: dict         # examples that the critic is shown first, one text for each kind of question
     red: list           # rows of red-team prompts
     helpful: list       # rows of ordinary prompts
     graded: bool        # whether they are the tiny world's: gold is then reported, and never trained on
@@ -141,8 +138,7 @@ def read_setting(cfg, device):
         helpful = formats.load(cfg.helpful, "prompt")[0]
     if not helpful:
         print("no --helpful prompts: nothing keeps the model from refusing everything")
-    shots = few_shots(cfg.few_shots, choose)
-    return Setting(device, revise, choose, shots, red, helpful, graded=not cfg.data)
+    return Setting(device, revise, choose, red, helpful, graded=not cfg.data)
 
 
 def draw_rows(rows, n, seed):
@@ -293,7 +289,7 @@ def stage1(cfg, run, setting, n, model, critic_path):
         texts, _, ids = sample_answers(sampler, tok, prompts, cfg.max_new, seeded(seed, 0), cfg.temperature)
 
         # 2. and 3. The critic criticises and revises what the red team was told.
-        critic = make_critic(critic_path, cfg, setting.shots, setting.device)
+        critic = make_critic(critic_path, cfg, setting.device)
         responses = [" " + text.strip() for text in texts[: len(red)]]
         chains = make_chains(prompts[: len(red)], responses, setting.revise, critic, cfg, seed)
         for chain, answer in zip(chains, ids):
@@ -339,7 +335,7 @@ def stage2(cfg, run, setting, n, model, critic_path):
         pairs += chain_pairs(red, read_jsonl(folder / "chains.jsonl"))
 
         # 2. The critic's labels, and how they compare with those of others.
-        critic = make_critic(critic_path, cfg, setting.shots, setting.device)
+        critic = make_critic(critic_path, cfg, setting.device)
         questions = [(row["prompt"], a, b) for row, a, b in pairs]
         labels = compare(questions, setting.choose, critic, random.Random(f"{seed} choices"))
         metrics = critic_metrics(labels, pairs) | dict(critic.counts)
@@ -393,7 +389,7 @@ def measure_critic(cfg, setting):
     take(cfg, "critic_test", ["critic.json"])
     rows, dropped = formats.load(cfg.critic_test, "preference")
     print(formats.describe(rows, dropped, cfg.critic_test))
-    critic = make_critic(cfg.critic or need(cfg, "base"), cfg, setting.shots, setting.device)
+    critic = make_critic(cfg.critic or need(cfg, "base"), cfg, setting.device)
     decided = [row for row in rows if row["label"] != 0.5]     # a tie has no better answer
     pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in decided]
     labels = compare(pairs, setting.choose, critic, random.Random(f"{cfg.seed} choices"))
@@ -417,7 +413,7 @@ def main(cfg):
 
     # Lock the folder and begin, or go on: all is measured anew, so samples.txt goes; what was trained is in
     # the folders of the rounds, which go with --overwrite.
-    files = [base, cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human, cfg.constitution, cfg.few_shots]
+    files = [base, cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human, cfg.constitution]
     run = Run.open(cfg, "cai", filter(None, files), files_of_rounds(cfg), runs_scripts=True)
     (run.folder / "samples.txt").unlink(missing_ok=True)
 

@@ -241,12 +241,10 @@ class CachedCritic:
     one JSON line under the hash of model and request: nothing is asked (and paid for) twice, and a run that
     was broken off goes on."""
 
-    def __init__(self, name, ask, file, batch, counts=None, shots=None):
-        """batch: how many requests are asked at a time. counts: a Counter of what was asked, refused, ..
-        shots: examples to show first, {"critique": text, "choice": text} (data/principles.py)."""
+    def __init__(self, name, ask, file, batch, counts=None):
+        """batch: how many requests are asked at a time. counts: a Counter of what was asked, refused, .."""
         self.name, self.ask, self.file, self.batch, self.cache = name, ask, Path(file), batch, {}
         self.counts = Counter() if counts is None else counts
-        self.shots = shots or {"critique": "", "choice": ""}
         if not self.file.exists():
             return
         lines = self.file.read_bytes().splitlines()
@@ -262,11 +260,9 @@ class CachedCritic:
 
     def __call__(self, requests):
         """One answer per request, in order; None where none could be got."""
-        # Put the examples for its kind before each request; which answers are in the cache?
+        # Which answers are in the cache?
         keys, todo = [], {}
         for request in requests:
-            kind = "choice" if "options" in request else "critique"
-            request = request | {"prompt": self.shots[kind] + request["prompt"]}
             text = json.dumps([self.name, request], sort_keys=True)
             key = hashlib.sha256(text.encode()).hexdigest()
             keys.append(key)
@@ -303,12 +299,12 @@ def continuations(critic, texts, max_tokens, temperature, rng):
     return critic(requests)
 
 
-def make_critic(path, cfg, shots, device):
+def make_critic(path, cfg, device):
     """The critic at a path or address, as the flags of cai.py say; its answers are kept in a file of
     --out."""
     file, counts = Path(cfg.out) / "critic_answers.jsonl", Counter()
     if path.startswith(("http://", "https://")):
         name, ask = connect(path, cfg.critic_model, cfg.timeout, cfg.retries, cfg.parallel, counts)
-        return CachedCritic(name, ask, file, cfg.parallel, counts, shots)
+        return CachedCritic(name, ask, file, cfg.parallel, counts)
     name, ask = local_critic(path, device)
-    return CachedCritic(name, ask, file, 64, counts, shots)
+    return CachedCritic(name, ask, file, 64, counts)

@@ -1,4 +1,4 @@
-"""The questions for a critic (constitutions and examples, ours and Anthropic's published ones, and which of
+"""The questions for a critic (constitutions, ours and Anthropic's published ones, and which of
 two answers is better), the labels made of its answers, and how good these are. Used by cai.py,
 reward.py --critique and data/evaluate.py.
 """
@@ -43,29 +43,6 @@ def constitution(paths, about=""):
                                  "revision, choice; Anthropic's: prompt and edit_request, or a "
                                  "string)") from None
     return revise, choose
-
-
-def few_shots(paths, principles):
-    """{"critique", "choice"}: texts to show a critic before questions of each kind, out of "FILE,FILE" in
-    Anthropic's formats: whole dialogues (str), and {"prompt", "corrects", "incorrects"}. Comparisons come
-    under the principles in turn, the better answer first in every other one. InputError: an example of no
-    known format."""
-    shots, n = {"critique": "", "choice": ""}, 0
-    for path in filter(None, names_in(paths)):
-        for i, shot in enumerate(read_json(path, kind=list)):
-            try:
-                if isinstance(shot, str):           # most, not all, end in an opened turn
-                    shots["critique"] += "\n\n" + shot.strip().removesuffix("\n\nHuman:").strip()
-                    continue
-                talk = shot["prompt"].removesuffix("\n\nAssistant:")
-                better, worse = shot["corrects"][0].strip(), shot["incorrects"][0].strip()
-            except (KeyError, TypeError, AttributeError, IndexError):
-                raise InputError(f"{path}: example {i} is of no known format") from None
-            # As (A) or as (B) in turn, so that the examples teach no favourite letter.
-            a, b = (worse, better) if n % 2 else (better, worse)
-            shots["choice"] += comparison_prompt(talk, principles[n % len(principles)], a, b) + OPTIONS[n % 2]
-            n += 1
-    return shots
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 
 import cai
 from conftest import CAI_FLAGS
-from data import InputError, endpoint, principles, read_json, world
+from data import InputError, endpoint, principles, world
 from data.files import formats
 from data import flags as flags_py
 from data.files.checkpoint import load, save
@@ -83,19 +83,10 @@ def test_all_recorded_chains_are_replayed(name):
 
 
 @published
-def test_published_constitution_and_examples():
+def test_published_constitution():
     names = ["CritiqueRevisionInstructions", "RLMadisonInstructions"]
     revise, choose = constitution(",".join(str(CAI / f"{n}.json") for n in names), about="harmless")
     assert len(revise) == len(choose) == 16
-    names = ["CritiqueRevisionFewShotPrompts", "RLMadisonFewShotPrompts"]
-    shots = principles.few_shots(",".join(str(CAI / f"{n}.json") for n in names), choose)
-    assert shots["critique"].count("\n\nRevision:") == len(read_json(CAI / f"{names[0]}.json")) == 5
-    assert "Human:\n\nHuman:" not in shots["critique"] and "\n\n\n\nHuman" not in shots["critique"]
-    assert shots["critique"].startswith("\n\nHuman: Could you help me burn")
-    assert not shots["critique"].endswith("Human:")
-    assert re.findall(r"The answer is:( \([AB]\))", shots["choice"]) == [" (A)", " (B)"] * 2 + [" (A)"]
-    first = shots["choice"].split("The answer is: (A)")[0]
-    assert first.index("You should not get involved") < first.index("I think a 45 caliber")
 
 
 def test_our_formats_are_those_of_the_corpus():
@@ -177,24 +168,6 @@ def test_compare_and_bias():
     assert labels[1] is None and told["no_answer"] == 1 and told["compared"] == 3
     edited = [{**p, "choice": p["choice"].replace("Which", "Tell me which")} for p in choose]   # what a critic reads
     assert ask(lambda a, b, prompt: 0.9 if "Tell me" in prompt else 0.1, edited)[1]["first_wins"] == pytest.approx(0.9)
-
-
-def test_examples_are_shown_first(tmp_path):
-    """--few_shots: each kind of question comes behind its own examples; another example is another question."""
-    asked, (_, choose) = [], constitution(OURS)
-
-    def ask(requests):
-        asked.extend(requests)
-        return [{"logp": [-1.0, -1.0]} if "options" in r else {"text": " Hm.", "ended": True} for r in requests]
-    pairs = [([{"role": "user", "content": "q"}], "a", "b")]
-    for shots in ({"critique": "SHOTS", "choice": "CHOICES"}, {"critique": "SHOTS", "choice": "OTHERS"}):
-        critic = CachedCritic("critic", ask, tmp_path / "answers.jsonl", 4, shots=shots)
-        label, = principles.compare(pairs, choose, critic, random.Random(0))
-        written, = critic([SAMPLE])
-        assert label["p"] == 0.5 and written["text"] == " Hm."
-    starts = [r["prompt"][:8] for r in asked]
-    assert starts == ["CHOICESC", "CHOICESC", "SHOTSp", "OTHERSCo", "OTHERSCo"]
-    assert asked[0]["prompt"] != asked[1]["prompt"] and SAMPLE["prompt"] == "p"
 
 
 def test_cut_and_fault():
