@@ -1,6 +1,6 @@
-"""The questions for a critic (constitutions, ours and Anthropic's published ones, and which of
-two answers is better), the labels made of its answers, and how good these are. Used by cai.py,
-reward.py --critique and data/evaluate.py.
+"""The questions for a critic (constitutions, ours and Anthropic's published ones, and which of two answers is
+better), the labels made of its answers, and how good these are. Used by cai.py, reward.py --critique and
+data/evaluate.py.
 """
 import math
 from pathlib import Path
