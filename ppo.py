@@ -91,7 +91,7 @@ def whiten(x, mask):
 def log_ratio(logp, old_logp, mask):
     """log pi / pi_old of each token (B, T), 0 outside the mask."""
     # A ratio per answer, as GSPO has it (arXiv:2507.18071), would be another one here: the mean over the
-    # answer's tokens, 0 outside them, with a far smaller --clip.
+    # answer's tokens, 0 outside them, but each token's own gradient; with a far smaller --clip.
     return ((logp - old_logp) * mask).clamp(-20, 20)     # exp must not overflow
 
 
