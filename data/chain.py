@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import InputError, report
 from data.flags import Terminated
-from data.folder import PART_OF_A_CHAIN, ROOT, result_of, run_of
+from data.folder import PART_OF_A_CHAIN, ROOT, edited_since, result_of, run_of
 from data.parallel import RANK, barrier, child_environment
 
 LINKS = {   # name: (script, the links it starts from, what it does)
@@ -54,6 +54,10 @@ def need(cfg, link):
     own = config.get("data") or config.get("init")
     if own:
         print(f"{sibling(cfg, link)} was made with flags of its own, from {own}", flush=True)
+    edited = edited_since(run_of(sibling(cfg, link)))
+    if edited:
+        print(f"{sibling(cfg, link)} was made before {edited} changed; python {' '.join(LINKS[link][0])} "
+              f"--overwrite --out {sibling(cfg, link)} makes it anew", flush=True)
     return sibling(cfg, link)
 
 

@@ -5,6 +5,7 @@ already are its to replace if the run.json beside them lists them, for then a ru
 with other flags needs the user's --overwrite besides. `foreign` decides this for every program that writes.
 """
 import ast
+import functools
 import hashlib
 import os
 import sys
@@ -67,16 +68,29 @@ def foreign(folder, names):
             found.append(name)
         elif path.parent.exists() and not path.parent.is_dir():
             found.append(str(Path(name).parent))
+        elif name.endswith("/") and path.is_dir() and not is_ours(path):
+            # A run lists the folder, but somebody else has put a model there.
+            found += [name + part for part in CHECKPOINT if os.path.lexists(path / part)]
     return list(dict.fromkeys(found))
 
 
+def is_ours(path):
+    """Whether a folder inside a run's own holds a run of ours, or a reward model as ppo.py saves it, known by
+    the reward_mean in its config.json; or by .commit, if the save was cut off (data/files/checkpoint.py)."""
+    try:
+        config = read_json(path / "config.json", kind=dict)
+    except InputError:
+        config = {}
+    return bool(run_of(path)) or "reward_mean" in config or (path / ".commit").exists()
+
+
 def remove(folder, names):
-    """Delete what a run of ours left in a folder: the files of these names, and in a folder of them what its
-    own run.json lists, or a checkpoint. Whatever else lies there stays."""
+    """Delete what a run of ours left in a folder: the files of these names, and in a folder of them that is
+    ours what its own run.json lists, or a checkpoint. Whatever else lies there stays."""
     for name in names:
         path = Path(folder) / name
         if name.endswith("/"):
-            if path.is_dir():
+            if path.is_dir() and is_ours(path):
                 remove(path, [*run_of(path).get("files", CHECKPOINT), "run.json", ".lock"])
                 with suppress(OSError):      # not empty
                     path.rmdir()
@@ -189,9 +203,24 @@ def changed_code(old, new):
     """The names of the files of ours whose meaning has changed between two run.json, as a phrase; "" if none
     has, or if nobody can tell."""
     before, now = old.get("code", {}), new["code"]
-    if before.get("python") != now["python"]:     # another syntax tree for the same text
+    if before.get("python") != now["python"]:
         return ""
     return ", ".join(name for name in sorted(before | now) if before.get(name) != now.get(name))
+
+
+def edited_since(record):
+    """The files of ours whose meaning has changed since a run wrote its run.json, as a phrase; "" if none has,
+    or if nobody can tell."""
+    before = record.get("code", {})
+    now = {"python": python()}
+    for name in before.keys() - now.keys():
+        now[name] = meaning(ROOT / name) if (ROOT / name).is_file() else "gone"
+    return changed_code({"code": before}, {"code": now})
+
+
+def python():
+    """The version of Python, such as 3.11: another one has another syntax tree for the same text."""
+    return "{}.{}".format(*sys.version_info)
 
 
 def code(all_scripts=False):
@@ -201,7 +230,7 @@ def code(all_scripts=False):
     paths = {Path(file) for file in files if file.endswith(".py")}
     if all_scripts:
         paths |= set(ROOT.glob("*.py"))
-    found = {"python": "{}.{}".format(*sys.version_info)}
+    found = {"python": python()}
     for path in sorted(paths):
         if path.parent == ROOT or ROOT / "data" in path.parents:
             found[str(path.relative_to(ROOT))] = meaning(path)
@@ -210,7 +239,13 @@ def code(all_scripts=False):
 
 def meaning(path):
     """A hash of the syntax tree of a Python file without its docstrings."""
-    tree = ast.parse(path.read_bytes())
+    return meaning_of(path.read_bytes())
+
+
+@functools.lru_cache(None)      # a stage asks for its own code and for that of its links
+def meaning_of(source):
+    """The same of the bytes of a Python file."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             node.body = node.body[1:]

@@ -68,6 +68,14 @@ class Source:
         prompts = [row["prompt"] for row in rows]
         return encode_answers(self.tok, prompts, texts, longest, self.models[0].wte.weight.device)
 
+    def check_knows(self, ids, flag):
+        """InputError if one of the policy's ids is beyond a model's vocabulary: those of the policy may be
+        padded to a round number, and then it can draw an id that stands for nothing."""
+        n, highest = min(model.cfg.vocab_size for model in self.models), int(ids.max())
+        if highest >= n:
+            raise InputError(f"{flag} {self.name}: the policy said token {highest}, which its tokenizer does "
+                             f"not have, nor this model's vocabulary of {n}")
+
 
 def source_of(name, flag):
     """The Source that a flag names. InputError: there is none."""
@@ -186,6 +194,7 @@ class Scorer:
                 whole = self.call(source, rows, texts).to(ids.device)                              # (B,)
                 each.append(torch.where(is_last(mask), whole[:, None], 0.0))
             elif same:
+                source.check_knows(ids, self.flag)
                 each.append(in_chunks(source.read, ids, mask, size))
             else:
                 each.append(self.read_as_text(source, rows, texts, ids, mask, size))

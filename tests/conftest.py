@@ -252,6 +252,16 @@ def chain(suite, request, tmp_path_factory):
     return folder
 
 
+def short_answers(suite, chain, folder):
+    """A policy whose answers end and differ, whatever it is asked, for tests of what happens at the end of an answer; the
+    chain's own may say nothing that ends in the few answers that such a test looks at."""
+    rows = [{"prompt": f"Question number {i}?", "completion": f"Well. It is {i}."} for i in range(200)]
+    (folder / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite.ok("sft.py", "--init", chain / "base", "--data", folder / "short.jsonl", "--lr", 0.003, "--batch_size", 16,
+             "--epochs", 4, "--warmup", 2, "--max_new", 4, "--dtype", "float32", "--out", folder / "short")
+    return folder / "short"
+
+
 @pytest.fixture
 def early(suite, chain, request):
     """(folder, what it returned) of the function that began this test early."""

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from data import InputError, folder as folder_py, page, write_atomic
-from data.chain import next_commands
-from data.folder import claim, code, foreign, meaning, missing, remove, run_of
+from data.chain import need, next_commands
+from data.folder import claim, code, edited_since, foreign, meaning, missing, python, remove, run_of
 from data.run import FILES, Run, flags_of_its_run
 from data.world import build
 from dpo import Config as DPOConfig
@@ -127,12 +128,57 @@ def test_what_is_removed_is_what_a_run_made(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     record = {"stage": "sft", "config": {}, "flags": {}, "inputs": {}, "files": ["log.jsonl"]}
     (tmp_path / "round1/sl/run.json").write_text(json.dumps(record))
-    for name in ("log.jsonl", "round1/chains.jsonl", "round1/sl/log.jsonl", "round1/reward/config.json",
+    for name in ("log.jsonl", "round1/chains.jsonl", "round1/sl/log.jsonl", "round1/reward/model.safetensors",
                  "round1/notes.txt", "round1/sl/samples.txt"):
         (tmp_path / name).write_text("x")
+    (tmp_path / "round1/reward/config.json").write_text('{"reward_mean": 0.5}')
     remove(tmp_path, ["log.jsonl", "round1/chains.jsonl", "round1/sl/", "round1/reward/", "round1/rl/"])
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"round1/notes.txt", "round1/sl/samples.txt"}
+
+
+def test_somebodys_model_in_a_folder_that_a_run_lists(tmp_path):
+    """run.json lists reward/ or round1/sl/, but no run of ours has written it yet, and the user's only copy of a model
+    lies there: it would have been replaced, and deleted by --overwrite."""
+    record = {"stage": "ppo", "config": {}, "flags": {}, "inputs": {}, "files": ["log.jsonl", "reward/"]}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "reward").mkdir()
+    assert foreign(tmp_path, ["log.jsonl", "reward/"]) == []                           # empty, as after a kill
+    (tmp_path / "reward" / "notes.txt").write_text("mine")
+    assert foreign(tmp_path, ["log.jsonl", "reward/"]) == []                           # nothing that we would replace
+    (tmp_path / "reward" / "model.safetensors").write_text("mine")
+    for config in (None, '{"model_type": "llama"}', "not JSON"):
+        if config:
+            (tmp_path / "reward" / "config.json").write_text(config)
+        found = ["reward/model.safetensors"] + ["reward/config.json"] * bool(config)
+        assert foreign(tmp_path, ["log.jsonl", "reward/"]) == found
+        with pytest.raises(InputError, match="reward/model.safetensors.*no run of ours made"):
+            claim(tmp_path, ["log.jsonl", "reward/"])
+        remove(tmp_path, ["reward/"])
+        assert (tmp_path / "reward" / "model.safetensors").read_text() == "mine"
+
+    # Ours: what ppo.py saves, also if that was cut off.
+    (tmp_path / "reward" / ".commit").write_text("{}")
+    assert foreign(tmp_path, ["reward/"]) == []
+    (tmp_path / "reward" / ".commit").unlink()
+    (tmp_path / "reward" / "config.json").write_text('{"reward_mean": 0.5}')
+    assert foreign(tmp_path, ["reward/"]) == []
+    remove(tmp_path, ["reward/"])
+    assert [path.name for path in (tmp_path / "reward").iterdir()] == ["notes.txt"]
+
+
+@needs_fork
+def test_a_model_put_into_a_run_stays(suite, chain, tmp_path):
+    """A PPO run that never wrote reward/, into which the user copied a model: neither the same command, nor a longer run
+    or --overwrite touches it."""
+    flags = ["ppo.py", "--init", chain / "sft", "--reward", "gold", "--iterations", 1, "--rollouts", 8, "--max_new", 8,
+             "--out", tmp_path / "x"]
+    suite.ok(*flags)
+    shutil.copytree(chain / "base", tmp_path / "x" / "reward", ignore=shutil.ignore_patterns("run.json", ".lock"))
+    before = hashes(tmp_path)
+    for more in ([], ["--overwrite"], ["--seed", 1, "--overwrite"]):
+        fails(suite.run(*flags, *more), tmp_path / "x", "reward/model.safetensors", "no run of ours made")
+        assert hashes(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["../diary", "/tmp/diary", "sl/../../diary", 3])
@@ -313,6 +359,35 @@ def test_meaning_is_what_counts(tmp_path):
     assert of('"""New."""\n# new\ndef f(x):\n    """Says so."""\n\n    return (x\n            + 1)  # new\n') == plain
     assert of("def f(x):\n    return x + 2\n") != plain
     assert of('class A:\n    """Only this."""\n') == of('class A:\n    """Or this."""\n')
+
+
+def test_a_link_whose_code_has_changed_is_named(tmp_path, monkeypatch, capsys):
+    """Otherwise one edits sft.py, starts ppo.py, and a policy of the old code is trained on without a word."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "out" / "sft").mkdir(parents=True)
+    for name in ("sft.py", "data/a.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr(folder_py, "ROOT", tmp_path)
+    names = {name: meaning(tmp_path / name) for name in ("sft.py", "data/a.py")}
+    record = {"stage": "sft", "config": {}, "flags": {}, "inputs": {}, "files": [], "code": {"python": python(), **names}}
+
+    def said():
+        capsys.readouterr()
+        need(SimpleNamespace(out=str(tmp_path / "out" / "ppo")), "sft")
+        return capsys.readouterr().out
+
+    write_atomic(tmp_path / "out" / "sft" / "run.json", json.dumps(record).encode())
+    for name in ("config.json", "result.json"):
+        write_atomic(tmp_path / "out" / "sft" / name, b"{}")
+    (tmp_path / "ppo.py").write_text("x = 2\n")                     # no file of that run
+    (tmp_path / "sft.py").write_text("x = 1      # a comment\n")
+    assert said() == ""
+    (tmp_path / "sft.py").write_text("x = 2\n")
+    assert f"{tmp_path / 'out' / 'sft'} was made before sft.py changed; python sft.py --overwrite" in said()
+    (tmp_path / "data/a.py").unlink()
+    assert "before data/a.py, sft.py changed" in said()
+    record["code"]["python"] = "3.9"                                 # whose syntax trees are others: nobody can tell
+    assert edited_since(record) == edited_since({}) == ""
 
 
 def test_the_code_of_a_run_is_its_own(tmp_path):

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import InputError, process, world
+from conftest import short_answers
+from data import InputError, process, report, world
 from data.files import formats
 from data.files.checkpoint import load, save
 from data.parallel import in_chunks
@@ -394,7 +396,9 @@ def test_reward_process_says_what_the_steps_say(steps_model):
     texts = ["".join(row["completions"]) for row in held]
     assert np.mean(rewards_of_texts(model, tok, [row["prompt"] for row in held], texts)) == pytest.approx(0, abs=1e-4)
     samples = (folder / "samples.txt").read_text(encoding="utf-8")
-    assert samples.count("score 0.") > 10 and samples.count("--- after") == 1
+    shown = sum(len(row["labels"]) for row in held[: report.N_SAMPLES])
+    assert len(re.findall(r"score [01]\.\d\d, label [01]\.\d\d  ", samples)) == 2 * shown
+    assert samples.count("--- before") == samples.count("--- after") == 1
 
 
 @needs_fork
@@ -437,10 +441,10 @@ def test_reward_process_learns_from_lines(suite, chain, tmp_path):
 @needs_fork
 def test_ppo_and_best_of_n_by_steps(suite, chain, steps_model, tmp_path):
     """PPO's rewards arrive at the last token of each step, of a model and of two policies; best-of-N by them."""
-    folder, _ = steps_model
+    (folder, _), init = steps_model, short_answers(suite, chain, tmp_path)
     for name, source in (("labelled", str(folder)), ("implicit", f"implicit:{chain}/dpo:{chain}/sft")):
         out = tmp_path / name
-        suite.ok("ppo.py", "--init", chain / "sft", "--reward", source, "--iterations", 4, "--rollouts", 16,
+        suite.ok("ppo.py", "--init", init, "--reward", source, "--iterations", 4, "--rollouts", 16,
                  "--max_new", 24, "--kl_coef", 0, "--value_warmup", 0, "--dtype", "float32", "--out", out)
         seen, pages = set(), json.loads((out / "inspect.json").read_text())
         assert "last" in pages

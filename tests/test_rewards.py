@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import InputError
 from data.files.checkpoint import save
 from data.files.tokenizer import tokenizer_from_json
 from data.rewards import Scorer
@@ -101,6 +102,19 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(strangers):
     own = Scorer("--reward", folders["own"], TOK).score(rows, texts, ids, mask, 2)
     both = Scorer("--reward", f"{folders['own']},{folders['steps']}", TOK).score(rows, texts, ids, mask, 2)
     torch.testing.assert_close(both, (own + by_steps) / 2, atol=1e-5, rtol=0)
+
+
+def test_an_id_that_stands_for_nothing_is_named(strangers):
+    """A policy whose vocabulary is padded to a round number can draw one: a sentence, no error of an index."""
+    folders, _, _, _ = strangers
+    ids, mask, _ = batch(["Yes."])
+    rows, n = [{"prompt": user("Why?")}], TOK.vocab_size
+    scorer = Scorer("--reward", folders["own"], TOK)
+    ids[0, -2] = n - 1
+    scorer.score(rows, ["Yes."], ids, mask, 2)
+    ids[0, -2] = n
+    with pytest.raises(InputError, match=f"own: the policy said token {n}, which its tokenizer does not have"):
+        scorer.score(rows, ["Yes."], ids, mask, 2)
 
 
 @torch.no_grad()

@@ -946,6 +946,10 @@ def test_text_never_becomes_a_special_token(suite, chain, tmp_path, script):
 # 10. Several processes, as torchrun starts them.
 
 
+# A share may turn on a tie within rounding: by one of the things counted. What it is a share of is held by the losses.
+ONE_OF = {"accuracy": 1 / 8, "rm_accuracy": 1 / 32, "clipfrac": 0.01}
+
+
 def close(a, b):
     """Equal weights to 1e-5, but for a few where a gradient is next to nothing and Adam divides it by itself."""
     d = (a - b).abs()
@@ -1004,7 +1008,9 @@ def test_two_processes_are_one(early, script, flags):
     for r in results:
         assert r.rc == 0 and r.err == "", r
     for a, b in zip(log_of(folder / "one"), log_of(folder / "two"), strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=5e-6), (a, b)
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=5e-6 + ONE_OF.get(name, 0)), (name, a, b)
         # The log keeps six digits: below 1 the last one may differ by one, which is a little more than 1e-6 in floats.
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=2e-6, abs=1.1e-6)
     one, two = (read_safetensors(folder / n / "model.safetensors") for n in ("one", "two"))
@@ -1388,6 +1394,44 @@ def test_a_file_is_readable_in_one_sitting(path):
     """The stages and model.py, and what they call in data/, which otherwise becomes denser than they are."""
     wrong = too_hard_to_read(path)
     assert not wrong, wrong
+
+
+# What Python's own library got after 3.10, by the names that are new.
+NEWER = set("""tomllib ExceptionGroup BaseExceptionGroup TaskGroup UTC StrEnum ReprEnum Self LiteralString Never override
+    assert_never reveal_type Required NotRequired Unpack TypeVarTuple TypeAliasType batched sumprod cbrt exp2 file_digest
+    add_note binomialvariate full_match from_uri is_junction isjunction walk_up onexc
+    process_cpu_count""".split())
+
+
+def test_every_file_runs_on_the_oldest_python():
+    """Otherwise syntax or a call of a newer Python is only noticed where the old one is installed."""
+    [oldest] = re.findall(r'^requires-python = ">=3\.(\d+),<', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert oldest == "10", "NEWER is what came after 3.10"
+    for path in [*ROOT.glob("*.py"), *(ROOT / "data").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, int(oldest)))
+        names = {node.attr for node in parts_of(tree, ast.Attribute)} | {node.id for node in parts_of(tree, ast.Name)}
+        names |= {node.arg for node in parts_of(tree, ast.keyword)}
+        for node in parts_of(tree, ast.Import, ast.ImportFrom):
+            names |= {part for alias in node.names for part in alias.name.split(".")}
+        assert not names & NEWER, f"{path}: {names & NEWER}"
+        for node in parts_of(tree, ast.Attribute):      # Path.walk came in 3.12; those of os and ast are older
+            assert node.attr != "walk" or ast.unparse(node.value) in ("os", "ast"), f"{path}:{node.lineno}"
+
+
+def test_versions_stand_in_one_place():
+    """pyproject.toml has the ranges; the pinned torch and what runs here lie within them, and README names no other."""
+    text = (ROOT / "pyproject.toml").read_text()
+    [pin] = re.findall(r"^torch==(\d+)\.(\d+)", (ROOT / "requirements.txt").read_text(), re.M)
+    here = re.match(r"(\d+)\.(\d+)", torch.__version__).groups()
+    for name, versions in (("requires-python = ", [sys.version_info[:2]]), ('"torch', [pin, here])):
+        [bounds] = re.findall(rf'{name}"?>=(\d+)\.(\d+),<(\d+)\.(\d+)"', text)
+        low, high = tuple(map(int, bounds[:2])), tuple(map(int, bounds[2:]))
+        assert all(low <= tuple(map(int, version)) < high for version in versions), (name, versions)
+        readme = (ROOT / "README.md").read_text()
+        told = re.findall(r"Python (\d+)\.(\d+) to (\d+)\.(\d+)" if "python" in name else
+                          r"torch (\d+)\.(\d+) to (\d+)\.(\d+)", readme)
+        for a, b, c, d in told:
+            assert (int(a), int(b)) == low and (int(c), int(d) + 1) == high, readme
 
 
 def test_imports_run_one_way():
