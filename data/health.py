@@ -6,7 +6,7 @@ import torch
 
 from data import InputError
 from data.parallel import in_chunks
-from model import Linear, token_values
+from model import Linear, LoRA, token_values
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -158,6 +158,29 @@ def of_preferences(history, before, after):
             f"answers grew from {before['length']:.1f} to {after['length']:.1f} tokens: longer ones were "
             "chosen more often, or sums over tokens favour them; try --loss dpo_norm or simpo")
     return warnings
+
+
+@torch.no_grad()
+def of_adapters(model, state):
+    """What is wrong with a trained model that may have LoRA's adapters, {name: sentence}. The sum of weights
+    and adapters is saved in fp32, and whoever reads it multiplies in bf16, where an update that is smaller
+    than its weight's rounding is lost. state: the trained tensors by name."""
+    if Linear.compute_dtype is None:
+        return {}
+    learnt = missed = 0.0      # squared norms
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRA):
+            w = layer.linear.weight.float()                                                # (out, in)
+            update = 2 * (state[f"{name}.b.weight"] @ state[f"{name}.a.weight"]).to(w.device)
+            kept = (w + update).to(Linear.compute_dtype).float() - w.to(Linear.compute_dtype).float()
+            learnt += update.square().sum().item()
+            missed += (kept - update).square().sum().item()
+    share = math.sqrt(missed / max(learnt, 1e-30))
+    if share < 0.5:
+        return {}
+    return {"adapters": f"what they learnt is smaller than bf16 rounds the weights that they are added to: "
+                        f"read in bf16, the saved model is off by {share:.0%} of it; try a larger --lr, or "
+                        "--dtype float32 for whatever reads it"}
 
 
 # ------------------------------------------------------------------------------------------------------------

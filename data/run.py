@@ -29,6 +29,7 @@ from data.files.checkpoint import finish_save, load_state, save
 from data.flags import given_flags, parse_flags
 from data.folder import (CHECKPOINT, PART_OF_A_CHAIN, changed_code, check_same, claim, missing, record_of,
                          remove, result_of, run_of)
+from data.health import of_adapters
 from data.parallel import RANK, all_sum, full_state, load_full_state, load_optimizer_state, optimizer_state
 from data.screen import SCREEN
 from data.setup import MEASURE, seeded
@@ -311,8 +312,11 @@ class Run:
             optimizers[name] = optimizer_state(model, optimizer)
         kept = {name: self.state[name] for name in ("before", "answers") if name in self.state}
         kept |= state | {"step": step + 1, "models": models, "optimizers": optimizers}
-        main_model = next(iter(self.trained.values()))[0]
+        name, (main_model, _) = next(iter(self.trained.items()))
         save(self.folder, main_model, self.tok, kept | {"machine": self.machine()})
+        if step + 1 == self.n_steps and RANK == 0:
+            for what, sentence in of_adapters(main_model, models[name]).items():
+                self.say_once(what, f"health, {what}: {sentence}")
         if self.stopping:
             raise KeyboardInterrupt(f" after step {step + 1}, saved in {self.folder}; this command goes on")
 

@@ -544,6 +544,25 @@ def test_adapters_train_alone_and_resume(suite, chain, tmp_path):
     assert json.loads((tmp_path / "a" / "result.json").read_text())["after"]["kl"] > 0
 
 
+def test_adapters_below_the_rounding_are_named(monkeypatch):
+    """Otherwise the closing table is of a policy that nobody gets: read in bf16, its saved weights are those of before."""
+    torch.manual_seed(0)
+    trunk = model.freeze(model.GPT(model.GPTConfig(vocab_size=64, n_layer=1, n_embd=32, n_inner=64, max_len=8)))
+    policy = model.with_lora(trunk, 2)
+    state = {name: x for name, x in policy.state_dict().items() if name.endswith((".a.weight", ".b.weight"))}
+
+    def said(dtype, update):
+        monkeypatch.setattr(model.Linear, "compute_dtype", dtype)
+        for name, x in state.items():
+            if name.endswith(".b.weight"):
+                x.fill_(update)
+        return health.of_adapters(policy, state)
+
+    assert "off by" in said(torch.bfloat16, 1e-7)["adapters"]
+    assert said(torch.bfloat16, 0.1) == said(torch.bfloat16, 0.0) == said(None, 1e-7) == {}
+    assert health.of_adapters(trunk, {}) == {}
+
+
 def test_kto_on_unpaired_data(suite, chain, tmp_path):
     path = tmp_path / "kto.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in KTO))
