@@ -244,22 +244,15 @@ def chain(suite, request, tmp_path_factory):
             suite.early["cai"] = suite.start("cai.py", "--out", early / "cai", *CAI_FLAGS), early / "cai"
     r = suite.finish(jobs["ppo"])
     assert r.rc == 0 and r.err == "", r
+    # What tests of rewards at ends, of votes and of best-of-N build on: of some ten answers at least one ends.
+    result = json.loads((folder / "sft" / "result.json").read_text())
+    assert result["after"]["eos_rate"] > 0.5, "the tests' SFT model hardly ever ends an answer: train it longer"
     for item in items:
         begin = getattr(item.module, "EARLY", {}).get(item.originalname)
         if begin:
             own, params = tmp_path_factory.mktemp("early"), getattr(item, "callspec", SimpleNamespace(params={})).params
             suite.early[item.nodeid] = own, suite.background.submit(begin, suite, folder, own, **params)
     return folder
-
-
-def short_answers(suite, chain, folder):
-    """A policy whose answers end and differ, whatever it is asked, for tests of what happens at the end of an answer; the
-    chain's own may say nothing that ends in the few answers that such a test looks at."""
-    rows = [{"prompt": f"Question number {i}?", "completion": f"Well. It is {i}."} for i in range(200)]
-    (folder / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    suite.ok("sft.py", "--init", chain / "base", "--data", folder / "short.jsonl", "--lr", 0.003, "--batch_size", 16,
-             "--epochs", 4, "--warmup", 2, "--max_new", 4, "--dtype", "float32", "--out", folder / "short")
-    return folder / "short"
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import short_answers
 from data import InputError, process, report, world
 from data.files import formats
 from data.files.checkpoint import load, save
@@ -441,10 +440,10 @@ def test_reward_process_learns_from_lines(suite, chain, tmp_path):
 @needs_fork
 def test_ppo_and_best_of_n_by_steps(suite, chain, steps_model, tmp_path):
     """PPO's rewards arrive at the last token of each step, of a model and of two policies; best-of-N by them."""
-    (folder, _), init = steps_model, short_answers(suite, chain, tmp_path)
+    folder, _ = steps_model
     for name, source in (("labelled", str(folder)), ("implicit", f"implicit:{chain}/dpo:{chain}/sft")):
         out = tmp_path / name
-        suite.ok("ppo.py", "--init", init, "--reward", source, "--iterations", 4, "--rollouts", 16,
+        suite.ok("ppo.py", "--init", chain / "sft", "--reward", source, "--iterations", 4, "--rollouts", 16,
                  "--max_new", 24, "--kl_coef", 0, "--value_warmup", 0, "--dtype", "float32", "--out", out)
         seen, pages = set(), json.loads((out / "inspect.json").read_text())
         assert "last" in pages

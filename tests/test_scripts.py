@@ -1035,16 +1035,20 @@ def two_and_then_one(suite, chain, folder, script, flags):
     ("ppo.py", "--init {chain}/sft --reward {chain}/reward --rollouts 16 --minibatches 2 --value_warmup 1 "
                "--relabel 2")])
 def test_a_run_goes_on_in_another_number_of_processes(early, script, flags):
-    """Two steps by two processes, the others by one: the losses of a run without a break."""
+    """Two steps by two processes, the others by one: the losses of a run without a break. Otherwise a state is lost on the
+    way: without the optimizers' the four of PPO differ by 6e-4, 3e-2, 8e-2 and 0.3."""
     folder, (n, results) = early
     for r in results:
         assert r.rc == 0 and r.err == "", r
     assert n == 2 and "going on after step 2" in results[-1].out
     losses = {"sft.py": ["loss"], "ppo.py": ["policy_loss", "value_loss", "rm_loss", "kl"]}[script]
     whole, cut = log_of(folder / "whole"), log_of(folder / "cut")
+    # Means of terms of about 1 that cancel, such as advantages with mean 0: rounding is to be measured by the terms. Seen
+    # were 1e-6, and 5e-5 once; without the optimizers it is 6e-4 at least.
+    near_0 = ("policy_loss", "kl")
     for name in losses:
         assert [row[name] for row in whole if name in row] == pytest.approx(
-            [row[name] for row in cut if name in row], rel=1e-5, abs=1e-6), name
+            [row[name] for row in cut if name in row], rel=1e-5, abs=1e-4 if name in near_0 else 1e-6), name
     assert {"sft.py": 4, "ppo.py": 3}[script] == sum(losses[0] in row for row in cut)
 
 
