@@ -154,9 +154,9 @@ def cosine(step, steps, warmup):
 
 def batches(lengths, batch_size, seed, epoch):
     """One pass over examples of these lengths: lists of example numbers, one a batch, of similar length to
-    save padding: shuffle, sort within windows of 16 batches, shuffle the batches. With several processes a
-    batch drops what does not divide evenly. InputError: --batch_size does not divide, or there are fewer
-    examples than processes."""
+    save padding: shuffle, sort within windows of 16 batches, shuffle the batches. With several processes the
+    one short batch drops what does not divide evenly: other examples in each pass, and fewer than processes.
+    InputError: --batch_size does not divide, or there are fewer examples than processes."""
     if batch_size % WORLD or len(lengths) < WORLD:
         would = max(1, batch_size // WORLD) * WORLD
         raise InputError(f"--batch_size {batch_size}, {len(lengths)} examples: they do not divide over "
