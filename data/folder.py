@@ -75,8 +75,9 @@ def foreign(folder, names):
 
 
 def is_ours(path):
-    """Whether a folder inside a run's own holds a run of ours, or a reward model as ppo.py saves it, known by
-    the reward_mean in its config.json; or by .commit, if the save was cut off (data/files/checkpoint.py)."""
+    """Whether a folder inside a run's own holds a run of ours, or a reward model as ppo.py saves it."""
+    # That one has no run.json. reward_mean is a field that only we write; and a save that was cut off left
+    # .commit (data/files/checkpoint.py).
     try:
         config = read_json(path / "config.json", kind=dict)
     except InputError:
@@ -209,8 +210,9 @@ def changed_code(old, new):
 
 
 def edited_since(record):
-    """The files of ours whose meaning has changed since a run wrote its run.json, as a phrase; "" if none has,
-    or if nobody can tell."""
+    """The files of ours whose meaning has changed since a run wrote this run.json, as a phrase; "" if none
+    has, or if nobody can tell."""
+    # Of its files, not of those that the present script has imported: another stage needs others.
     before = record.get("code", {})
     now = {"python": python()}
     for name in before.keys() - now.keys():
