@@ -179,7 +179,7 @@ def of_adapters(model, state):
     if share < 0.5:
         return {}
     return {"adapters": f"what they learnt is smaller than bf16 rounds the weights that they are added to: "
-                        f"read in bf16, the saved model is off by {share:.0%} of it; try a larger --lr, or "
+                        f"read in bf16, the saved model is off by {share:.2g} times that; try a larger --lr, or "
                         "--dtype float32 for whatever reads it"}
 
 
