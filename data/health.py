@@ -178,9 +178,10 @@ def of_adapters(model, state):
     share = math.sqrt(missed / max(learnt, 1e-30))
     if share < 0.5:
         return {}
-    return {"adapters": f"what they learnt is smaller than bf16 rounds the weights that they are added to: "
-                        f"read in bf16, the saved model is off by {share:.2g} times that; try a larger --lr, or "
-                        "--dtype float32 for whatever reads it"}
+    return {"adapters": (
+        "what they learnt is smaller than bf16 rounds the weights that they are added to: read in bf16, the "
+        f"saved model is off by {share:.2g} times that; try a larger --lr, or --dtype float32 for whatever "
+        "reads it")}
 
 
 # ------------------------------------------------------------------------------------------------------------
