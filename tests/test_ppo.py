@@ -255,6 +255,8 @@ def test_asking_again_asks_the_same_annotator(tmp_path, monkeypatch):
         found = relabel.relabelling_of(cfg, tmp_path, WORDS, scorer, group_pairs, [])
         assert (found is not None) == is_asked
         assert not is_asked or found.first == again.first
+    (tmp_path / "result.json").write_text(json.dumps({"config": TOLD | {"critique": "out/base"}}))   # who is gone
+    assert relabel.relabelling_of(ppo.Config(), tmp_path, WORDS, one, group_pairs, []) is None
 
     # Two prompts; the other answer to the first one repeats the second, the first one to the second does not end.
     seen, rows = [], [asked("2 3"), asked("4")]

@@ -2,10 +2,12 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ import torch
 
 import reward
 import sft
-from data import health, report, world
+from data import comparisons, health, report, sample, world
 from data.files import formats
 from data.files.checkpoint import load
+from data.principles import transcript
 from data.rewards import rewards_of_texts
+from test_oracles import helpful_pairs
 from test_scripts import fails, log_of, result_of, same, write
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
@@ -114,6 +118,57 @@ def test_evaluate_says_what_the_pairs_say(chain):
     loss = [-x[4]["label"] * math.log(world.choice_probability(x[0] - x[2], 1))
             - (1 - x[4]["label"]) * math.log(world.choice_probability(x[2] - x[0], 1)) for x in told]
     assert metrics["loss"] == pytest.approx(np.mean(loss), abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scalable oversight: an annotator with a critic (what the annotator makes of it: tests/test_oracles.py).
+
+
+def test_a_critic_reads_the_answers_that_the_annotator_doubts(tmp_path, monkeypatch):
+    """Otherwise it is asked about what is known, twice about the same, or in other words than in cai.py; or what it
+    says goes to another answer, and never reaches the comparisons."""
+    pairs, asked = helpful_pairs()[::9], []
+    ideal = {transcript(row["prompt"]) + "\n\nAssistant:": right for row, right, _ in pairs}
+
+    def ask(requests):
+        """A critic who finds fault with everything, and then says what is right."""
+        asked.extend(requests)
+        for request in requests:
+            talk = re.match(r"(?s).*?\n\nAssistant:", request["prompt"])[0]
+            text = f" {ideal[talk]}" if request["prompt"].endswith("Revision:") else " The answer is not right."
+            yield {"text": text, "ended": True}
+    monkeypatch.setattr(comparisons, "local_critic", lambda path, device: ("somebody", ask))
+    run = SimpleNamespace(cfg=reward.Config(critique="somebody"), folder=tmp_path, say=print)
+    annotator = world.Annotator(noise=0.0, knows=0.5)
+    doubted = {(str(row["prompt"]), text) for row, *texts in pairs for text in texts if not annotator.knows_fact(row)}
+    alone = sample.annotated(pairs, annotator, random.Random(0))
+    annotator.critiques = comparisons.criticised(run, pairs + pairs, annotator, "cpu")
+    helped = sample.annotated(pairs, annotator, random.Random(0))
+
+    assert set(annotator.critiques) == doubted and 0 < len(doubted) < 2 * len(pairs)
+    assert len(asked) == 2 * len(doubted) and len({request["seed"] for request in asked}) > len(doubted)
+    for (row, right, wrong), before, after in zip(pairs, alone, helped):
+        assert before["label"] == (1.0 if annotator.knows_fact(row) else 0.5)
+        assert (after["chosen"], after["rejected"], after["label"]) == (right, wrong, 1.0)
+
+
+def test_gold_accuracy(monkeypatch):
+    """The share of right choices by gold, whatever the label says and whichever side is a; pairs without a better
+    answer do not count."""
+    def scored(pairs, model, tok):
+        return [pair | {"r_a": r_a, "r_b": 0.0, "gold_a": gold_a, "gold_b": 0.5}
+                for pair, r_a, gold_a in zip(pairs, (1, -1, 1, -1, 1), (1.0, 0.0, 0.0, 1.0, 0.5))]
+    monkeypatch.setattr(comparisons, "pairs_to_show", lambda rows, *args, **more: rows)
+    monkeypatch.setattr(comparisons, "with_rewards", scored)
+    rows = [{"label": 1.0}] * 5
+    assert comparisons.gold_accuracy(rows, None, None, 9) == {"gold_accuracy": 0.5}
+    assert comparisons.gold_accuracy([], None, None, 9) == {}
+
+
+@needs_fork
+def test_a_critic_needs_something_that_is_not_known(suite, tmp_path):
+    for more in ([], ["--knows", 0.5, "--data", write(tmp_path / "x.jsonl", [])]):
+        fails(suite.run("reward.py", "--critique", "x", *more, "--out", tmp_path / "x"), "give --knows, less than 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
