@@ -84,6 +84,7 @@ def main(cfg):
     data = cfg.data or world.TINY / "rl.jsonl"
     rows, dropped = formats.load(data, "prompt", cfg.prompts)
     print(formats.describe(rows, dropped, data))
+    reward.check_prompts(rows)
     rows = reward.readable(short_enough(tok, rows, policy.cfg.max_len - cfg.max_new), cfg.max_new)
     graded = all(map(world.knows, rows))
     if not rows:

@@ -29,6 +29,7 @@ def read_prompts(run, path, tok, policy, scorer):
     longest = min(cfg.max_prompt, policy.cfg.max_len - cfg.max_new)
     rows, dropped = formats.load(path, "prompt")
     run.say(formats.describe(rows, dropped, path))
+    scorer.check_prompts(rows)
     fitting = scorer.readable(short_enough(tok, rows, longest), cfg.max_new)
     message = (f"{len(fitting):,} prompts to answer; {len(rows) - len(fitting):,} left out, of more than "
                f"{longest} tokens (--max_prompt, --max_new) or too long for {scorer.flag}")

@@ -167,12 +167,14 @@ class Scorer:
                 return source.models[0]
         return None
 
+    def check_prompts(self, rows):
+        """InputError if gold is among them and does not know the prompt of one of the rows."""
+        if any(source.name == "gold" for source in self.sources) and not all(map(world.knows, rows)):
+            raise InputError(f"{self.flag} gold judges the tiny world's prompts only")
+
     def readable(self, rows, max_new):
-        """The prompt rows that leave every model room for an answer of max_new of its tokens, and its EOS.
-        InputError: gold does not know one of them."""
+        """The prompt rows that leave every model room for an answer of max_new of its tokens, and its EOS."""
         for source in self.sources:
-            if source.name == "gold" and not all(map(world.knows, rows)):
-                raise InputError(f"{self.flag} gold judges the tiny world's prompts only")
             if source.models:
                 longest = min(model.cfg.max_len for model in source.models)
                 rows = short_enough(source.tok, rows, longest - max_new - 1)
