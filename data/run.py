@@ -315,8 +315,7 @@ class Run:
         name, (main_model, _) = next(iter(self.trained.items()))
         save(self.folder, main_model, self.tok, kept | {"machine": self.machine()})
         if step + 1 == self.n_steps and RANK == 0:
-            for what, sentence in of_adapters(main_model, models[name]).items():
-                self.say_once(what, f"health, {what}: {sentence}")
+            self.say_health(of_adapters(main_model, models[name]))
         if self.stopping:
             raise KeyboardInterrupt(f" after step {step + 1}, saved in {self.folder}; this command goes on")
 

@@ -544,6 +544,14 @@ def test_adapters_train_alone_and_resume(suite, chain, tmp_path):
     assert json.loads((tmp_path / "a" / "result.json").read_text())["after"]["kl"] > 0
 
 
+def test_a_run_names_adapters_below_the_rounding(suite, chain, tmp_path):
+    """Once, at its last save."""
+    r = suite.ok("dpo.py", "--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl", "--lora", 2,
+                 "--batch_size", 8, "--max_new", 4, "--dtype", "bfloat16", "--lr", 1e-6, "--max_steps", 2, "--out",
+                 tmp_path / "x")
+    assert r.out.count("health, adapters: ") == 1
+
+
 def test_adapters_below_the_rounding_are_named(monkeypatch):
     """Otherwise the closing table is of a policy that nobody gets: read in bf16, its saved weights are those of before."""
     torch.manual_seed(0)
