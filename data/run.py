@@ -172,10 +172,9 @@ class Run:
             lines = path.read_text(encoding="utf-8").splitlines()[: self.first]
             self.history = [json.loads(line) for line in lines]
         if RANK == 0:
-            path.unlink(missing_ok=True)      # a backup may share its bytes
-            self.log_file = open(path, "w", encoding="utf-8")
-            for row in self.history:
-                self.write_row(row)
+            # A new file at once: a backup may share the old one's bytes, and a kill here loses no row.
+            write_jsonl(path, self.history)
+            self.log_file = open(path, "a", encoding="utf-8")
         if self.first:
             self.say(f"{self.folder}: going on after step {self.first}")
             before, now = self.state.get("machine"), self.machine()
