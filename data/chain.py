@@ -116,36 +116,50 @@ def chain_columns(cfg, name, before, after):
 # What next.
 
 NEXT = {   # stage: commands worth trying after it; the default chain needs none of the flags in capitals
-    "pretrain": ["python -m data.chat {out}", "python sft.py --init OUT --data DEMONSTRATIONS"],
-    "sft": ["python -m data.chat {out}", "python reward.py --init OUT --data COMPARISONS",
-            "python dpo.py --init OUT --data COMPARISONS"],
-    "reward": ["python ppo.py --init INIT --reward OUT --data PROMPTS",
+    "pretrain": ["python -m data.chat {out}", "python sft.py --init OUT --data DEMONSTRATIONS --out SFT"],
+    "sft": ["python -m data.chat {out}", "python reward.py --init OUT --data COMPARISONS --out REWARD",
+            "python dpo.py --init OUT --data COMPARISONS --out DPO"],
+    "reward": ["python ppo.py --init INIT --reward OUT --data PROMPTS --out PPO",
                "python -m data.vote --policy INIT --reward OUT --data PROMPTS"],
     "ppo": ["python -m data.chat {out}", "python ppo.py --inspect --out OUT"],
     "dpo": ["python -m data.chat {out}",
-            "python dpo.py --loss {loss} --out out/{loss} --init INIT --data DATA"],
+            "python dpo.py --loss {loss} --out {loss_out} --init INIT --data DATA"],
     "cai": ["python -m data.chat {out}"],
 }
+
+
+def beside(folder, name):
+    """A folder for what `name` makes of the run in a folder: out/ppo_fooled beside out/fooled. The default
+    one may hold another run, and then the command would be refused."""
+    folder = Path(folder)
+    return str(folder.with_name(f"{name}_{folder.name}"))
 
 
 def next_commands(stage, cfg):
     """Commands worth trying after a run, about what it has made. What they need of data is named in capitals
     where this run's were the user's own, too."""
     name, init = {"pretrain": "base"}.get(stage, stage), getattr(cfg, "init", "")
-    is_default = cfg.out == f"out/{name}" and not cfg.data and not init
+    # What a biased annotator leads to shows where it is not asked again, so that only PPO moves.
+    is_biased = any(value and flag.startswith("bias_") for flag, value in vars(cfg).items())
+    is_default = cfg.out == f"out/{name}" and not cfg.data and not init and not is_biased
     own = {"OUT": cfg.out, "INIT": init or sibling(cfg, "sft"), "DATA": cfg.data}
+    own |= {script.upper(): beside(cfg.out, script) for script in ("sft", "reward", "ppo", "dpo")}
+    loss = "simpo" if getattr(cfg, "loss", "") == "ipo" else "ipo"
     commands = []
     for command in NEXT.get(stage, ()):
-        command = command.format(out=shlex.quote(cfg.out),
-                                 loss="simpo" if getattr(cfg, "loss", "") == "ipo" else "ipo")
+        command = command.format(out=shlex.quote(cfg.out), loss=loss,
+                                 loss_out=shlex.quote(beside(cfg.out, loss)))
         if is_default:
             command = re.sub(r" --\w+ [A-Z]+\b", "", command)
         elif not cfg.data:
             command = re.sub(r" --data [A-Z]+\b", "", command)
         for word, value in own.items():
             command = command.replace(f" {word}", f" {shlex.quote(value)}")
+        if is_biased and command.startswith("python ppo.py"):
+            command += " --relabel 0"
         commands.append(command)
     sft = sibling(cfg, "sft")
     if stage in ("ppo", "dpo", "cai") and not cfg.data and result_of(sft):
-        commands.append(shlex.join(["python", "-m", "data.evaluate", sft, cfg.out]))
+        commands.append(shlex.join(["python", "-m", "data.evaluate", sft, cfg.out,
+                                    "--out", beside(cfg.out, "evaluate")]))
     return commands

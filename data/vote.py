@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data import InputError, comparisons, sample, world
 from data.files import formats
-from data.chain import need
+from data.chain import beside, need
 from data.files.checkpoint import load
 from data.flags import ToolFlags, names_in, program
 from data.folder import lock
@@ -191,7 +191,7 @@ def main(cfg):
     if reward and not reward_model.process:     # which did not learn from comparisons
         start = reward
     print(f"{len(votes)} votes in {path}; to learn from them: "
-          f"python reward.py --init {start} --data {path}")
+          f"python reward.py --init {start} --data {path} --out {beside(path.parent, 'reward')}")
 
 
 if __name__ == "__main__":

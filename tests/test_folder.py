@@ -19,6 +19,7 @@ from data.run import FILES, Run, flags_of_its_run
 from data.world import build
 from dpo import Config as DPOConfig
 from ppo import Config as PPOConfig
+from reward import Config as RewardConfig
 from sft import Config
 from test_scripts import fails, links, log_of, result_of, snapshot, write
 
@@ -466,15 +467,32 @@ def test_next_speaks_of_this_run(tmp_path, monkeypatch):
     assert next_commands("sft", Config(out="out/sft")) == ["python -m data.chat out/sft", "python reward.py",
                                                            "python dpo.py"]
     assert next_commands("sft", Config(out="out/mine/sft", data="a.jsonl")) == [
-        "python -m data.chat out/mine/sft", "python reward.py --init out/mine/sft --data COMPARISONS",
-        "python dpo.py --init out/mine/sft --data COMPARISONS"]
+        "python -m data.chat out/mine/sft",
+        "python reward.py --init out/mine/sft --data COMPARISONS --out out/mine/reward_sft",
+        "python dpo.py --init out/mine/sft --data COMPARISONS --out out/mine/dpo_sft"]
     assert next_commands("ppo", PPOConfig(out="out/hacked")) == ["python -m data.chat out/hacked",
                                                                  "python ppo.py --inspect --out out/hacked"]
     after = next_commands("dpo", DPOConfig(out="out/ipo", loss="ipo"))
-    assert "python dpo.py --loss simpo --out out/simpo --init out/sft" in after and "ipo --out" not in str(after)
+    assert "python dpo.py --loss simpo --out out/simpo_ipo --init out/sft" in after and " ipo --out" not in str(after)
     after = next_commands("dpo", DPOConfig(out="my dpo", init="my model", data="p.jsonl"))
     assert after == ["python -m data.chat 'my dpo'",
-                     "python dpo.py --loss ipo --out out/ipo --init 'my model' --data p.jsonl"]
+                     "python dpo.py --loss ipo --out 'ipo_my dpo' --init 'my model' --data p.jsonl"]
+
+
+def test_next_goes_where_no_other_run_is(tmp_path, monkeypatch):
+    """The default folder of a command may hold another run, and the command would be refused: a reward model of a
+    biased annotator got the out/ppo of the honest one, and every comparison with SFT the same out/evaluate."""
+    monkeypatch.chdir(tmp_path)
+    assert next_commands("reward", RewardConfig(out="out/reward"))[0] == "python ppo.py"
+    first = "python ppo.py --init out/sft --reward"
+    assert next_commands("reward", RewardConfig(out="out/short"))[0] == f"{first} out/short --out out/ppo_short"
+    assert next_commands("reward", RewardConfig(out="out/fooled", bias_confidence=1.0))[:2] == [
+        f"{first} out/fooled --out out/ppo_fooled --relabel 0",
+        "python -m data.vote --policy out/sft --reward out/fooled"]
+    (tmp_path / "out/sft").mkdir(parents=True)
+    (tmp_path / "out/sft/result.json").write_text("{\"after\": {}}")
+    after = next_commands("ppo", PPOConfig(out="out/short"))
+    assert after[-1] == "python -m data.evaluate out/sft out/short --out out/evaluate_short"
 
 
 def test_nothing_is_left_open(tmp_path):

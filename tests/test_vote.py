@@ -134,7 +134,8 @@ def test_no_vote_is_lost(suite, chain, tmp_path):
             vote(t, key)
         t.until("q(uit)> ")
         t.type("\x04")
-        assert f"20 votes in {file}" in t.until("--init") and t.process.wait(60) == 0
+        made = file.parent.with_name(f"reward_{file.parent.name}")      # not out/mine/reward, which may be another's
+        assert f"20 votes in {file}" in t.until(f"--out {made}") and t.process.wait(60) == 0
     finally:
         for t in sessions:
             t.process.kill()
