@@ -47,6 +47,7 @@ def flags_of_its_run(cfg):
 
 
 FILES = (*CHECKPOINT, "log.jsonl", "samples.txt", "answers.jsonl", "result.json")   # of every run
+TO_GO_ON = "the same command with a larger --max_steps, or without it, goes on"     # of one cut short
 
 
 class Run:
@@ -89,6 +90,7 @@ class Run:
             sys.exit(int(ends) - 1)
         run.state = {} if dry else load_state(run.folder)
         run.first = run.state.get("step", 0)
+        run.start -= run.state.get("seconds", 0.0)      # of earlier sessions: they are the run's too
         run.catch_signals()
         return run
 
@@ -124,10 +126,15 @@ class Run:
         result, edited = result_of(self.folder), changed_code(old, record)
         theirs, ours = result.get("config", {}).get("max_steps", 0), self.cfg.max_steps
         if result and (theirs == 0 or 0 < ours <= theirs):
-            SCREEN.say(f"{self.folder} is finished: a run with the same flags took {result['seconds']:.0f} s "
-                       "(--overwrite repeats it)")
+            cut = f", but cut short after {report.cut_short(result)}" if report.cut_short(result) else ""
+            SCREEN.say(f"{self.folder} is finished{cut}: a run with the same flags took "
+                       f"{result['seconds']:.0f} s (--overwrite repeats it)")
+            if cut and theirs and PART_OF_A_CHAIN not in os.environ:
+                SCREEN.say(TO_GO_ON)
             if edited:
                 SCREEN.say(f"{edited} changed since: --overwrite or another --out runs it anew")
+            if "code" not in old:
+                SCREEN.say("what code made it was not recorded")
             SCREEN.say(report.table(result["columns"]))
             sys.exit(0)
         if edited:
@@ -276,8 +283,8 @@ class Run:
         parts += [f"{name} {value:.3g}" for name, value in metrics.items() if name != "tok_s"][:5]
         if speed:
             parts.append(f"{speed:,.0f} tokens/s")
-        left = (now - self.loop_start) * (1 - done) / done      # in seconds
-        parts.append(f"{left // 60:.0f}:{left % 60:02.0f} left")
+        minutes, seconds = divmod(round((now - self.loop_start) * (1 - done) / done), 60)
+        parts.append(f"{minutes}:{seconds:02} left")
         SCREEN.progress(parts, is_last)
 
     def say_health(self, warnings):
@@ -311,8 +318,9 @@ class Run:
             optimizers[name] = optimizer_state(model, optimizer)
         kept = {name: self.state[name] for name in ("before", "answers") if name in self.state}
         kept |= state | {"step": step + 1, "models": models, "optimizers": optimizers}
+        kept |= {"machine": self.machine(), "seconds": time.perf_counter() - self.start}
         name, (main_model, _) = next(iter(self.trained.items()))
-        save(self.folder, main_model, self.tok, kept | {"machine": self.machine()})
+        save(self.folder, main_model, self.tok, kept)
         if step + 1 == self.n_steps and RANK == 0:
             self.say_health(of_adapters(main_model, models[name]))
         if self.stopping:
@@ -373,7 +381,7 @@ class Run:
         if PART_OF_A_CHAIN in os.environ:    # the script that asked for this one goes on
             return
         if self.n_steps < self.n_planned:
-            self.say("the same command with a larger --max_steps, or without it, goes on")
+            self.say(TO_GO_ON)
         for command in next_commands(self.stage, self.cfg):
             self.say(f"next: {command}")
         self.say(report.write_page(self.folder))

@@ -14,7 +14,7 @@ import pytest
 
 from data import InputError, folder as folder_py, page, write_atomic
 from data.chain import need, next_commands
-from data.folder import claim, code, edited_since, foreign, meaning, missing, python, remove, run_of
+from data.folder import claim, code, edited_since, foreign, meaning, missing, python, record_of, remove, run_of
 from data.run import FILES, Run, flags_of_its_run
 from data.world import build
 from dpo import Config as DPOConfig
@@ -422,6 +422,27 @@ def test_edited_code_is_noticed(suite, chain, tmp_path):
     (tmp_path / "x" / "run.json").write_text(json.dumps(record))
     assert "going on after step 3" in suite.ok(*flags, "--max_steps", 4).out
     assert "sft.py" in run_of(tmp_path / "x")["code"]
+
+
+def test_what_a_finished_run_says_of_itself(tmp_path, capsys):
+    """One that --max_steps ended was "finished" without a word of how it goes on, and one of unknown code without a word
+    of that."""
+    cfg = Config(out=str(tmp_path), max_steps=3)
+    record = record_of(cfg, "sft", [], [])
+    unknown = {name: value for name, value in record.items() if name != "code"}
+
+    def said(old, steps, max_steps):
+        """By Run.check_that_it_goes_on."""
+        result = {"seconds": 23.0, "steps": steps, "planned": 30, "config": {"max_steps": max_steps}, "columns": {"x": {}}}
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        with pytest.raises(SystemExit):
+            Run(cfg, "sft").check_that_it_goes_on(old, record)
+        return capsys.readouterr().out
+    cut, whole, of_unknown_code = said(record, 3, 3), said(record, 30, 0), said(unknown, 30, 0)
+    assert "is finished, but cut short after 3 of 30 steps: a run with the same flags took 23 s" in cut
+    assert "the same command with a larger --max_steps, or without it, goes on" in cut
+    assert "is finished: a run" in whole and "goes on" not in whole
+    assert "what code made it was not recorded" in of_unknown_code and "recorded" not in cut + whole
 
 
 @needs_fork

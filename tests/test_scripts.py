@@ -30,6 +30,7 @@ from data.flags import MAY_BE_0, SHARES, parse_flags
 from data.rewards import Scorer
 from data.files.safetensors import read_safetensors
 from data.files.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
+from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
 SCRIPTS = ["data.pretrain", "sft.py", "reward.py", "ppo.py", "dpo.py"]
@@ -1281,10 +1282,25 @@ def test_the_time_left_knows_that_steps_differ(tmp_path, capsys):
     """Ten seconds for a tenth of the run leave ninety, whatever share of the steps that was."""
     run = run_py.Run(module_of("cai.py").Config(out=str(tmp_path)), "cai")
     run.begin(3, tok=None)
-    for done, left in ((0.1, "1:30 left"), (None, "0:20 left")):
-        run.loop_start, run.shown = time.perf_counter() - 10, 0
+    for gone, done, left in ((10, 0.1, "1:30 left"), (10, None, "0:20 left"), (59.7, 0.5, "1:00 left")):
+        run.loop_start, run.shown = time.perf_counter() - gone, 0
         run.log(0, done=done, gold=0.5)
-        assert left in capsys.readouterr().out
+        assert left in capsys.readouterr().out      # the last one was "0:60 left"
+
+
+def test_the_seconds_of_earlier_sessions_count(tmp_path, monkeypatch):
+    """A run that was broken off 100 s after its start and goes on took those 100 s too: only the last session counted."""
+    monkeypatch.setattr(folder_py, "lock", lambda folder: None)      # this process has it twice
+    monkeypatch.setattr(run_py.Run, "catch_signals", lambda run: None)
+    monkeypatch.setattr(run_py, "save", lambda folder, model, tok, state: torch.save(state, folder / "state.pt"))
+    model = GPT(GPTConfig(n_layer=1, n_embd=32))
+    for session in (1, 2):
+        run = run_py.Run.open(module_of("sft.py").Config(out=str(tmp_path / "x")), "sft")
+        assert run.first == session - 1
+        run.begin(9, None, policy=(model, torch.optim.SGD(model.parameters())))
+        run.start -= 100
+        run.save(run.first)
+        assert 100 * session <= load_state(tmp_path / "x")["seconds"] < 100 * session + 90
 
 
 # ---------------------------------------------------------------------------------------------------------------------
