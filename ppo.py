@@ -186,17 +186,18 @@ class Estimator:
     mean_over: str                # what the loss is a mean over: see token_weights
 
     def in_words(self):
-        """The first sentence of the function's docstring, for --inspect and the page."""
-        return " ".join(self.advantages.__doc__.split()).split(". ")[0]
+        """The first sentence of the function's docstring, or its name, for --inspect and the page."""
+        words = self.advantages.__doc__ or self.advantages.__name__
+        return " ".join(words.split()).split(". ")[0]
 
 
 ESTIMATORS = {
-    #                         advantages       critic  group  whitened  the loss is a mean over
-    "gae":         Estimator(by_value_model,   True,   1,     True,     "tokens"),
-    "rloo":        Estimator(rloo,             False,  2,     False,    "tokens"),
-    "grpo":        Estimator(grpo,             False,  2,     False,    "answers"),
-    "dr_grpo":     Estimator(dr_grpo,          False,  2,     False,    "answers of max_new tokens"),
-    "reinforce++": Estimator(reward_to_go,     False,  1,     True,     "tokens"),
+    #                        advantages       critic  least_group  whitened  mean_over
+    "gae":         Estimator(by_value_model,  True,   1,           True,     "tokens"),
+    "rloo":        Estimator(rloo,            False,  2,           False,    "tokens"),
+    "grpo":        Estimator(grpo,            False,  2,           False,    "answers"),
+    "dr_grpo":     Estimator(dr_grpo,         False,  2,           False,    "answers of max_new tokens"),
+    "reinforce++": Estimator(reward_to_go,    False,  1,           True,     "tokens"),
 }
 
 
