@@ -366,18 +366,27 @@ def test_a_loss_is_one_row(monkeypatch):
 
 def test_the_prompt_mask_changes_no_dpo_loss_but_the_rewards():
     """With one prompt for both answers the prompt's terms cancel in w - l: what the blog post's code gets right by
-    luck. They do not where a loss looks at w and l apart, or at their length."""
+    luck. They do not where a loss looks at w and l apart, or at their length: both are asked of the loss itself, so
+    that this holds for a row that somebody adds."""
     gpt, ref, rng = tiny("llama"), tiny("llama", 1), random.Random(4)
     examples = [(x, a, b, 1.0) for x, a, b in zip(ragged(rng, 5, 2, 9), ragged(rng, 5, 1, 9), ragged(rng, 5, 1, 9))]
     moved = [(x[:1], x[1:] + a, x[1:] + b, p) for x, a, b, p in examples]     # the prompt counted as part of the answer
 
-    def of(examples, loss):
+    def read(examples):
         (logp, n), (known, _) = (dpo.answer_logps(m, examples, SimpleNamespace(pad_id=3)) for m in (gpt, ref))
-        return dpo.labelled_loss(logp.double(), known.double(), n, torch.ones(5), config(loss=loss, beta=0.1))
+        return logp.double(), known.double(), n
 
     for loss in PAIRED:
-        (a, wa, la), (b, wb, lb) = of(examples, loss), of(moved, loss)
-        assert torch.allclose(a, b, atol=1e-5) == (loss == "dpo")
+        spec, cfg = dpo.LOSSES[loss], config(loss=loss, beta=0.1)
+        logp, known, n = read(examples)
+        a, wa, la = dpo.labelled_loss(logp, known, n, torch.ones(5), cfg)
+        b, wb, lb = dpo.labelled_loss(*read(moved), torch.ones(5), cfg)
+        # What a prompt adds to both answers: two tokens of log-prob -1, and the rewards gain alike or not.
+        gain_w, gain_l = spec.reward(logp - 1, known, n + 2) - spec.reward(logp, known, n)
+        of_difference = torch.allclose(spec.loss(wa + 1, la + 1, cfg), spec.loss(wa, la, cfg), atol=1e-5)
+        cancels = torch.allclose(gain_w, gain_l) and of_difference and spec.nll == 0
+        assert torch.allclose(a, b, atol=1e-5) == cancels, loss
+        assert cancels or loss != "dpo"
         assert not torch.allclose(wa, wb, atol=1e-3) and not torch.allclose(la, lb, atol=1e-3)
 
 
