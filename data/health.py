@@ -67,11 +67,33 @@ def health(history, cfg=None):
             f"it explains {now['explained_var']:.2f} of the variance of the returns, where a constant "
             "explains 0: try a larger --value_lr or --value_warmup, or do without a value model: "
             "--advantage rloo --group 4")
-    if "gold" in now:
+    same = reward_of_all(history, cfg)
+    if same is not None:
+        warnings["equal rewards"] = (
+            f"every answer that ends gets the same reward, {same:.4g}: there is nothing to learn but to end; "
+            "look at --reward, which has to tell answers apart")
+    elif "gold" in now:
         hacking = reward_hacking(history, now, cfg)
         if hacking:
             warnings["reward hacking"] = hacking
     return warnings
+
+
+def reward_of_all(history, cfg):
+    """The reward that every answer which ended got so far, or None where they got different ones."""
+    if cfg is None:
+        return None
+    # The logged mean holds the penalty of those that did not end. Without it the mean stands still only where
+    # all are equal: other rewards move it with every new batch.
+    means_of_ended = []
+    for row in history:
+        if row["eos_rate"] > 0:
+            penalty = cfg.eos_penalty * (1 - row["eos_rate"])
+            means_of_ended.append((row["reward"] + penalty) / row["eos_rate"])
+    if len(means_of_ended) < 10:
+        return None
+    low, high = min(means_of_ended), max(means_of_ended)
+    return high if high - low < 1e-4 * max(1.0, abs(high)) else None
 
 
 def reward_hacking(history, now, cfg):

@@ -484,6 +484,21 @@ def test_no_advice_names_what_is_on():
     assert "rloo" in health(rows, ppo.Config())["value model"]
 
 
+def test_a_reward_that_is_the_same_for_all_is_named_and_no_hacking():
+    """Where all answers get 1 the logged mean still rises, since fewer get the penalty for not ending; with a gold
+    that falls this was called hacking."""
+    cfg = ppo.Config(relabel=0)
+    reward = tuple(rate - cfg.eos_penalty * (1 - rate) for rate in (0.985, 1.0))
+    rows = rows_of_a_run(gold=(0.9, 0.6), reward=reward)
+    for row in rows:      # with the six digits of the log
+        row["reward"], row["eos_rate"] = float(f"{row['reward']:.6g}"), float(f"{row['eos_rate']:.6g}")
+    said = health(rows, cfg)
+    assert list(said) == ["equal rewards"] and "same reward, 1:" in said["equal rewards"]
+    rows[20]["reward"] += 0.01      # one batch with another mean: answers do differ
+    assert list(health(rows, cfg)) == ["reward hacking"]
+    assert health(rows_of_a_run(), cfg) == {}
+
+
 def test_health_looks_for_the_peak_of_gold():
     """A gold score that rose first and fell later is hacking, although it ends above its start."""
     up = rows_of_a_run(30, gold=(0.5, 0.95))
