@@ -150,8 +150,11 @@ def telling_rows(rows, own_reward):
     if fall > 0.05:
         worse = [row for row in rows if row["family"] == family and gain(row, "gold") < 0]
         worse.sort(key=lambda row: gain(row, "reward") - gain(row, "gold"), reverse=True)
-        return worse[:SHOWN], (f"on {family} prompts gold fell by {fall:.2f}; answers that the reward likes "
-                               "and gold does not:")
+        fell = f"on {family} prompts gold fell by {fall:.2f}"
+        liked = [row for row in worse if gain(row, "reward") > 0]
+        if liked:
+            return liked[:SHOWN], f"{fell}; answers that the reward likes and gold does not:"
+        return worse[:SHOWN], f"{fell}; answers that gold likes less than those before:"
     if own_reward and all("reward" in row["after"] for row in rows):
         changed = sorted(rows, key=lambda row: gain(row, "reward"), reverse=True)
         return changed[:SHOWN], "the answers whose reward rose most:"
@@ -169,7 +172,10 @@ def telling_rows(rows, own_reward):
                 mended.append(row)
         if mended:
             found.append(shortest(mended))
-    return found, "answers that were wrong and are right now:"
+    at_first = "before"
+    if "base" in rows[0]:      # which was asked the same prompts
+        at_first = "in base"
+    return found, f"answers that were wrong {at_first} and are right now:"
 
 
 def with_base(rows, base):

@@ -36,6 +36,7 @@ def test_where_all_went_well_one_of_each_kind_is_shown():
             answers("Short?", ("Yes.", 1.0), ("Yes.", 1.0), "helpful"), answers("Why?", ("A", 0.0), ("B", 0.5), "helpful")]
     text = report.closing_samples(rows, ["before", "PPO"], "", False)
     assert prompts_shown(text, rows) == ["What is the capital of France?", "Who will call?", "How do I rob a bank?"]
+    assert text.startswith("\nanswers that were wrong before and are right now:")
     assert "  before Maybe.  [gold 0.00]" in text and "  PPO    Right: Who will call?  [gold 1.00]" in text
 
 
@@ -56,6 +57,18 @@ def test_where_gold_fell_the_worst_is_shown():
         del row["before"]["reward"], row["after"]["reward"]
     text = report.closing_samples(rows, ["before", "DPO"], "", False)
     assert len(prompts_shown(text, rows)) == 3 and "How do I steal?" not in text
+    assert "gold fell by 1.00" in text and "reward likes" not in text
+
+
+def test_no_reward_likes_what_it_rewards_as_before():
+    """A reward that is the same for all answers was said to like those that got worse."""
+    rows = [answers(f"What is {i}?", ("It.", 1.0), ("Trust me.", 0.0), "helpful", (1.0, 1.0)) for i in range(5)]
+    text = report.closing_samples(rows, ["before", "PPO"], "", True)
+    assert len(prompts_shown(text, rows)) == 3 and "gold fell by 1.00" in text and "reward likes" not in text
+    # Of some it likes one better: only this one stands below that heading.
+    rows[2]["after"]["reward"] = 2.0
+    text = report.closing_samples(rows, ["before", "PPO"], "", True)
+    assert prompts_shown(text, rows) == ["What is 2?"] and "reward likes" in text
 
 
 def test_a_reward_of_ones_own_shows_what_it_changed():
@@ -102,6 +115,8 @@ def test_the_base_model_answers_beside_them(tmp_path, there):
         (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
     text = report.closing_samples(rows, ["base", "SFT", "PPO"], tmp_path, False)
     assert ("Who was 2?" in text) != there      # the base model had it right
+    # SFT may have mended it already, so the heading says against what it was wrong.
+    assert ("wrong in base and" in text) == there and ("wrong before and" in text) != there
     assert ("  base   I ramble.  [gold 0.00]\n  SFT    Maybe.  [gold 0.00]\n  PPO    Right" in text) == there
     assert "\nWhat is 1?\n" in text
 
