@@ -153,8 +153,11 @@ def run(folder):
     log = curves(folder)
     if not result and not log:
         return None
-    # What the page asks for without asking whether it is there has a value here.
-    found = {"stage": folder.name, "before": {}, "after": {}}
+    # What the page asks for without asking whether it is there has a value here. The stage of a run that was
+    # cut off stands in run.json, which is written first.
+    started = each(read_json, [folder / "run.json"])
+    stage = started[0].get("stage", folder.name) if started else folder.name
+    found = {"stage": stage, "before": {}, "after": {}}
     for key in ("stage", "seed", "seconds", "device", "config", "steps", "planned", "given", "before",
                 "after"):
         if result and key in result[0]:

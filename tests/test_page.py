@@ -354,6 +354,15 @@ def test_a_run_that_goes_on(tmp_path):
         file.write('{"step": 41, "rewa')   # the line being written
     (run,) = embedded(page.write_page(tmp_path))["runs"]
     assert not run["finished"] and run["log"]["step"][-1] == 40 and run["log"]["reward"][-1] == 3.9
+    assert run["stage"] == "ppo"
+
+
+def test_the_stage_of_a_run_that_was_cut_off(tmp_path):
+    """A crashed ppo.py --out out/reinf was "another run of stage reinf"."""
+    write_lines(tmp_path / "reinf" / "log.jsonl", [{"step": 1, "reward": 0.1}])
+    (tmp_path / "reinf" / "run.json").write_text('{"stage": "ppo", "config": {}}')
+    (run,) = embedded(page.write_page(tmp_path))["runs"]
+    assert (run["name"], run["stage"], run["finished"]) == ("reinf", "ppo", False)
 
 
 def test_no_number_that_json_does_not_know(tmp_path):
