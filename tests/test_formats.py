@@ -596,6 +596,9 @@ MALFORMED = [
                                                         "preference rows, found a prompt with a response (sft)"),
     ({"instruction": "a", "output": "b"},
      "kto", "expected a prompt with a completion and a true or false label for kto"),
+    # And which key is mistyped.
+    ({"prompt": "a", "choosen": "b", "rejected": "c"}, "preference",
+     'found a prompt (prompt), and beside it "choosen", "rejected"'),
     ({"prompt": "a"}, "sft", "expected a prompt with a response for sft rows, found a prompt (prompt)"),
     ({"prompt": "a", "completion": "b", "label": True}, "preference", "found a prompt with a completion and a true"),
 ]

@@ -407,15 +407,22 @@ def format_of(row, kind):
         if given.issuperset(keys):
             break
     else:
-        names = ", ".join(json.dumps(key[:40]) for key in list(row)[:8]) or "none"
         raise Malformed("expected the keys of a known format, such as prompt, messages or chosen, found "
-                        f"{names}")
+                        f"{names_of(row) or 'none'}")
     if holds == "sft" and kind != "prompt" and verdict_of(row, kind) is not None:
         holds = "kto"
     needed, made_of = KINDS[kind]
     if holds not in made_of:
-        raise Malformed(f"expected {needed} for {kind} rows, found {KINDS[holds][0]} ({holds})")
+        # A key that is mistyped stands among those that were not read.
+        others = names_of(key for key in row if key not in keys)
+        beside = f", and beside it {others}" if others else ""
+        raise Malformed(f"expected {needed} for {kind} rows, found {KINDS[holds][0]} ({holds}){beside}")
     return keys, holds, reader
+
+
+def names_of(keys):
+    """Keys of a row in words, "" if there are none: at most eight."""
+    return ", ".join(json.dumps(key[:40]) for key in list(keys)[:8])
 
 
 def convert(row, kind):
