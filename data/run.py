@@ -62,7 +62,7 @@ class Run:
         self.health = None                            # a stage's own function of the log: {name: warning}
         self.skipped, self.stopping = 0, False        # steps not taken; whether to end after this one
         self.shown, self.warned, self.history = 0.0, set(), []    # history: the rows of log.jsonl
-        self.start = time.perf_counter()
+        self.start, self.seconds_before = time.perf_counter(), 0.0
 
     @classmethod
     def open(cls, cfg, stage, inputs=(), writes=(), dry=False, runs_scripts=False):
@@ -90,7 +90,8 @@ class Run:
             sys.exit(int(ends) - 1)
         run.state = {} if dry else load_state(run.folder)
         run.first = run.state.get("step", 0)
-        run.start -= run.state.get("seconds", 0.0)      # of earlier sessions: they are the run's too
+        # The seconds of earlier sessions are the run's too; those after the last save are in result.json.
+        run.start -= max(run.seconds_before, run.state.get("seconds", 0.0))
         run.catch_signals()
         return run
 
@@ -108,6 +109,7 @@ class Run:
         goes_on = self.is_begun() and not self.cfg.overwrite
         if goes_on:
             self.check_that_it_goes_on(old, record)
+            self.seconds_before = result_of(self.folder).get("seconds", 0.0)
         remove(self.folder, ["result.json"] if goes_on else old.get("files", files))
         samples = self.folder / "samples.txt"
         if samples.exists():      # it is added to, and a backup may share its bytes (cp -l)

@@ -1302,6 +1302,11 @@ def test_the_seconds_of_earlier_sessions_count(tmp_path, monkeypatch):
         run.save(run.first)
         assert 100 * session <= load_state(tmp_path / "x")["seconds"] < 100 * session + 90
 
+    # One that --max_steps ended measured for 40 s after its last save.
+    (tmp_path / "x" / "result.json").write_text('{"seconds": 240, "config": {"max_steps": 2}}')
+    run = run_py.Run.open(module_of("sft.py").Config(out=str(tmp_path / "x")), "sft")
+    assert 240 <= time.perf_counter() - run.start < 330
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 12. README, and the sizes that keep the files readable.
