@@ -12,6 +12,7 @@
         run.save_when_due(step)
     run.finish(before, after)
 """
+import atexit
 import json
 import math
 import os
@@ -115,6 +116,13 @@ class Run:
         if samples.exists():      # it is added to, and a backup may share its bytes (cp -l)
             write_atomic(samples, samples.read_bytes())
         write_json(self.folder / "run.json", record)
+        atexit.register(self.withdraw, record["files"])
+
+    def withdraw(self, files):
+        """A run that ended before it wrote any of its files leaves no run.json, which would make those ours
+        that somebody puts there later."""
+        if not any((self.folder / name).exists() for name in files):
+            (self.folder / "run.json").unlink(missing_ok=True)
 
     def is_begun(self):
         """Whether the folder holds what a run of ours has made: a checkpoint, or a round of cai.py."""
