@@ -136,8 +136,9 @@ class Run:
         result, edited = result_of(self.folder), changed_code(old, record)
         theirs, ours = result.get("config", {}).get("max_steps", 0), self.cfg.max_steps
         if result and (theirs == 0 or 0 < ours <= theirs):
-            cut = f", but cut short after {report.cut_short(result)}" if report.cut_short(result) else ""
-            SCREEN.say(f"{self.folder} is finished{cut}: a run with the same flags took "
+            cut = report.cut_short(result)
+            short = f", but cut short after {cut}" if cut else ""
+            SCREEN.say(f"{self.folder} is finished{short}: a run with the same flags took "
                        f"{result['seconds']:.0f} s (--overwrite repeats it)")
             if cut and theirs and PART_OF_A_CHAIN not in os.environ:
                 SCREEN.say(TO_GO_ON)

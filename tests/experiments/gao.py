@@ -14,7 +14,6 @@ stops earlier. This fits both forms by least squares, and compares the weights a
 PPO's points are on the training prompts, each the mean of five iterations; best-of-N's are on the test
 prompts. Leaves --out/gao.md (two tables), gao.png (if matplotlib is installed) and gao.json (all points).
 """
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-from data import write_atomic   # noqa: E402
+from data import write_atomic, write_json   # noqa: E402
 from data.flags import program   # noqa: E402
-from hacking import ROOT, curve, make, spread   # noqa: E402
+from hacking import ROOT, curve, make, pyplot, spread   # noqa: E402
 
 BEFORE = 5      # iterations of ppo.py that sample from the SFT model: the value model learns alone in four
 MEASURES = {"gold": 2, "proxy": 1}       # and their columns in a curve; column 0 is d
@@ -138,12 +137,8 @@ def frontier_table(runs):
 
 def plot(path, runs):
     """Gains against d: a line a seed, a colour a weight; best-of-N with its fit, dashed."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print(f"(no {path}: matplotlib is not installed)")
+    plt = pyplot(path)
+    if plt is None:
         return
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for ax, (measure, column) in zip(axes, MEASURES.items()):
@@ -176,7 +171,7 @@ def main(cfg):
     for seed, run in zip(cfg.seeds.split(","), runs):
         for name, rows in run.items():
             points.append({"seed": int(seed), "name": name, "d_proxy_gold": rows.tolist()})
-    write_atomic(out / "gao.json", json.dumps(points).encode())
+    write_json(out / "gao.json", points)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ own: on the CPU what Linux counts, less what there was before the model; on a GP
 
 Leaves --out/growth.json, and prints a table in Markdown.
 """
-import json
 import resource
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +23,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 import bench   # noqa: E402
-from data import write_atomic   # noqa: E402
+from data import write_json   # noqa: E402
 from data.flags import ToolFlags, program   # noqa: E402
 from data.setup import setup   # noqa: E402
 
@@ -106,7 +105,7 @@ def main(cfg):
         cells += [", ".join(f"{x:.0f}" for x in row["mb"]), f"{row['mb_exponent']:.2f}"]
         print(f"| {' | '.join(cells)} | {AT_MOST[row['what']]} |")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(cfg.out) / "growth.json", json.dumps({"device": device, "rows": table}).encode())
+    write_json(Path(cfg.out) / "growth.json", {"device": device, "rows": table})
 
 
 if __name__ == "__main__":

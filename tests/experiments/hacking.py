@@ -22,7 +22,6 @@ installed), cures.json with a row for each bias, seed and cure, and cures.txt, a
                      peak
 out/index.html shows them where --out is out/hacking.
 """
-import json
 import os
 import re
 import shlex
@@ -36,7 +35,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from data import InputError, read_json, read_jsonl, report, write_atomic   # noqa: E402
+from data import InputError, read_json, read_jsonl, report, write_atomic, write_json   # noqa: E402
 from data.flags import program   # noqa: E402
 
 BIASES = {"length": 0.7, "confidence": 1.0, "sycophancy": 2.0}    # --bias_NAME of reward.py
@@ -104,7 +103,7 @@ def make(folder, command, more="", python=sys.executable):
             raise InputError(f"{command[1]} failed, see {folder}/screen.txt")
         cost = {"seconds": time.time() - start, "mb": mb, "cpu": cpu}
         print(f"    {cost['seconds']:.0f} s", flush=True)
-        write_atomic(folder / "cost.json", json.dumps(cost).encode())
+        write_json(folder / "cost.json", cost)
     cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
     return read_json(folder / "result.json", kind=dict) | cost
 
@@ -142,15 +141,24 @@ def cured(gold, without):
     return (gold[-1] - end) / (peak - end) if peak - end > 0.02 else None
 
 
-def plot(path, bias, curves, best):
-    """Proxy and gold against sqrt(KL): the `curve` of each seed, and its best-of-N points
-    [{"n", "kl", "reward", "gold"}]."""
+def pyplot(path):
+    """matplotlib.pyplot, for pictures without a screen; None, and a line on the screen that says which picture
+    is missing, if it is not installed."""
     try:
         import matplotlib
         matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib import pyplot as plt
     except ImportError:
         print(f"(no {path}: matplotlib is not installed)")
+        return None
+    return plt
+
+
+def plot(path, bias, curves, best):
+    """Proxy and gold against sqrt(KL): the `curve` of each seed, and its best-of-N points
+    [{"n", "kl", "reward", "gold"}]."""
+    plt = pyplot(path)
+    if plt is None:
         return
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     curves = np.stack(curves)                                                         # (seeds, N, 3)
@@ -234,7 +242,7 @@ def main(cfg):
                 numbers = [row[name] for row in rows if row["cure"] == cure]
                 line += f"{spread(numbers, none='nothing to cure'):>26}"
             lines.append(line)
-    write_atomic(Path(cfg.out) / "cures.json", json.dumps(table, indent=1).encode())
+    write_json(Path(cfg.out) / "cures.json", table)
     write_atomic(Path(cfg.out) / "cures.txt", "\n".join(lines[1:] + [""]).encode())
     print("\n".join(lines))
     print(report.write_page(cfg.out))

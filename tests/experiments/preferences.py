@@ -11,20 +11,19 @@ A run that is there already is not made again. Leaves --out/frontier.json and .p
 (plots if matplotlib is installed). The family of DPO side by side: evidence.py --only dpo.
 """
 import itertools
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-from data import InputError, world, write_atomic, write_jsonl   # noqa: E402
+from data import InputError, world, write_json, write_jsonl   # noqa: E402
 from data.files import formats   # noqa: E402
 from data.files.checkpoint import load   # noqa: E402
 from data.flags import program   # noqa: E402
 from data.setup import seeded   # noqa: E402
 from data.sample import sample_answers   # noqa: E402
 from data.world.judge import METHODS, mentions   # noqa: E402
-from hacking import ROOT, make   # noqa: E402
+from hacking import ROOT, make, pyplot   # noqa: E402
 from model import sampling_copy   # noqa: E402
 
 WEIGHTS = (0, 0.25, 0.5, 0.75, 1)   # of the helpful reward model; the harmless one has the rest
@@ -71,13 +70,9 @@ def frontier(cfg, seeds, folder_of):
 
 def draw(path, points, lines, **axes):
     """points to path.json; lines {name: [(x, y, label)]} to path.png."""
-    write_atomic(path.with_suffix(".json"), json.dumps(points, indent=1).encode())
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("(no plot: matplotlib is not installed)")
+    write_json(path.with_suffix(".json"), points)
+    plt = pyplot(path.with_suffix(".png"))
+    if plt is None:
         return
     fig, ax = plt.subplots(figsize=(5.5, 4), layout="constrained")
     for (name, line), mark in zip(lines.items(), itertools.cycle("osD^v*")):

@@ -24,14 +24,13 @@ smallest to largest), of
     first_error, no_error   data/process.py; comparisons: the reward of the answer cut off behind each step,
                             a reward below 0 calling it wrong
 """
-import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-from data import process, write_atomic, read_jsonl, write_jsonl   # noqa: E402
+from data import process, read_jsonl, write_atomic, write_json, write_jsonl   # noqa: E402
 from data.files import formats   # noqa: E402
 from data.flags import program   # noqa: E402
 from data.rewards import Scorer   # noqa: E402
@@ -166,7 +165,7 @@ def main(cfg):
     for name in dict.fromkeys(row["reward"] for row in table):
         cells = [spread([row.get(figure) for row in table if row["reward"] == name]) for figure in FIGURES]
         lines.append(f"{name:20}" + "".join(f"{cell:>24}" for cell in cells))
-    write_atomic(Path(cfg.out) / "process.json", json.dumps(table, indent=1).encode())
+    write_json(Path(cfg.out) / "process.json", table)
     write_atomic(Path(cfg.out) / "process.txt", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
 

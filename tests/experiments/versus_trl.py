@@ -26,7 +26,6 @@ A run that is there is not made again. After each, --out/table.md and curves.jso
 every iteration of PPO, against episodes and the processor seconds of the whole command, spread evenly) are
 written anew, and at the end, if matplotlib is installed, figure.svg.
 """
-import json
 import os
 import statistics
 import sys
@@ -37,13 +36,13 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 import dpo   # noqa: E402
-from data import InputError, read_json, read_jsonl, report, write_atomic, write_jsonl   # noqa: E402
+from data import InputError, read_json, read_jsonl, report, write_atomic, write_json, write_jsonl   # noqa: E402
 from data.files import formats   # noqa: E402
 from data.files.checkpoint import load   # noqa: E402
 from data.flags import program   # noqa: E402
 from data.rewards import rewards_of_texts   # noqa: E402
 from data.setup import MEASURE, seeded   # noqa: E402
-from hacking import ROOT, make, spread   # noqa: E402
+from hacking import ROOT, make, pyplot, spread   # noqa: E402
 from model import compare_policies, freeze, pad_answers, sampling_copy   # noqa: E402
 from reward import group_pairs, held_out_metrics   # noqa: E402
 
@@ -121,7 +120,7 @@ def measure(path, folder, links, data):
     else:
         figures = of_policy(folder, links, held)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(figures, indent=1).encode())
+    write_json(path, figures)
     return figures
 
 
@@ -185,12 +184,8 @@ def table(found):
 def draw(path, curves, found):
     """PPO's gold against episodes and processor seconds, its reward against KL, and what every run reached.
     curves: rows of curves.jsonl."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print(f"(no {path}: matplotlib is not installed)")
+    plt = pyplot(path)
+    if plt is None:
         return
     fig, axes = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
     for ax, x, y in zip(axes.flat, ("episodes", "cpu", "kl"), ("gold", "gold", "reward")):
