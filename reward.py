@@ -141,8 +141,9 @@ def learn_comparisons(run, model, optimizer, groups, center):
     right before it learns from them."""
     cfg, sums = run.cfg, {"rm_loss": 0.0, "rm_accuracy": 0.0}
     longest = [max(len(ids) for ids in answers) for answers, _ in groups]
-    most = max(len(answers) for answers, _ in groups)
-    size = max(1, cfg.micro_batch // most)                          # prompts per forward pass
+    # Prompts per forward pass: as many as have about --micro_batch answers. Equal answers are one row.
+    n_answers = sum(len(answers) for answers, _ in groups)
+    size = max(1, cfg.micro_batch * len(groups) // n_answers)
     for mini in torch.arange(len(groups)).chunk(cfg.minibatches):
         mini = mini[: len(mini) // WORLD * WORLD].tolist()          # each rank the same number
         for part in micro_batches(mini, longest, size):
