@@ -47,8 +47,13 @@ def compare_answers(run, path, device):
     """Preference rows (data/files/formats.py) of the tiny world: the annotator compares every two different
     answers of the policy at `path` to a prompt. InputError: there are no two."""
     cfg = run.cfg
-    pairs = sample.all_pairs(*answer_prompts(run, path, device))
-    run.say(f"the annotator compares {len(pairs):,} pairs")
+    rows, answers = answer_prompts(run, path, device)
+    pairs = sample.all_pairs(rows, answers)
+    # reward.py counts different prompts, and some of the world's are asked more than once.
+    n_compared = sum(len(texts) > 1 for texts in answers)
+    n_different = len({str(row["prompt"]) for row, _, _ in pairs})
+    run.say(f"the annotator compares {len(pairs):,} pairs, of {n_different:,} different prompts "
+            f"(and {n_compared - n_different:,} repeats of them)")
     if not pairs:
         raise InputError(f"{path}: gives no prompt two different answers that end within --max_new "
                          f"{cfg.max_new} tokens; after longer training, or to more --prompts, it may")

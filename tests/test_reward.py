@@ -152,6 +152,19 @@ def test_a_critic_reads_the_answers_that_the_annotator_doubts(tmp_path, monkeypa
         assert (after["chosen"], after["rejected"], after["label"]) == (right, wrong, 1.0)
 
 
+def test_counts_of_prompts_add_up(monkeypatch, capsys):
+    """A prompt that the world has twice is one group of pairs: the screen says of how many different prompts the pairs
+    are. Otherwise 300 prompts, 25 of them without two answers, leave 271 groups and nobody knows why."""
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in "abcad"]
+    answers = [["1", "2", "3"], ["1"], ["1", "2"], ["1", "4"], []]
+    monkeypatch.setattr(comparisons, "answer_prompts", lambda run, path, device: (rows, answers))
+    monkeypatch.setattr(sample, "annotated", lambda pairs, annotator, rng: pairs)
+    pairs = comparisons.compare_answers(SimpleNamespace(cfg=reward.Config(), say=print), "somebody", "cpu")
+    assert len(pairs) == 5
+    # 5 prompts, 2 of them without two answers: 2 and 1 repeat.
+    assert capsys.readouterr().out.endswith("compares 5 pairs, of 2 different prompts (and 1 repeats of them)\n")
+
+
 def test_gold_accuracy(monkeypatch):
     """The share of right choices by gold, whatever the label says and whichever side is a; pairs without a better
     answer do not count."""
