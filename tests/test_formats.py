@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data.files.formats import INVERTED, KINDS, MARKED, THINKS, as_messages, convert, describe, load, prompt_of, split  # noqa: E402
+from data.files.formats import CHOSEN, INVERTED, KINDS, MARKED, THINKS, as_messages, convert, describe, load, prompt_of, split  # noqa: E402
 from data.files.rows import DataError, read_rows  # noqa: E402
 
 REAL = Path(os.environ.get("RLHF_DATA", ROOT.parent / "shared" / "data"))
@@ -405,7 +405,8 @@ for answered in (TALK, {"conversations": [G("user", "a"), G("gpt", "b")]},
 def test_format(tmp_path, name):
     source, kind, expected = FORMATS[name]
     rows, dropped = load(save(tmp_path, [source]), kind)
-    assert rows == expected and not dropped
+    of_pairs = kind == "sft" and any(source.get(key) is not None for key in ("chosen", "preference"))
+    assert rows == expected and dropped == ({CHOSEN: len(rows)} if of_pairs else {})
     for row in rows:
         check(row, kind)
 
@@ -529,7 +530,7 @@ for key, value in (("image", "x.jpg"), ("images", ["x"]), ("videos", [{"bytes": 
 
 @pytest.mark.parametrize("source, kind, reason", UNUSABLE)
 def test_unusable_row_is_dropped_and_counted(tmp_path, source, kind, reason):
-    good = {"preference": HH, "sft": HH, "prompt": {"prompt": "p"}, "kto": HH, "process": STEPS}[kind]
+    good = {"preference": HH, "sft": TALK, "prompt": {"prompt": "p"}, "kto": HH, "process": STEPS}[kind]
     expected = load(save(tmp_path, [good]), kind)[0]
     assert load(save(tmp_path, [source, good, source]), kind) == (expected, Counter({reason: 2}))
 
@@ -720,7 +721,7 @@ def test_inverted_scores_are_kept_and_said(tmp_path):
     for kind, n in (("preference", 5), ("sft", 5), ("kto", 8)):
         rows, dropped = load(path, kind)
         assert len(rows) == n and dropped[INVERTED] == 2
-        assert sum(dropped.values()) == 2 + (kind == "kto")
+        assert sum(dropped.values()) == 2 + {"preference": 0, "sft": 5, "kto": 1}[kind]
     assert load(path, "prompt")[1] == {}
     rows, dropped = load(path, "preference")
     assert [(row["label"], row["margin"]) for row in rows] == [(1, 6), (1, -2), (0.5, 0), (0.75, 1), (1, -2)]
@@ -730,6 +731,17 @@ def test_inverted_scores_are_kept_and_said(tmp_path):
     dropped_too = [scored(4, 6, rejected="b"), scored(4, 6, rejected=""), scored(9, 1)]
     assert INVERTED not in load(save(tmp_path, dropped_too), "preference")[1]
     assert convert(scored(4, 6), "preference") == ([pref([U("4 6")], "b", "c", 1.0, -2.0)], [INVERTED])
+
+
+def test_demonstrations_of_comparisons_are_said(tmp_path):
+    """Otherwise sft.py learns from the chosen answers of a file of pairs without a word. A demonstration, and a
+    comparison that is read as one, are nothing to speak of."""
+    path = save(tmp_path, [HH, TALK, HH])
+    rows, dropped = load(path, "sft")
+    assert len(rows) == 3 and dropped == {CHOSEN: 2}
+    assert describe(rows, dropped, "x") == f"x: 3 rows kept, 0 dropped; 2 {CHOSEN}"
+    path = save(tmp_path, [HH, HH])
+    assert load(path, "preference")[1] == load(path, "kto")[1] == load(path, "prompt")[1] == {}
 
 
 def test_thoughts_stand_before_the_answer_that_they_led_to(tmp_path):
@@ -770,7 +782,7 @@ def test_thoughts_stand_before_the_answer_that_they_led_to(tmp_path):
 def test_a_template_that_was_applied_already_is_said(tmp_path, mark, source, kind):
     """A second template would be put around the first one, whose marks are letters then; the row is kept, since
     somebody may ask about tokens."""
-    good = {"prompt": {"prompt": "p"}, "process": STEPS}.get(kind, HH)
+    good = {"prompt": {"prompt": "p"}, "sft": TALK, "process": STEPS}.get(kind, HH)
     path = save(tmp_path, [source, good, source])
     rows, dropped = load(path, kind)
     n = len(load(save(tmp_path, [good], "good.jsonl"), kind)[0])

@@ -38,6 +38,7 @@ KINDS = {      # in words, and the kinds of which such rows can be made
 # What is said of rows that are kept; other reasons are why rows are dropped.
 INVERTED = "kept, though the chosen answer scores below the rejected one"
 THINKS = "kept, with the thoughts that stood beside an answer written before it, as <think>..</think>"
+CHOSEN = "kept of a comparison: the chosen answer alone, as a demonstration"
 MARKED = "kept, though a chat template's mark, %s, stands in the text and is read as letters; give bare texts"
 UNREAD = 'kept, though "%s" is not read, since it is no %s'
 
@@ -447,6 +448,8 @@ def convert(row, kind):
         notes.append(MARKED % marks[0])
     if holds == "preference" and kind != "prompt" and more["margin"] < 0 and more["label"] > 0.5:
         notes.append(INVERTED)
+    if holds == "preference" and kind == "sft":
+        notes.append(CHOSEN)
     if any("thoughts" in answer for answer in answers) and kind != "prompt":
         notes.append(THINKS)
 
