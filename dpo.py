@@ -57,7 +57,7 @@ from data.chain import need
 from data.comparisons import mismatch, online_pairs
 from data.files import formats
 from data.files.checkpoint import load
-from data.flags import RunFlags, program
+from data.flags import RunFlags, given_flags, program
 from data.parallel import all_sum, filled_up, in_shares, micro_batches, prepare
 from data.prefix_sharing import pair_logps
 from data.prompts import read_prompts, test_prompts
@@ -396,7 +396,7 @@ def main(cfg):
     """Train a policy on comparisons, given or (--online) of its own answers."""
     device = setup(cfg)
     check_flags(cfg)
-    spec = LOSSES[cfg.loss]
+    spec, given = LOSSES[cfg.loss], given_flags(cfg)
     cfg = replace(cfg, beta=cfg.beta or spec.beta)      # run.json says which beta it was
 
     # What the run reads. A link of the chain that is missing is trained first, by its own script: minutes.
@@ -406,6 +406,7 @@ def main(cfg):
         data = cfg.data or Path(need(cfg, "reward")) / "comparisons.jsonl"      # makes the SFT model too
     init = cfg.init or need(cfg, spec.start)
     run = Run.open(cfg, "dpo", [init, data, cfg.judge] if cfg.online else [init, data])
+    run.given = given       # without the beta that suits the loss
     policy, tok = load(init)
 
     # What there is to learn from, and which of it each step reads.

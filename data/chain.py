@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from data import InputError, report
-from data.flags import Terminated
 from data.folder import PART_OF_A_CHAIN, ROOT, edited_since, result_of, run_of
 from data.parallel import RANK, barrier, child_environment
 
@@ -50,11 +49,14 @@ def need(cfg, link):
             print(report.what_came_out(name, sibling(cfg, name), result_of(sibling(cfg, name))["after"]))
         print(f"\n{n}/{n} {last}", flush=True)
     barrier()
-    config = run_of(sibling(cfg, link)).get("config", {})
+    record = run_of(sibling(cfg, link))
+    config = record.get("config", {})
     own = config.get("data") or config.get("init")
     if own:
         print(f"{sibling(cfg, link)} was made with flags of its own, from {own}", flush=True)
-    edited = edited_since(run_of(sibling(cfg, link)))
+    if record and "code" not in record:
+        print(f"{sibling(cfg, link)}: what code made it was not recorded", flush=True)
+    edited = edited_since(record)
     if edited:
         print(f"{sibling(cfg, link)} was made before {edited} changed; python {' '.join(LINKS[link][0])} "
               f"--overwrite --out {sibling(cfg, link)} makes it anew", flush=True)
@@ -78,8 +80,8 @@ def add_link(cfg, name, wanted):
 
 
 def run_script(cfg, script, out, flags=(), processes=1):
-    """Run another script (a list, such as ["sft.py"]) to its end, its --out being `out`. Ctrl-C reaches it
-    too: it ends its step and saves, and is waited for. InputError: it failed."""
+    """Run another script (a list, such as ["sft.py"]) to its end, its --out being `out`. Whatever interrupts
+    this process stops it too: it ends its step and saves, and is waited for. InputError: it failed."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -92,10 +94,11 @@ def run_script(cfg, script, out, flags=(), processes=1):
     child = subprocess.Popen(command, env=environment)
     try:
         child.wait()
-    except KeyboardInterrupt as e:
-        if isinstance(e, Terminated):      # a kill of this process alone
-            child.terminate()
-        child.wait()                       # subprocess.run would kill it after a quarter of a second
+    except KeyboardInterrupt:
+        # A signal to this process alone has not reached it. A terminal's Ctrl-C has, and then this one does
+        # not count as a second (Run.stop).
+        child.terminate()
+        child.wait()      # subprocess.run would kill it after a quarter of a second
         raise
     if child.returncode:
         raise InputError(f"{' '.join(script)} failed, so there is no {out} to start from")

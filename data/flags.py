@@ -154,6 +154,7 @@ def program(main, Config, doc):
     except (InputError, OSError) as e:   # OSError: no such file, no right to write it, disk full, ...
         sys.exit(f"error: {e}")
     except KeyboardInterrupt as e:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)     # of a parent that passes the same Ctrl-C on
         sys.exit(f"{Path(sys.argv[0]).stem}: interrupted{e}")
     except (RuntimeError, MemoryError) as e:
         if not is_lack_of_memory(e):
@@ -192,13 +193,9 @@ def default_out(cfg, script):
     return f"out/mine/{name}" if own else f"out/{name}"
 
 
-class Terminated(KeyboardInterrupt):
-    """A polite kill, which ends a program as Ctrl-C does, but has not reached the scripts that it runs."""
-
-
 def interrupt(signum, frame):
     """A signal handler that does what Ctrl-C does."""
-    raise Terminated
+    raise KeyboardInterrupt
 
 
 def names_in(text):

@@ -60,6 +60,7 @@ class Run:
         self.cfg, self.stage, self.folder = cfg, stage, Path(cfg.out)
         self.dry, self.runs_scripts = dry, runs_scripts
         self.state, self.first = {}, 0                # of a checkpoint to go on from, and its step
+        self.given = given_flags(cfg)                 # {name: value} that are not at their defaults
         self.health = None                            # a stage's own function of the log: {name: warning}
         self.skipped, self.stopping = 0, False        # steps not taken; whether to end after this one
         self.shown, self.warned, self.history = 0.0, set(), []    # history: the rows of log.jsonl
@@ -166,6 +167,9 @@ class Run:
     def stop(self, signum, frame):
         """Finish the step and save. A second signal ends the run where it is."""
         if self.stopping:
+            # But not the SIGTERM with which a script that runs this one passes Ctrl-C on (data/chain.py).
+            if signum == signal.SIGTERM and PART_OF_A_CHAIN in os.environ:
+                return
             raise KeyboardInterrupt
         self.stopping = True
         with suppress(RuntimeError):      # the signal fell into the midst of another print
@@ -375,7 +379,7 @@ class Run:
         result = {"stage": self.stage, "seed": self.cfg.seed, "config": asdict(self.cfg),
                   "seconds": round(time.perf_counter() - self.start, 1), "device": str(device),
                   "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
-                  "steps": len(self.history), "planned": self.n_planned, "given": given_flags(self.cfg),
+                  "steps": len(self.history), "planned": self.n_planned, "given": self.given,
                   "before": before, "after": after, "columns": columns}
         write_jsonl(self.folder / "answers.jsonl", answers)
         write_json(self.folder / "result.json", result)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from test_scripts import SCRIPTS, TRAIN, links, log_of, module_of, same, snapsho
 from data import InputError, chain as chain_py
 from data.files.checkpoint import load, load_state, load_weights, save, save_folder, write_state
 from data.flags import interrupt, is_lack_of_memory
+from data.folder import PART_OF_A_CHAIN
 from data.run import Run
 from data.screen import Screen
 from data.files import CheckpointError
@@ -398,7 +400,8 @@ def test_output_that_is_closed(suite, chain, tmp_path):
 
 
 def test_ctrl_c_waits_for_the_script_that_runs(tmp_path, monkeypatch):
-    """A link of the chain is not killed while it saves; a kill of the parent alone reaches the script as well."""
+    """A link of the chain is not killed while it saves; a signal to the parent alone reaches the script as well.
+    Otherwise `kill -INT` of a ppo.py that makes its links leaves the base model training to its end."""
     child = tmp_path / "child.py"
     child.write_text("import signal, sys, time\n"
                      "def stop(*_):\n    time.sleep(0.6)\n    open(sys.argv[2] + '/saved', 'w').close()\n"
@@ -406,18 +409,16 @@ def test_ctrl_c_waits_for_the_script_that_runs(tmp_path, monkeypatch):
                      "signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)\n"
                      "open(sys.argv[2] + '/begun', 'w').close()\ntime.sleep(60)\n")
     monkeypatch.setattr(chain_py, "ROOT", tmp_path)
-    for i, reaches_child in enumerate((True, False)):
+    for i, (signum, reaches_child) in enumerate(((signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False))):
         out = tmp_path / str(i)
         out.mkdir()
 
-        def kill(out=out, reaches_child=reaches_child):
+        def kill(out=out, signum=signum, reaches_child=reaches_child):
             while not (out / "begun").exists():
                 time.sleep(0.01)
             if reaches_child:
-                os.kill(int(subprocess.check_output(["pgrep", "-f", str(child)]).split()[0]), signal.SIGINT)
-                os.kill(os.getpid(), signal.SIGINT)
-            else:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(int(subprocess.check_output(["pgrep", "-f", str(child)]).split()[0]), signum)
+            os.kill(os.getpid(), signum)
         old = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, interrupt)
         thread = threading.Thread(target=kill)
         thread.start()
@@ -428,6 +429,21 @@ def test_ctrl_c_waits_for_the_script_that_runs(tmp_path, monkeypatch):
             signal.signal(signal.SIGINT, old[0]), signal.signal(signal.SIGTERM, old[1])
             thread.join()
         assert (out / "saved").exists()
+
+
+@pytest.mark.parametrize("is_part", [True, False])
+def test_a_ctrl_c_that_is_passed_on_is_no_second_one(tmp_path, monkeypatch, is_part):
+    """Otherwise a terminal's Ctrl-C, which reaches script and parent, stops the script at once and loses its steps."""
+    monkeypatch.delenv(PART_OF_A_CHAIN, raising=False)
+    if is_part:
+        monkeypatch.setenv(PART_OF_A_CHAIN, "1")
+    run = Run(Config(out=str(tmp_path)), "sft")
+    run.stop(signal.SIGINT, None)
+    with nullcontext() if is_part else pytest.raises(KeyboardInterrupt):
+        run.stop(signal.SIGTERM, None)
+    assert run.is_asked_to_stop()
+    with pytest.raises(KeyboardInterrupt):      # what somebody presses counts
+        run.stop(signal.SIGINT, None)
 
 
 def test_a_message_never_sticks_to_the_progress_line(monkeypatch, capsys):

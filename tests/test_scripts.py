@@ -99,6 +99,7 @@ def test_every_stage_leaves_its_files(chain, script):
                            "given", "before", "after", "columns"}
     assert (result["stage"], result["seed"], result["config"]["out"]) == (stage, SEED, str(folder))
     assert result["steps"] == n <= result["planned"]
+    assert "beta" not in result["given"] and ("epochs" in result["given"]) == (stage in ("reward", "dpo"))
     assert set(result["config"]) == {f.name for f in fields(module_of(script).Config)}
     told = json.loads((folder / "run.json").read_text())
     assert (told["stage"], told["config"]) == (stage, result["config"]) and "none" not in told["inputs"].values()
@@ -184,7 +185,7 @@ def link(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("there, runs", [((), True), (("config.json", "run.json"), True), (("config.json",), False),
                                          (("config.json", "run.json", "result.json"), False)])
-def test_need(tmp_path, link, there, runs):
+def test_need(tmp_path, link, capsys, there, runs):
     """A link is made if it is missing, finished if it was stopped half way, left alone if it is whole or not ours."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").touch()
@@ -195,6 +196,8 @@ def test_need(tmp_path, link, there, runs):
     assert need(cfg, "sft") == str(tmp_path / "sft")
     want = f"{chain_py.ROOT / 'sft.py'} --out {tmp_path / 'sft'} --seed 7 --dtype bfloat16 --device cpu"
     assert [c[1:] for c in commands] == [want.split()] * runs
+    # Of one that is there, and ours, it is said that nobody knows by what code it was made.
+    assert ("what code made it was not recorded" in capsys.readouterr().out) == ("run.json" in there)
     cfg, _ = link(1)
     if runs:
         (tmp_path / "sft" / "result.json").unlink()
