@@ -628,7 +628,11 @@ def test_equations_are_those_of_the_run(tmp_path, browser):
     assert "k3 = exp(ref - logp) - 1 + logp - ref" in reward and "k1" not in reward
     assert "mine: against the other answers." in advantage and "delta" not in advantage and "whitened" not in advantage
     assert "A_0 = 0.2500, the same at every token" in advantage and "a mean over answers" in update
-    assert "0.80 to 1.30" in update
+    assert "0.80 to 1.30" in update and "pi_old" in update and re.search(r"ratio_0 = [\d.]+ / [\d.]+ = ", update)
+    for response in it["responses"]:      # one ratio for the whole answer, as GSPO has it
+        response["after"]["ratio"] = [0.9] * len(response["tokens"])
+    update = equations(browser, it, tmp_path / "gspo")[4]
+    assert "pi_old" not in update and "of this code's own" in update and "ratio_0 = 0.9000\n" in update
 
 
 def test_a_run_of_older_code_keeps_its_curves(tmp_path, browser):
