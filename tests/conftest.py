@@ -1,8 +1,10 @@
-"""What the tests of the scripts share: a copy of the suite over a slice of its world, and a quick way to run a script.
+"""What the tests of the scripts share: a copy of the suite over a slice of its world, and a quick way to run a script; and
+the second process in which the other tests run.
 
 Importing torch takes two seconds and some hundred runs need it, so one server process imports it and forks: each script
 still runs as `__main__` of a process of its own, with its own arguments, folder, input, output and exit code.
 """
+import ast
 import compileall
 import json
 import os
@@ -11,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +27,7 @@ SEED, THREADS = int(os.environ.get("RLHF_TEST_SEED", 0)), os.environ.get("RLHF_T
 os.environ["OMP_NUM_THREADS"] = THREADS
 
 import pytest   # noqa: E402
+import torch    # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,6 +40,7 @@ import json, os, runpy, signal, sys, traceback
 import numpy, tiktoken, torch
 import torch._dynamo, torch.distributed.checkpoint.state_dict, torch.distributed.fsdp    # optimizers import the first
 sys.modules["matplotlib"] = None                # as if it were not installed: no script needs it
+os.fsync = lambda file: None                    # tests end processes, not the machine, and wait long for a disk
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)          # nobody waits for the forks below
 for line in sys.stdin:
     job = json.loads(line)
@@ -222,6 +227,82 @@ for command in CHAIN.values():
 def pytest_collection_modifyitems(items):
     """Last comes what has been running since the chain was made."""
     items.sort(key=lambda item: item.name == "test_the_script")
+
+
+class Reports:
+    """Keeps what becomes of each test in a file, a dict a line (not JSON, which has no tuples)."""
+
+    def __init__(self, config, path):
+        self.config, self.file = config, open(path, "w")
+
+    def pytest_runtest_logreport(self, report):
+        told = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        self.file.write(f"{told!r}\n")
+        self.file.flush()
+
+
+def run_and_end(config, items, path):
+    """In a process that was forked for it: run some tests, leave their reports in a file, and end. (What is printed is
+    captured in files, and its files would be those of the parent.)"""
+    code = 1
+    os.nice(5)      # the other process has more to do
+    try:
+        capture = config.pluginmanager.getplugin("capturemanager")
+        capture.stop_global_capturing()
+        capture.start_global_capturing()
+        config.pluginmanager.unregister(name="terminalreporter")
+        config.pluginmanager.register(Reports(config, path))
+        for item, following in zip(items, [*items[1:], None]):
+            config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def tell(config, path):
+    """What another process reported, as if it had been here. Returns the name of the last test that came to its end."""
+    last = "none"
+    for line in path.read_text().splitlines():
+        report = config.hook.pytest_report_from_serializable(config=config, data=ast.literal_eval(line))
+        if report.when == "setup":
+            config.hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
+        config.hook.pytest_runtest_logreport(report=report)
+        if report.when == "teardown":
+            config.hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+            last = report.nodeid
+    return last
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    """Of a whole run, the tests that start no script run in a second process, beside those that do: that is half of the
+    time on two cores. Not where somebody looks on (-s, -x, --pdb), and not for a few tests."""
+    config = session.config
+    pure = [item for item in session.items if "suite" not in item.fixturenames]
+    rest = [item for item in session.items if "suite" in item.fixturenames]
+    looked_on = config.option.capture == "no" or config.option.maxfail or config.option.usepdb
+    can_fork = hasattr(os, "fork") and THREADS == "1" and not torch.cuda.is_available()
+    if looked_on or not can_fork or min(len(pure), len(rest)) < 100 or config.option.collectonly:
+        return (yield)
+    config._tmp_path_factory.getbasetemp()      # one for both
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "reports"
+        path.touch()
+        process = os.fork()
+        if process == 0:
+            run_and_end(config, pure, path)
+        try:
+            session.items = rest
+            result = yield
+            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        except BaseException:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise
+        last = tell(config, path)
+        if code != 0:
+            raise session.Interrupted(f"the process beside this one ended after {last} (exit code {code})")
+    return result
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,15 @@ import pytest
 import torch
 from test_scripts import SCRIPTS, TRAIN, links, log_of, module_of, same, snapshot
 
-from data import InputError, chain as chain_py
+from data import InputError, chain as chain_py, world
 from data.files.checkpoint import load, load_state, load_weights, save, save_folder, write_state
 from data.flags import interrupt, is_lack_of_memory
 from data.folder import PART_OF_A_CHAIN
 from data.run import Run
 from data.screen import Screen
 from data.files import CheckpointError
+from data.files.tokenizer import tokenizer_from_ranks
+from model import GPT, GPTConfig
 from sft import Config
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
@@ -235,11 +237,14 @@ def test_full_disk_keeps_the_last_checkpoint(suite, chain, tmp_path):
         save_folder(tmp_path / "x", cfg, state, tok)
 
 
-def test_a_damaged_checkpoint_is_refused_or_equal(chain, tmp_path):
+def test_a_damaged_checkpoint_is_refused_or_equal(tmp_path):
     """Cut at 50 places, 200 flipped bits: an error that names the file, or weights of the right shapes; no traceback of
     another kind. (Safetensors carries no checksum, so a flip inside the weights cannot be seen.)"""
-    shutil.copytree(chain / "sft", tmp_path / "x")
+    tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken")
+    save(tmp_path / "x", GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_inner=32,
+                                       head_dim=8)), tok)
     path, rng = tmp_path / "x" / "model.safetensors", random.Random(0)
+    shutil.copytree(tmp_path / "x", tmp_path / "whole")
     data = path.read_bytes()
     head = 8 + int.from_bytes(data[:8], "little")
     cuts = [rng.randrange(len(data)) for _ in range(40)] + [rng.randrange(head) for _ in range(10)]
@@ -247,7 +252,7 @@ def test_a_damaged_checkpoint_is_refused_or_equal(chain, tmp_path):
         path.write_bytes(data[:at])
         with pytest.raises(CheckpointError, match="model.safetensors"):
             load_weights(tmp_path / "x")
-    shapes, refused = {n: v.shape for n, v in load_weights(chain / "sft")[1].items()}, 0
+    shapes, refused = {n: v.shape for n, v in load_weights(tmp_path / "whole")[1].items()}, 0
     for i in range(200):
         at = rng.randrange(head if i % 2 else len(data))
         path.write_bytes(data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1:])

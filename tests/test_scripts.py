@@ -422,10 +422,9 @@ def other_tokenizer(folder, extra=0):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_to_json(Tokenizer(enc))))
 
 
-@pytest.fixture(scope="session")
-def bad(chain, tmp_path_factory):
-    """A folder of things that scripts must refuse."""
-    d = tmp_path_factory.mktemp("bad")
+def put_what_is_refused(chain, d):
+    """Things that scripts must refuse, in a folder d."""
+    d.mkdir()
     for name, source in {"cut": "sft", "bigger": "sft", "no_tok": "sft", "no_config": "sft",
                          "json": "sft", "cut_rm": "reward"}.items():
         shutil.copytree(chain / source, d / name)
@@ -455,7 +454,6 @@ def bad(chain, tmp_path_factory):
                                   "def words(rows, texts):\n    return ['a'] * len(texts)\n"
                                   "def nan(rows, texts):\n    return [float('nan')] * len(texts)\n")
     (d / "file").write_text("in the way")
-    return d
 
 
 INIT, PPO = "--init {chain}/sft ", "--init {chain}/sft --reward {chain}/reward --rollouts 8 --max_new 8 "
@@ -545,20 +543,28 @@ BAD_INPUT = [   # script, flags, what the message must hold
 ]
 
 
-def test_bad_input_ends_in_one_sentence(suite, chain, bad, tmp_path):
+def run_bad_input(suite, chain, folder):
+    """What becomes of all these commands; they run in folder/runs."""
+    bad, runs = folder / "bad", folder / "runs"
+    put_what_is_refused(chain, bad)
+    runs.mkdir()
     commands = [[script, *flags.format(chain=chain, bad=bad).split()] for script, flags, _ in BAD_INPUT]
     for i, command in enumerate(commands):
         if "--out" not in command and command[0] in SCRIPTS:
-            command += ["--out", tmp_path / str(i) / "out"]
-    results, wrong = suite.run_all(commands, cwd=tmp_path, env={"PYTHONPATH": str(bad)}), []
+            command += ["--out", runs / str(i) / "out"]
+    return list(suite.run_all(commands, cwd=runs, env={"PYTHONPATH": str(bad)}))
+
+
+def test_bad_input_ends_in_one_sentence(early, chain):
+    (folder, results), wrong = early, []
     for i, ((script, flags, words), r) in enumerate(zip(BAD_INPUT, results, strict=True)):
         try:
-            fails(r, words.format(chain=chain, bad=bad))
-            assert not (tmp_path / str(i) / "out" / "config.json").exists(), "left a checkpoint behind"
+            fails(r, words.format(chain=chain, bad=folder / "bad"))
+            assert not (folder / "runs" / str(i) / "out" / "config.json").exists(), "left a checkpoint behind"
         except AssertionError as e:
             wrong.append(f"{script} {flags}: {e}")
     assert not wrong, "\n\n".join(wrong)
-    assert not list(tmp_path.glob("**/*.safetensors")) and not list(tmp_path.glob("**/state.pt"))
+    assert not list(folder.glob("runs/**/*.safetensors")) and not list(folder.glob("runs/**/state.pt"))
 
 
 def test_a_broken_state_is_named(suite, chain, tmp_path):
@@ -1062,10 +1068,6 @@ def test_a_run_goes_on_in_another_number_of_processes(early, script, flags):
     assert {"sft.py": 4, "ppo.py": 3}[script] == sum(losses[0] in row for row in cut)
 
 
-EARLY = {"test_resume_equals_a_run_without_a_break": whole_and_cut, "test_two_processes_are_one": one_and_two,
-         "test_a_run_goes_on_in_another_number_of_processes": two_and_then_one}   # see the chain in conftest.py
-
-
 def test_a_sharded_model_in_bf16(suite, chain, tmp_path):
     """Sampling from its whole twin, before and after, leaves it fit to train: as one process does, to rounding."""
     flags = ["sft.py", "--init", chain / "base", "--max_steps", 3, "--dtype", "bfloat16", "--max_new", 12, "--out"]
@@ -1087,13 +1089,13 @@ def test_what_is_finished_or_refused_ends_in_all_processes(suite, chain):
     assert snapshot(chain / "sft") == before
 
 
-def test_a_process_that_dies_ends_the_run(suite, chain, tmp_path):
-    """With an error, not in a wait without end; what the first process saved is whole."""
+def kill_one_of_two(suite, chain, folder):
+    """Two processes of one run, of which one is killed; gives (exit code, what they printed)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-               "data.pretrain", "--steps", 4000, "--save_every", 5, "--out", tmp_path / "x"]
+               "data.pretrain", "--steps", 4000, "--save_every", 5, "--out", folder / "x"]
     process = subprocess.Popen([str(c) for c in command], env=suite.env, cwd=suite.root, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)
-    state, end = tmp_path / "x" / "state.pt", time.time() + 120
+    state, end = folder / "x" / "state.pt", time.time() + 120
     while not state.exists() and process.poll() is None and time.time() < end:
         time.sleep(0.2)
     assert state.exists(), process.communicate()[0][-2000:]
@@ -1101,9 +1103,21 @@ def test_a_process_that_dies_ends_the_run(suite, chain, tmp_path):
     assert len(workers) == 2
     os.kill(int(workers[1]), signal.SIGKILL)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "Signal 9" in out
-    gpt, _ = load(tmp_path / "x")
+    return process.returncode, out
+
+
+def test_a_process_that_dies_ends_the_run(early):
+    """With an error, not in a wait without end; what the first process saved is whole."""
+    folder, (code, out) = early
+    assert code != 0 and "Signal 9" in out
+    gpt, _ = load(folder / "x")
     assert all(p.isfinite().all() for p in gpt.parameters())
+
+
+EARLY = {"test_resume_equals_a_run_without_a_break": whole_and_cut,      # see the chain in conftest.py
+         "test_bad_input_ends_in_one_sentence": run_bad_input, "test_two_processes_are_one": one_and_two,
+         "test_a_run_goes_on_in_another_number_of_processes": two_and_then_one,
+         "test_a_process_that_dies_ends_the_run": kill_one_of_two}
 
 
 def test_what_several_processes_cannot_share(suite, chain, tmp_path):

@@ -188,7 +188,7 @@ def test_many_prompts_need_few_graphs(dialect, shapes, counter):
     """Whatever the prompts' lengths; and the cache stays where it is once it is large enough, also for
     calls of which one has more rows and another more positions: else graphs are recorded anew in each, and
     pile up."""
-    gpt, rng = small(dialect), random.Random(0)
+    gpt, rng = small(dialect, n_layer=1), random.Random(0)
     tok = tok_of(*range(5, 12))
 
     def go(B, longest):
