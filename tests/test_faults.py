@@ -118,12 +118,13 @@ def test_a_signal_finishes_the_step_and_saves(suite, chain, tmp_path, signum):
     """One that arrives in the midst of the third step, whatever the machine is busy with."""
     flags = ["--init", chain / "base", "--batch_size", 8, "--warmup", 2, "--max_new", 8, "--dtype", "float32",
              "--max_steps", 6]
-    suite.ok("sft.py", *flags, "--out", tmp_path / "whole")
+    whole = suite.start("sft.py", *flags, "--out", tmp_path / "whole")
     r = suite.finish(suite.start_and_stop(3, "sft.py", *flags, "--out", tmp_path / "cut", signum=signum))
     assert r.rc == 1 and load_state(tmp_path / "cut")["step"] == 3
     assert re.fullmatch(rf"sft: interrupted after step 3, saved in {tmp_path / 'cut'}; .* goes on.*\n", r.err)
     assert "stopping after this step" in r.out and not (tmp_path / "cut" / "result.json").exists()
     suite.ok("sft.py", *flags, "--out", tmp_path / "cut")
+    assert suite.finish(whole).rc == 0
     same(tmp_path / "whole", tmp_path / "cut")
 
 
