@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ import sft  # noqa: E402
 from data import world  # noqa: E402
 from data.files.checkpoint import merged  # noqa: E402
 from data.parallel import in_chunks, micro_batches  # noqa: E402
-from data.files.tokenizer import Tokenizer, tokenizer_from_ranks  # noqa: E402
+from data.files.tokenizer import tokenizer_from_ranks  # noqa: E402
 from data.world import build   # noqa: E402
 from model import (GPT, GPTConfig, answer_rewards, attention, attention_bias, compare_policies,  # noqa: E402
                    draw, freeze, freeze_and_cast, generate, last_token, pad_answers, pad_batch, refresh,
