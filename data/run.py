@@ -70,7 +70,7 @@ class Run:
     def open(cls, cfg, stage, inputs=(), writes=(), dry=False, runs_scripts=False):
         """A Run that has the folder cfg.out to itself: locks it, deletes what --overwrite replaces, writes
         run.json, and reads the state that an unfinished run with the same flags left. From here on Ctrl-C
-        lets a step end.
+        lets a step end, but not in cai.py, which has none.
 
         A finished run with the same flags shows its table and ends the program. InputError: a run with other
         flags is there, files that are not ours, or another process. inputs: files and folders that the plan
@@ -94,7 +94,8 @@ class Run:
         run.first = run.state.get("step", 0)
         # The seconds of earlier sessions are the run's too; those after the last save are in result.json.
         run.start -= max(run.seconds_before, run.state.get("seconds", 0.0))
-        run.catch_signals()
+        if not runs_scripts:      # else they reach the script that runs, which has the steps (data/chain.py)
+            run.catch_signals()
         return run
 
     def open_folder(self, inputs, files):

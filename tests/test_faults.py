@@ -437,6 +437,13 @@ def test_ctrl_c_waits_for_the_script_that_runs(tmp_path, monkeypatch):
         assert (out / "saved").exists()
 
 
+def test_cai_leaves_signals_to_its_scripts(tmp_path):
+    """Otherwise `kill -INT` of a cai.py, which has no steps, waits for sft.py or ppo.py to come to its end."""
+    before = signal.getsignal(signal.SIGINT)
+    Run.open(Config(out=str(tmp_path / "x")), "cai", runs_scripts=True)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 @pytest.mark.parametrize("is_part", [True, False])
 def test_a_ctrl_c_that_is_passed_on_is_no_second_one(tmp_path, monkeypatch, is_part):
     """Otherwise a terminal's Ctrl-C, which reaches script and parent, stops the script at once and loses its steps."""
