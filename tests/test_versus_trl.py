@@ -116,3 +116,17 @@ def test_kl_of_answers_without_an_end():
     assert both["kl"] == pytest.approx((one["kl"] + two["kl"]) / 2, rel=1e-4)
     assert both["kl_endless"] == pytest.approx(two["kl"] / 2, rel=1e-4)
     assert both["k1"] == pytest.approx((one["k1"] + two["k1"]) / 2, rel=1e-3, abs=1e-5)
+
+
+def test_measure(chain, tmp_path, monkeypatch):
+    """A name that another file no longer has, a figure that is missing, one that is not of this model."""
+    monkeypatch.setattr(versus_trl, "DRAWS", 1)
+    data = versus_trl.without_ties(tmp_path / "comparisons.jsonl", chain)
+    found = {}
+    for name in ("sft", "dpo", "reward"):
+        found[name] = versus_trl.measure(tmp_path / name / "measured.json", chain / name, chain, data)
+        assert versus_trl.measure(tmp_path / name / "measured.json", Path("gone"), chain, data) == found[name]
+    policies, rewards = versus_trl.COLUMNS["policies"], versus_trl.COLUMNS["reward models"]
+    assert set(policies) - {"cpu"} <= set(found["dpo"]) and set(rewards) - {"cpu"} <= set(found["reward"])
+    assert found["sft"]["kl"] == found["sft"]["chosen"] == found["sft"]["rejected"] == 0 < found["dpo"]["kl"]
+    assert 0 <= found["reward"]["accuracy"] <= 1

@@ -9,9 +9,10 @@ A run that is there (a result.json) is not made again, one that was cut off goes
 the same command again. Each seed has a folder, in which the links of its chain are made once. Tables that
 need more than a row of metrics have drivers of their own, which work in the same way (DRIVERS).
 
-The tables real and arithmetic read a folder --files: smollm2/ (SmolLM2-135M-Instruct from the hub),
+The tables real, steps and arithmetic read a folder --files: smollm2/ (SmolLM2-135M-Instruct from the hub),
 harmless-base.jsonl.gz (of hh-rlhf), alpaca-eval-pairs.jsonl.gz (AlpacaEval's annotations as JSON lines).
 """
+import random
 import shlex
 import sys
 import typing
@@ -100,6 +101,20 @@ def problems(run, seed):
         write_jsonl(run / "problems.jsonl", arithmetic.problems(600))
 
 
+def sums(run, seed):
+    """Sums of three numbers in two steps, each wrong with probability 1/2, as a file of labelled steps."""
+    rng, rows = random.Random(seed), []
+    for _ in range(1500):
+        a, b, c = rng.sample(range(2, 30), 3)
+        right = [rng.random() < 0.5, rng.random() < 0.5]
+        first = a + b if right[0] else a + b + rng.choice((-10, -3, -2, -1, 1, 2, 3, 10))
+        second = first + c if right[1] else first + c + rng.choice((-10, -3, -2, -1, 1, 2, 3, 10))
+        rows.append({"prompt": f"What is {a} + {b} + {c}? Work it out in two steps.", "labels": right,
+                     "completions": [f"{a} + {b} = {first}.\n", f"{first} + {c} = {second}."]})
+    run.mkdir(parents=True, exist_ok=True)
+    write_jsonl(run / "sums.jsonl", rows)
+
+
 # Comparisons, and passes over them: few need more than two, for 40 steps or more.
 SIZES = {100: 20, 300: 10, 1000: 4, 3000: 2, 10000: 2}
 SIZED = {"reward": "reward.py", "dpo": "dpo.py"}
@@ -133,6 +148,8 @@ REAL = {"hh": SMOLLM2 + " --epochs 1 --batch_size 8 --micro_batch 8 --data {file
               " --held_out 0.5",
         "alpaca_eval": SMOLLM2 + " --epochs 2 --batch_size 2 --micro_batch 1"
                        " --data {files}/alpaca-eval-pairs.jsonl.gz --held_out 0.6"}
+STEPS = ("-m data.process --init {files}/smollm2 --data {run}/sums.jsonl --lr 3e-5 --epochs 2 --batch_size 8 "
+         "--micro_batch 8 --held_out 0.4")
 ARITHMETIC = (
     "ppo.py --init {files}/smollm2 --data {run}/problems.jsonl --advantage grpo "
     "--reward {root}/tests/experiments/arithmetic.py:score --group 8 --rollouts 32 --minibatches 2 "
@@ -166,6 +183,8 @@ TABLES = {
     "judge_ai": judged("judge_ai", "--judge ai:{run}/base"),
     "real": Table("0,1,2", REAL, ("accuracy", "longer_wins", "accuracy_shorter", "accuracy_longer", "loss"),
                   before=True),
+    "steps": Table("0,1,2", {"steps": STEPS}, ("accuracy", "first_error", "no_error", "loss"), files=sums,
+                   before=True),
     "arithmetic": Table("0", {"arithmetic": ARITHMETIC}, ("reward", "length", "eos_rate", "kl"),
                         files=problems, before=True),
 }

@@ -40,6 +40,7 @@ from data import InputError, read_json, read_jsonl, report, write_atomic, write_
 from data.files import formats   # noqa: E402
 from data.files.checkpoint import load   # noqa: E402
 from data.flags import program   # noqa: E402
+from data.prompts import test_prompts   # noqa: E402
 from data.rewards import rewards_of_texts   # noqa: E402
 from data.setup import MEASURE, seeded   # noqa: E402
 from hacking import ROOT, make, pyplot, spread   # noqa: E402
@@ -130,7 +131,7 @@ def of_policy(folder, links, held):
     reference, reward = load(links / "sft")[0], load(links / "reward", head="score")[0]
     for model in (policy, reference, reward):
         freeze(model)
-    sampler, tests, draws = sampling_copy(policy), report.test_prompts(policy, tok, 32), []
+    sampler, tests, draws = sampling_copy(policy), test_prompts(policy, tok, 32), []
     for draw in range(DRAWS):
         found, answers = report.test_policy(sampler, tok, tests, seeded(draw, MEASURE))
         found["reward"] = statistics.mean(rewards_of_texts(reward, tok, tests.prompts, answers.texts))
