@@ -576,7 +576,7 @@ def main(cfg):
 
         # 3. Reward: -beta k1 at every token, plus the score at the last token of the answer or of each step.
         #    k1 and not k3: both are unbiased, but as a reward only k1 has the gradient of the objective's KL,
-        #    and k3 is far too small where pi has left behind what pi_ref says (LOG.md).
+        #    and k3, where pi has left what pi_ref says, is mostly too small, seldom far too large (LOG.md).
         k1, _, _ = kl_estimators(old_logp, ref_logp)                                             # (B, T)
         penalty = cfg.kl_coef * k1                                                               # (B, T)
 
