@@ -101,17 +101,23 @@ def problems(run, seed):
         write_jsonl(run / "problems.jsonl", arithmetic.problems(600))
 
 
+def stated(total, is_right, rng):
+    """The total of a sum if the step is right, else a number near it."""
+    return total if is_right else total + rng.choice((-10, -3, -2, -1, 1, 2, 3, 10))
+
+
 def sums(run, seed):
     """Sums of three numbers in two steps, each wrong with probability 1/2, as a file of labelled steps."""
+    if (run / "sums.jsonl").exists():
+        return
     rng, rows = random.Random(seed), []
     for _ in range(1500):
         a, b, c = rng.sample(range(2, 30), 3)
         right = [rng.random() < 0.5, rng.random() < 0.5]
-        first = a + b if right[0] else a + b + rng.choice((-10, -3, -2, -1, 1, 2, 3, 10))
-        second = first + c if right[1] else first + c + rng.choice((-10, -3, -2, -1, 1, 2, 3, 10))
+        first = stated(a + b, right[0], rng)
+        second = stated(first + c, right[1], rng)
         rows.append({"prompt": f"What is {a} + {b} + {c}? Work it out in two steps.", "labels": right,
                      "completions": [f"{a} + {b} = {first}.\n", f"{first} + {c} = {second}."]})
-    run.mkdir(parents=True, exist_ok=True)
     write_jsonl(run / "sums.jsonl", rows)
 
 
