@@ -126,6 +126,10 @@ SIZES = {100: 20, 300: 10, 1000: 4, 3000: 2, 10000: 2}
 SIZED = {"reward": "reward.py", "dpo": "dpo.py"}
 for n, epochs in SIZES.items():
     SIZED |= learned_from(n, epochs)
+# Three times as many passes over the same comparisons, and PPO against either reward model, without new ones.
+PASSES = {"reward": "reward.py", "reward_6": "reward.py --data {run}/reward/comparisons.jsonl --epochs 6",
+          "ppo_still": "ppo.py --relabel 0 --iterations 62",
+          "ppo_6": "ppo.py --reward {run}/reward_6 --relabel 0 --iterations 62"}
 CHAIN = {"base": "-m data.pretrain", "sft": "sft.py", "ppo": "ppo.py"}
 POLICY = ("gold", "helpful", "harmless", "honest", "kl", "length", "eos_rate")
 FAMILY = {
@@ -176,6 +180,7 @@ TABLES = {
     "ladder": Table("0,1,2", {"ladder": f"-m data.evaluate {RUNGS} --reward {{run}}/reward --best_of 8"},
                     ("gold", "kl", "reward", "words", "unique", "over sft"), first=LADDER),
     "sizes": Table("0,1,2", SIZED, ("accuracy", "loss"), files=cut),
+    "passes": Table("0,1,2", PASSES, ("accuracy", "loss", "calibration_error", *POLICY)),
     "estimators": Table("0,1,2", {"ppo": "ppo.py"} | with_reward("", ESTIMATORS[1:]), POLICY),
     "checkable": Table("0,1,2", with_reward(" --reward gold --iterations 30")
                        | with_reward(" --reward gold --iterations 30 --kl_coef 0"), POLICY),

@@ -18,9 +18,10 @@ answer from its score (ours: instead of it), clips no gradient norm, and asks 25
 128 twice. By default it has one learning rate for policy and value, falling to 0 (ours: to a third), betas
 (0.9, 0.999), eps 1e-8, cliprange_value 0.2, vf_coef 0.1 and no warm-up of the value model; ppo_like_trl is
 ours, as near to that as its flags come. ORPOTrainer's likelihood counts the prompt too. RewardTrainer takes
-64 random pairs where ours takes 16 prompts with all their pairs, and its head starts smaller. KTOTrainer has
-one order for all epochs. Ours puts pairs of like length together, which saves it padding; in TRL that would
-also order them (by_length). DPOTrainer reads the prompt twice. All random numbers differ.
+64 random pairs where ours takes 16 prompts with all their pairs, reads an answer once for each of its pairs
+where ours reads it once, and its head starts smaller. KTOTrainer has one order for all epochs. Ours puts pairs
+of like length together, which saves it padding; in TRL that would also order them (by_length). DPOTrainer reads
+the prompt twice. All random numbers differ.
 
 A run that is there is not made again. After each, --out/table.md and curves.jsonl (reward, KL and gold of
 every iteration of PPO, against episodes and the processor seconds of the whole command, spread evenly) are
@@ -70,6 +71,8 @@ RUNS = {   # name, which is a folder of the seed: a script of ours, or "trl", wi
     # Why did DPO's KL differ in a first comparison? There ours was in bf16, and TRL's rows were by length.
     "dpo_trl_by_length": "trl dpo --lr 3e-4 --by_length",
     "dpo_bf16": f"{DPO} --dtype bfloat16 --init {{sft}}",
+    # Why is RewardTrainer better after as many passes? Ours with as many processor seconds.
+    "reward_5_epochs": "reward.py --dtype float32 --data {data} --init {sft} --epochs 5",
     # The search for TRL.
     "ppo_trl_1e-4": "trl ppo --lr 1e-4",
     "ppo_trl_5e-4": "trl ppo --lr 5e-4",
