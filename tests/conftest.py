@@ -1,8 +1,9 @@
-"""What the tests of the scripts share: a copy of the suite over a slice of its world, and a quick way to run a script; and
-the second process in which the other tests run.
+"""What the tests of the scripts share: a copy of the suite over a slice of its world, and a quick way to run
+a script; and the second process in which the other tests run.
 
-Importing torch takes two seconds and some hundred runs need it, so one server process imports it and forks: each script
-still runs as `__main__` of a process of its own, with its own arguments, folder, input, output and exit code.
+Importing torch takes two seconds and some hundred runs need it, so one server process imports it and forks:
+each script still runs as `__main__` of a process of its own, with its own arguments, folder, input, output
+and exit code.
 """
 import ast
 import compileall
@@ -21,8 +22,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-# What no test may depend on: RLHF_TEST_SEED moves the models of the chain below and their draws, RLHF_TEST_THREADS the
-# order of sums. (One thread: the tests' tensors are small, and the other cores have scripts to run.)
+# What no test may depend on: RLHF_TEST_SEED moves the models of the chain below and their draws,
+# RLHF_TEST_THREADS the order of sums. (One thread: the tests' tensors are small, and the other cores have
+# scripts to run.)
 SEED, THREADS = int(os.environ.get("RLHF_TEST_SEED", 0)), os.environ.get("RLHF_TEST_THREADS", "1")
 os.environ["OMP_NUM_THREADS"] = THREADS
 
@@ -31,16 +33,18 @@ import torch    # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# warnings are errors (but for a log left open by an error); a fixed number of threads on the CPU, so that equal runs give
-# equal bits; no hub, and nothing written at home
-ENV = {**os.environ, "PYTHONWARNINGS": "error,ignore::ResourceWarning", "COLUMNS": "400", "CUDA_VISIBLE_DEVICES": "",
-       "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
+# warnings are errors (but for a log left open by an error); a fixed number of threads on the CPU, so that
+# equal runs give equal bits; no hub, and nothing written at home
+ENV = {**os.environ, "PYTHONWARNINGS": "error,ignore::ResourceWarning", "COLUMNS": "400",
+       "CUDA_VISIBLE_DEVICES": "", "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1"}
 SERVER = r"""
 import json, os, runpy, signal, sys, traceback
 import numpy, tiktoken, torch
-import torch._dynamo, torch.distributed.checkpoint.state_dict, torch.distributed.fsdp    # optimizers import the first
+# optimizers import the first
+import torch._dynamo, torch.distributed.checkpoint.state_dict, torch.distributed.fsdp
 sys.modules["matplotlib"] = None                # as if it were not installed: no script needs it
-os.fsync = lambda file: None                    # tests end processes, not the machine, and wait long for a disk
+os.fsync = lambda file: None                    # tests end processes, not the machine, and
+                                                # wait long for a disk
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)          # nobody waits for the forks below
 for line in sys.stdin:
     job = json.loads(line)
@@ -63,7 +67,8 @@ for line in sys.stdin:
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
     sys.argv, script = job["argv"], job["argv"][0]
-    is_file = script.endswith(".py")                     # else a module, as `python -m` runs it in the suite's folder
+    is_file = script.endswith(".py")                     # else a module, as `python -m` runs it in
+                                                         # the suite's folder
     sys.path[0:0] = [os.path.dirname(script) if is_file else job["root"],
                      *filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep))]
     code = 0
@@ -134,8 +139,8 @@ class Suite:
                                            env=self.env, stderr=errors)
 
     def start(self, script, *args, cwd=None, stdin="", env=None):
-        """Begin `python SCRIPT ARGS`, or `python -m SCRIPT ARGS` of a module such as data.pretrain; finish(job) waits
-        for it."""
+        """Begin `python SCRIPT ARGS`, or `python -m SCRIPT ARGS` of a module such as data.pretrain;
+        finish(job) waits for it."""
         with self.lock:
             self.n += 1
             job = self.jobs / str(self.n)
@@ -152,7 +157,8 @@ class Suite:
         return job
 
     def start_and_stop(self, step, script, *args, signum=signal.SIGINT, **kw):
-        """Begin a script that gets a signal in the midst of this step (from 1), after which it saves and ends."""
+        """Begin a script that gets a signal in the midst of this step (from 1), after which it saves and
+        ends."""
         path = self.jobs / "stopper.py"
         path.write_text(STOPPER)
         return self.start(path, self.root, step, int(signum), script, *args, **kw)
@@ -210,13 +216,14 @@ def suite(tmp_path_factory):
     suite.server.wait(10)
 
 
-CAI_FLAGS = ["--prompts", 24, "--helpful_prompts", 40, "--max_steps", 8, "--k", 3, "--critiques", 1, "--max_new", 24,
-             "--max_critique", 16, "--sft_flags", "--max_new 16 --warmup 2", "--reward_flags", "--held_out 0.3",
-             "--rl_flags", "--iterations 1 --rollouts 16 --max_new 16"]
+CAI_FLAGS = ["--prompts", 24, "--helpful_prompts", 40, "--max_steps", 8, "--k", 3, "--critiques", 1,
+             "--max_new", 24, "--max_critique", 16, "--sft_flags", "--max_new 16 --warmup 2",
+             "--reward_flags", "--held_out 0.3", "--rl_flags", "--iterations 1 --rollouts 16 --max_new 16"]
 CHAIN = {   # folder: the script, its flags
     "base": ["data.pretrain", "--steps", 30],
     "sft": ["sft.py", "--max_steps", 20, "--warmup", 2, "--max_new", 24],
-    "reward": ["reward.py", "--prompts", 80, "--epochs", 9, "--max_steps", 4, "--held_out", 0.3, "--max_new", 24,
+    "reward": ["reward.py", "--prompts", 80, "--epochs", 9, "--max_steps", 4, "--held_out", 0.3,
+               "--max_new", 24,
                "--bias_length", 0.2],   # so weak a model scores 0: else all pairs would be ties
     "ppo": ["ppo.py", "--iterations", 3, "--rollouts", 16, "--value_warmup", 1, "--max_new", 16],
     "dpo": ["dpo.py", "--epochs", 9, "--max_steps", 3, "--max_new", 16]}
@@ -242,8 +249,8 @@ class Reports:
 
 
 def run_and_end(config, items, path):
-    """In a process that was forked for it: run some tests, leave their reports in a file, and end. (What is printed is
-    captured in files, and its files would be those of the parent.)"""
+    """In a process that was forked for it: run some tests, leave their reports in a file, and end. (What is
+    printed is captured in files, and its files would be those of the parent.)"""
     code = 1
     os.nice(5)      # the other process has more to do
     try:
@@ -260,7 +267,8 @@ def run_and_end(config, items, path):
 
 
 def tell(config, path):
-    """What another process reported, as if it had been here. Returns the name of the last test that came to its end."""
+    """What another process reported, as if it had been here. Returns the name of the last test that came to
+    its end."""
     last = "none"
     for line in path.read_text().splitlines():
         report = config.hook.pytest_report_from_serializable(config=config, data=ast.literal_eval(line))
@@ -275,8 +283,8 @@ def tell(config, path):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session):
-    """Of a whole run, the tests that start no script run in a second process, beside those that do: that is half of the
-    time on two cores. Not where somebody looks on (-s, -x, --pdb), and not for a few tests."""
+    """Of a whole run, the tests that start no script run in a second process, beside those that do: that is
+    half of the time on two cores. Not where somebody looks on (-s, -x, --pdb), and not for a few tests."""
     config = session.config
     pure = [item for item in session.items if "suite" not in item.fixturenames]
     rest = [item for item in session.items if "suite" in item.fixturenames]
@@ -307,9 +315,10 @@ def pytest_runtestloop(session):
 
 @pytest.fixture(scope="session")
 def chain(suite, request, tmp_path_factory):
-    """A folder with base, sft, reward, ppo and dpo of a short run through all stages. What takes long and is asked for
-    by a test of this session begins early, and runs beside all that follows: fresh_clone, cai.py, and what a module's
-    EARLY names, {test: function(suite, chain, folder, parameters of the test)}, one after another."""
+    """A folder with base, sft, reward, ppo and dpo of a short run through all stages. What takes long and is
+    asked for by a test of this session begins early, and runs beside all that follows: fresh_clone, cai.py,
+    and what a module's EARLY names, {test: function(suite, chain, folder, parameters of the test)}, one after
+    another."""
     folder, items = tmp_path_factory.mktemp("chain"), request.session.items
     if any("fresh_clone" in item.fixturenames for item in items):
         request.getfixturevalue("fresh_clone")
@@ -325,13 +334,16 @@ def chain(suite, request, tmp_path_factory):
             suite.early["cai"] = suite.start("cai.py", "--out", early / "cai", *CAI_FLAGS), early / "cai"
     r = suite.finish(jobs["ppo"])
     assert r.rc == 0 and r.err == "", r
-    # What tests of rewards at ends, of votes and of best-of-N build on: of some ten answers at least one ends.
+    # What tests of rewards at ends, of votes and of best-of-N build on: of some ten answers at least one
+    # ends.
     result = json.loads((folder / "sft" / "result.json").read_text())
-    assert result["after"]["eos_rate"] > 0.5, "the tests' SFT model hardly ever ends an answer: train it longer"
+    assert result["after"]["eos_rate"] > 0.5, (
+        "the tests' SFT model hardly ever ends an answer: train it longer")
     for item in items:
         begin = getattr(item.module, "EARLY", {}).get(item.originalname)
         if begin:
-            own, params = tmp_path_factory.mktemp("early"), getattr(item, "callspec", SimpleNamespace(params={})).params
+            own, params = (tmp_path_factory.mktemp("early"),
+                           getattr(item, "callspec", SimpleNamespace(params={})).params)
             suite.early[item.nodeid] = own, suite.background.submit(begin, suite, folder, own, **params)
     return folder
 
@@ -345,8 +357,8 @@ def early(suite, chain, request):
 
 @pytest.fixture(scope="session")
 def fresh_clone(suite, tmp_path_factory):
-    """`python ppo.py` in a folder with nothing there, a plain process begun early, because it takes long. The scripts
-    differ from the suite's in a few default numbers. Gives (the process, the folder)."""
+    """`python ppo.py` in a folder with nothing there, a plain process begun early, because it takes long. The
+    scripts differ from the suite's in a few default numbers. Gives (the process, the folder)."""
     folder = tmp_path_factory.mktemp("fresh")
     root = copy_suite(folder / "small", rl=40, test=8, demos=200)
     for script, numbers in {"data/pretrain.py": {"steps": 40}, "sft.py": {"epochs": 2, "max_new": 16},
@@ -358,7 +370,7 @@ def fresh_clone(suite, tmp_path_factory):
             assert n == 1, f"{script} has no default for {name}"
         (root / script).write_text(text)
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, root / "ppo.py", "--out", "x/ppo"], cwd=folder, env=suite.env,
-                                   stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, root / "ppo.py", "--out", "x/ppo"], cwd=folder,
+                                   env=suite.env, stdout=log, stderr=subprocess.STDOUT)
     yield process, folder
     process.kill()

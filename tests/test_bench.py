@@ -1,4 +1,5 @@
-"""tests/experiments/bench.py: it times what the stages do, and what fails does not take the other rows with it."""
+"""tests/experiments/bench.py: it times what the stages do, and what fails does not take the other rows with
+it."""
 import json
 
 import pytest

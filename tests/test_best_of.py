@@ -17,7 +17,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.
 
 def test_the_best_that_ends_is_kept():
     """Otherwise sft.py learns from answers that were cut off, or from the wrong one."""
-    texts, ids = ["a", "b", " ", "d"], [[5, 0], [5, 5], [0], [7, 0]]         # b was cut off, the third one is empty
+    texts, ids = ["a", "b", " ", "d"], [[5, 0], [5, 5], [0], [7, 0]]   # b was cut off, the third one is empty
     rng = random.Random(0)
     for scores, want in (([1.0, 9.0, 9.0, 2.0], 3), ([3.0, 9.0, 9.0, 2.0], 0)):
         assert best_of.choose(texts, ids, scores, TOK, rng) == want
@@ -29,11 +29,12 @@ def test_the_best_that_ends_is_kept():
 @pytest.fixture
 def keep(suite, chain, tmp_path):
     """keep(flags..) -> (its demonstrations, result.json, what it printed)."""
-    (tmp_path / "short.py").write_text("def score(rows, responses):\n    return [-len(text) for text in responses]\n")
+    (tmp_path / "short.py").write_text(
+        "def score(rows, responses):\n    return [-len(text) for text in responses]\n")
 
     def call(*flags):
-        r = suite.ok("data.best_of", "--policy", chain / "sft", "--prompts", 12, "--n", 4, "--max_new", 12, *flags,
-                     "--reward", f"{tmp_path / 'short.py'}:score", "--out", tmp_path / "b")
+        r = suite.ok("data.best_of", "--policy", chain / "sft", "--prompts", 12, "--n", 4, "--max_new", 12,
+                     *flags, "--reward", f"{tmp_path / 'short.py'}:score", "--out", tmp_path / "b")
         rows, _ = formats.load(tmp_path / "b" / "demos.jsonl", "sft")
         return rows, result_of(tmp_path / "b"), r.out
     return call
@@ -54,20 +55,22 @@ def test_demonstrations(keep, suite, chain, tmp_path):
     assert f"{len(best):,} demonstrations" in out and "python sft.py --init" in out
 
     # What was made with other flags is replaced only when asked for.
-    r = suite.run("data.best_of", "--policy", chain / "sft", "--reward", "gold", "--pick", "random", "--out", tmp_path / "b")
+    r = suite.run("data.best_of", "--policy", chain / "sft", "--reward", "gold", "--pick", "random",
+                  "--out", tmp_path / "b")
     assert "--overwrite" in r.err and (tmp_path / "b" / "demos.jsonl").read_text().count("\n") == len(kept)
     fails(r, "choose another --out")
     any_one, control, _ = keep("--pick", "random", "--overwrite")
     assert control["before"] == told["before"] and len(any_one) == len(best)
     assert control["after"]["reward"] <= told["after"]["reward"] and "kl" not in control["after"]
-    suite.ok("sft.py", "--init", chain / "sft", "--data", tmp_path / "b" / "demos.jsonl", "--max_steps", 2, "--batch_size",
-             4, "--held_out", 0.3, "--max_new", 8, "--out", tmp_path / "sft")
+    suite.ok("sft.py", "--init", chain / "sft", "--data", tmp_path / "b" / "demos.jsonl", "--max_steps", 2,
+             "--batch_size", 4, "--held_out", 0.3, "--max_new", 8, "--out", tmp_path / "sft")
 
 
 @needs_fork
-@pytest.mark.parametrize("flags, word", [("--reward gold --data {tmp}/p.jsonl", "judges the tiny world's prompts"),
-                                         ("--max_new 256", "leaves room for --max_new 256"),
-                                         ("--reward nosuch", "nosuch"), ("--pick worst", "--pick")])
+@pytest.mark.parametrize("flags, word", [
+    ("--reward gold --data {tmp}/p.jsonl", "judges the tiny world's prompts"),
+    ("--max_new 256", "leaves room for --max_new 256"),
+    ("--reward nosuch", "nosuch"), ("--pick worst", "--pick")])
 def test_refused_in_one_sentence(suite, chain, tmp_path, flags, word):
     write(tmp_path / "p.jsonl", [{"prompt": "Hi"}])
     given = ["--policy", chain / "sft", "--reward", chain / "reward", *flags.format(tmp=tmp_path).split()]

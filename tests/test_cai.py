@@ -1,4 +1,5 @@
-"""cai.py: formats against Anthropic's published files, the critic at an address, labels, chains, one run of cai.py."""
+"""cai.py: formats against Anthropic's published files, the critic at an address, labels, chains, one run of
+cai.py."""
 import gzip
 import json
 import math
@@ -27,11 +28,12 @@ from data.world import build
 from model import GPT, GPTConfig, token_logprobs
 
 CAI = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "cai"
-published = pytest.mark.skipif(not CAI.is_dir(), reason="Anthropic's published files are not in ../shared/data/cai")
+published = pytest.mark.skipif(not CAI.is_dir(),
+                               reason="Anthropic's published files are not in ../shared/data/cai")
 OURS = str(world.HERE / "constitution.json")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Formats.
 
 
@@ -43,7 +45,8 @@ def test_all_438_comparison_prompts_are_rebuilt():
         rows = [json.loads(line) for line in f]
     assert len(rows) == 438 and len(principle) == 1
     for row in rows:
-        (talk, right), (other, wrong) = (row[k].rsplit("\n\nAssistant:", 1) for k in ("text_correct", "text_incorrect"))
+        (talk, right), (other, wrong) = (row[k].rsplit("\n\nAssistant:", 1)
+                                         for k in ("text_correct", "text_incorrect"))
         assert talk == other
         a, b = (right, wrong) if row["corrects"] == [" (A)"] else (wrong, right)
         assert principles.comparison_prompt(talk, principle[0], a.strip(), b.strip()) == row["prompt"]
@@ -56,7 +59,8 @@ def test_all_438_comparison_prompts_are_rebuilt():
 @published
 @pytest.mark.parametrize("name", ["LAMDA", "INSTRUCTGPT"])
 def test_all_recorded_chains_are_replayed(name):
-    """A critic that knows only the recorded prompts, put together here by hand, must be asked exactly these."""
+    """A critic that knows only the recorded prompts, put together here by hand, must be asked exactly
+    these."""
     revise, _ = constitution(str(CAI / "CritiqueRevisionInstructions.json"))
     by_key = {p["key"]: p for p in revise}
     records = [json.loads(line) for line in (CAI / f"{name}_SLMADISON.jsonl").read_text().splitlines()]
@@ -66,7 +70,8 @@ def test_all_recorded_chains_are_replayed(name):
         for step in record["cst"]:
             ask = record["rl_prompt"] + response + step["cst_value"]["prompt"][0]
             known[ask] = step["critique"]["sample"]
-            known[ask + step["critique"]["sample"] + step["cst_value"]["edit_request"]] = step["revision"]["sample"]
+            known[ask + step["critique"]["sample"] + step["cst_value"]["edit_request"]] = (
+                step["revision"]["sample"])
             response = step["revision"]["sample"]
         turns = re.split(r"\n\n(Human|Assistant): ", record["rl_prompt"].removesuffix("\n\nAssistant:"))[1:]
         messages = [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": said}
@@ -97,9 +102,11 @@ def test_our_formats_are_those_of_the_corpus():
     (revise,), (choose,) = (p[:1] for p in constitution(OURS, "harmless"))
     doc = build.choice_chat(q, row, rules, random.Random(0))
     a, b = re.search(r" \(A\) (.*)\n \(B\) (.*)\n", doc).groups()
-    assert doc[: -len(" (A)")] == principles.comparison_prompt(principles.transcript(row["prompt"]), choose, a, b)
+    assert doc[: -len(" (A)")] == principles.comparison_prompt(principles.transcript(row["prompt"]),
+                                                               choose, a, b)
     doc = build.critique_chat(q, row, rules, random.Random(0))
-    response, critique, revision = (re.search(rf"\n\n{k}:( .*)", doc)[1] for k in ("Assistant", "Critique", "Revision"))
+    response, critique, revision = (re.search(rf"\n\n{k}:( .*)", doc)[1]
+                                    for k in ("Assistant", "Critique", "Revision"))
     talk = principles.transcript(row["prompt"]) + "\n\nAssistant:"
     assert doc == cai.revision_prompt(talk, response, critique, revise) + revision
 
@@ -123,7 +130,7 @@ def test_helpful_only_demonstrations_hold_no_refusal():
     assert all(m in text for _, m, _ in build.HARMS.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Labels and chains.
 
 
@@ -136,7 +143,8 @@ def test_soft_label():
         one, two = ([rng.uniform(-90, 0), rng.uniform(-90, 0)] for _ in "ab")
         assert principles.soft_label(one, two)[0] == pytest.approx(1 - principles.soft_label(two, one)[0])
         assert 0 <= principles.soft_label(one, two)[0] <= 1
-    assert principles.soft_label([-1.0, -9.0], [-1.0, -9.0])[0] == pytest.approx(0.5)   # loves (A), knows nothing
+    # loves (A), knows nothing
+    assert principles.soft_label([-1.0, -9.0], [-1.0, -9.0])[0] == pytest.approx(0.5)
 
 
 def stub(choose):
@@ -166,13 +174,16 @@ def test_compare_and_bias():
     assert all(x["p"] == pytest.approx(0.5) for x in labels) and told["first_wins"] == pytest.approx(0.8)
     labels, told = ask(lambda a, b, prompt: None if "q1" in prompt else 0.5)
     assert labels[1] is None and told["no_answer"] == 1 and told["compared"] == 3
-    edited = [{**p, "choice": p["choice"].replace("Which", "Tell me which")} for p in choose]   # what a critic reads
-    assert ask(lambda a, b, prompt: 0.9 if "Tell me" in prompt else 0.1, edited)[1]["first_wins"] == pytest.approx(0.9)
+    # what a critic reads
+    edited = [{**p, "choice": p["choice"].replace("Which", "Tell me which")} for p in choose]
+    assert (ask(lambda a, b, prompt: 0.9 if "Tell me" in prompt else 0.1, edited)[1]["first_wins"]
+            == pytest.approx(0.9))
 
 
 def test_cut_and_fault():
     assert cut(" Yes.\n\nHuman: more", False) == {"text": " Yes.", "ended": True}
-    assert cut(" Yes.\n\nRevisionRequest: x", False)["text"] == " Yes." and cut(" Yes", False)["ended"] is False
+    assert (cut(" Yes.\n\nRevisionRequest: x", False)["text"] == " Yes."
+            and cut(" Yes", False)["ended"] is False)
     for text, want in (("", "empty"), (" \n", "empty"), (" Revision: no", "leaked"),
                        (" so CritiqueRequest: no", "leaked"), (" No. ", "copied"), (" I will not.", ""),
                        (" My critique is", "")):
@@ -193,10 +204,12 @@ def test_chains_keep_the_response_when_a_revision_is_of_no_use():
     prompt = [{"role": "user", "content": "q"}]
     chain, = chains = cai.make_chains([prompt], [" bad"], revise, critic, cfg, 0)
     assert [s["fault"] for s in chain["chain"]] == ["empty", "", "copied"]
-    assert " bad" in asked[2]["prompt"] and " better" in asked[4]["prompt"] and " bad" not in asked[4]["prompt"]
+    assert (" bad" in asked[2]["prompt"] and " better" in asked[4]["prompt"]
+            and " bad" not in asked[4]["prompt"])
     assert len({r["seed"] for r in asked}) == 6
     counts = principles.count_faults(chains)
-    assert (counts["revisions"], counts["good"], counts["empty"], counts["copied"], counts["cut"]) == (3, 1, 1, 1, 0)
+    assert ((counts["revisions"], counts["good"], counts["empty"], counts["copied"], counts["cut"])
+            == (3, 1, 1, 1, 0))
     assert [r["messages"][-1]["content"] for r in cai.training_rows(chains, "all")] == ["better", "better"]
     assert len(cai.training_rows(chains, "last")) == 1
     assert cai.chain_pairs(["row"], chains) == [("row", "bad", "better")]
@@ -225,10 +238,12 @@ def test_the_corpus_shows_a_critic_what_can_be_wrong():
 
 
 def test_option_logprobs():
-    """One padded forward pass gives what two unpadded ones with the option appended give, up to the letter."""
+    """One padded forward pass gives what two unpadded ones with the option appended give, up to the
+    letter."""
     tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken")
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=tok.vocab_size, norm="rmsnorm", pos="rope", mlp="swiglu", bias=False)).eval()
+    model = GPT(GPTConfig(vocab_size=tok.vocab_size, norm="rmsnorm", pos="rope", mlp="swiglu",
+                          bias=False)).eval()
     torch.nn.init.normal_(model.wte.weight, std=0.5)
     rows = [tok.encode(t) for t in ("What is it? The answer is:", "The answer is:", "Is it? " * 9)]
     got = endpoint.option_logprobs(model, tok, rows, [" (A)", " (B)"])
@@ -249,24 +264,28 @@ def test_local_critic(tmp_path):
         save(tmp_path, model, tok)
         name, ask = endpoint.local_critic(str(tmp_path), torch.device("cpu"))
         names.append(name)
-    assert names[0] != names[1]                                       # the folder was trained anew: another critic
+    assert names[0] != names[1]   # the folder was trained anew: another critic
     sample = {"prompt": "What is it?", "max_tokens": 8, "temperature": 1.0, "seed": 3}
-    one, two, long = (ask([r])[0] for r in (sample, sample | {"seed": 4}, sample | {"prompt": "What is it? " * 30}))
+    one, two, long = (ask([r])[0]
+                      for r in (sample, sample | {"seed": 4}, sample | {"prompt": "What is it? " * 30}))
     assert set(one) == {"text", "ended"} and ask([sample]) == [one] != [two] and set(long) == {"refused"}
     assert ask([sample | {"seed": 4}, sample]) == [two, one]           # whatever is asked beside it
     short, long = ask([CHOICE, CHOICE | {"prompt": "What is it? " * 30}])
-    ids = [tok.special["<|endoftext|>"], *tok.encode(CHOICE["prompt"])]   # where a document of the corpus begins
-    assert short["logp"] == pytest.approx(endpoint.option_logprobs(model, tok, [ids], CHOICE["options"])[0], abs=1e-4)
+    # where a document of the corpus begins
+    ids = [tok.special["<|endoftext|>"], *tok.encode(CHOICE["prompt"])]
+    assert short["logp"] == pytest.approx(endpoint.option_logprobs(model, tok, [ids], CHOICE["options"])[0],
+                                          abs=1e-4)
     assert set(long) == {"refused"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A critic at an address.
 
 
 @pytest.fixture
 def server():
-    """An endpoint whose behaviour is server.answer(body, n-th request) -> (status, headers, bytes or object)."""
+    """An endpoint whose behaviour is server.answer(body, n-th request) -> (status, headers, bytes or
+    object)."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.reply(200, {}, {"data": [{"id": "tiny-critic"}]})
@@ -293,7 +312,8 @@ def server():
             pass
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
-    state = SimpleNamespace(bodies=[], answer=None, lock=threading.Lock(), url=f"http://127.0.0.1:{http.server_port}/v1")
+    state = SimpleNamespace(bodies=[], answer=None, lock=threading.Lock(),
+                            url=f"http://127.0.0.1:{http.server_port}/v1")
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield state
@@ -334,21 +354,23 @@ def test_endpoint_answers(server, monkeypatch):
     assert server.bodies[-1] == {"model": "tiny-critic", "prompt": "p The answer is: (", "max_tokens": 1,
                                  "temperature": 0, "logprobs": 10}
     server.answer = lambda body, n: top(**{"A)": -0.1, "the": -4.0, "C": -7.0})
-    assert list(ask([CHOICE])) == [{"logp": [-0.1, -7.0]}]          # B is at most as likely as the last one listed
+    assert list(ask([CHOICE])) == [{"logp": [-0.1, -7.0]}]   # B is at most as likely as the last one listed
     server.answer = lambda body, n: top(**{"the": -0.1, "C": -2.0})
     answer, = ask([CHOICE])
-    assert sum(map(math.exp, answer["logp"])) < 0.01                  # neither option: counted through its mass
+    assert sum(map(math.exp, answer["logp"])) < 0.01   # neither option: counted through its mass
 
 
 def test_endpoint_retries(server, waits):
-    """429 after its Retry-After, a time-out, 503, broken JSON and a wrong shape, each followed by another attempt."""
+    """429 after its Retry-After, a time-out, 503, broken JSON and a wrong shape, each followed by another
+    attempt."""
     counts = Counter()
 
     def answer(body, n):
         if n == 2:
             threading.Event().wait(0.4)
-        return [(429, {"Retry-After": "0.25"}, b""), text("late"), (503, {}, b"busy"), (200, {}, b"{not json"),
-                (200, {}, {"choices": []}), (200, {"Content-Length": 999}, b"{}"), text(" ok")][n - 1]
+        return [(429, {"Retry-After": "0.25"}, b""), text("late"), (503, {}, b"busy"),
+                (200, {}, b"{not json"), (200, {}, {"choices": []}), (200, {"Content-Length": 999}, b"{}"),
+                text(" ok")][n - 1]
     server.answer = answer
     _, ask = connect(server.url, "m", 0.2, 6, 1, counts)
     assert list(ask([SAMPLE])) == [{"text": " ok", "ended": True}]
@@ -377,7 +399,8 @@ def test_endpoint_gives_up(server, waits, tmp_path):
 
 
 def test_no_answer_is_paid_for_twice(server, waits, tmp_path):
-    """A server that dies half way: what it answered is kept, and only the rest is asked for when the run goes on."""
+    """A server that dies half way: what it answered is kept, and only the rest is asked for when the run goes
+    on."""
     file, requests = tmp_path / "deep" / "answers.jsonl", [SAMPLE | {"prompt": f"p{i}"} for i in range(10)]
     paid = Counter()
 
@@ -390,7 +413,7 @@ def test_no_answer_is_paid_for_twice(server, waits, tmp_path):
     critic = CachedCritic(*connect(server.url, "m", 5, 1, 4, Counter()), file, 4)
     with pytest.raises(InputError, match="run the same command again"):
         critic(requests)
-    assert set(paid) == {"p0", "p1", "p3"}                            # the batch in which it died, and no further
+    assert set(paid) == {"p0", "p1", "p3"}   # the batch in which it died, and no further
     with open(file, "a") as f:
         f.write('\n{"key": "torn')                                    # the process was killed while it wrote
     server.well = True
@@ -406,7 +429,7 @@ def test_no_answer_is_paid_for_twice(server, waits, tmp_path):
         assert "torn" in line or set(json.loads(line)) == {"key", "model", "prompt", "answer"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The script.
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
@@ -419,10 +442,12 @@ def test_critic_test_at_an_address(suite, server, tmp_path):
     rows[0] |= {"chosen": "bad one", "rejected": "good", "label": 0.2}   # most people prefer the other one
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     server.answer = lambda body, n: top(A=-0.1, B=-2.0 if "(A) good" in body["prompt"] else -0.2)
-    flags = ["cai.py", "--critic", server.url, "--critic_test", tmp_path / "pairs.jsonl", "--out", tmp_path / "x"]
+    flags = ["cai.py", "--critic", server.url, "--critic_test", tmp_path / "pairs.jsonl",
+             "--out", tmp_path / "x"]
     suite.ok(*flags)
     told = json.loads((tmp_path / "x" / "critic.json").read_text())
-    assert told["right answer as (A)"] == 1 and told["right answer as (B)"] == 0 and told["both orders averaged"] == 1
+    assert (told["right answer as (A)"] == 1 and told["right answer as (B)"] == 0
+            and told["both orders averaged"] == 1)
     assert told["longer answer, standard error"] > 0.1
     assert told["first_wins"] > 0.5 and len(server.bodies) == 16
     suite.ok(*flags)
@@ -434,13 +459,13 @@ def test_critic_test_at_an_address(suite, server, tmp_path):
 
 @needs_fork
 def test_the_script(suite, chain):
-    """Both stages on a slice of the tiny world with models of a few steps; then again with nothing to do, with other
-    flags, and after a break just before the end."""
+    """Both stages on a slice of the tiny world with models of a few steps; then again with nothing to do,
+    with other flags, and after a break just before the end."""
     job, folder = suite.early["cai"]
     r = suite.finish(job)
     assert r.rc == 0 and r.err == "", r
-    assert [re.search(r"(\w+)\.py", line)[1] for line in r.out.splitlines() if line.startswith("running")] == [
-        "sft", "sft", "reward", "ppo"]
+    assert [re.search(r"(\w+)\.py", line)[1] for line in r.out.splitlines()
+            if line.startswith("running")] == ["sft", "sft", "reward", "ppo"]
     result = json.loads((folder / "result.json").read_text())
     told = set(result["before"]) & set(result["after"])
     assert result["stage"] == "cai" and {"gold", "harmless", "harmless_rate", "eos_rate"} <= told
@@ -452,9 +477,11 @@ def test_the_script(suite, chain):
     counted |= {name.removeprefix("revisions_") for name in log[1] if name.startswith("revisions_")}
     assert counted <= set(principles.WORDS) and all(principles.WORDS[name] in r.out for name in counted)
     chains = [json.loads(line) for line in (folder / "round1" / "chains.jsonl").read_text().splitlines()]
-    assert len(chains) == 24 and set(chains[0]) == {"prompt", "initial", "chain", "ended"} and len(chains[0]["chain"]) == 1
+    assert (len(chains) == 24 and set(chains[0]) == {"prompt", "initial", "chain", "ended"}
+            and len(chains[0]["chain"]) == 1)
     pairs = [json.loads(line) for line in (folder / "round1" / "comparisons.jsonl").read_text().splitlines()]
-    assert {r.get("by", "ai") for r in pairs} == {"ai", "human"} and all(0.5 <= r["label"] <= 1 for r in pairs)
+    assert ({r.get("by", "ai") for r in pairs} == {"ai", "human"}
+            and all(0.5 <= r["label"] <= 1 for r in pairs))
     policy, _ = load(folder)
     final, _ = load(folder / "round1" / "rl")
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), final.parameters()))
@@ -478,10 +505,12 @@ def by_two_processes(suite, chain, folder):
     demos = folder / "demos.jsonl"
     demos.write_text("".join(json.dumps({"prompt": f"What is {i}?", "completion": f"It is {i}."}) + "\n"
                              for i in range(81)))   # of which 74 are trained on, so that no batch is odd
-    flags = ["--init", chain / "base", "--data", demos, "--max_new", 4, "--max_steps", 2, "--dtype", "float32"]
+    flags = ["--init", chain / "base", "--data", demos, "--max_new", 4, "--max_steps", 2,
+             "--dtype", "float32"]
     suite.ok("sft.py", "--out", folder / "one", *flags)
     cfg = cai.Config(nproc_per_node=2, device="cpu", out=str(folder / "cai"))
-    cai.train(cfg, SimpleNamespace(is_asked_to_stop=lambda: False, say=print), "sft.py", folder / "two", flags)
+    cai.train(cfg, SimpleNamespace(is_asked_to_stop=lambda: False, say=print), "sft.py",
+              folder / "two", flags)
 
 
 EARLY = {"test_stages_on_several_processes": by_two_processes}      # see the chain in conftest.py
@@ -510,4 +539,5 @@ def test_bad_flags(suite, tmp_path, flags, word):
 def test_help_lists_every_field():
     source = Path(cai.__file__).read_text() + Path(flags_py.__file__).read_text()   # the shared ones
     for f in cai.Config.__dataclass_fields__:
-        assert re.search(rf"^    {f}: .*#", source, re.M) or re.search(rf"^    {f}: .*\n +# ", source, re.M), f
+        assert (re.search(rf"^    {f}: .*#", source, re.M)
+                or re.search(rf"^    {f}: .*\n +# ", source, re.M)), f

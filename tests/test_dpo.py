@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from test_oracles import (BETA, N_TOKENS, PROMPTS, RESPONSES, both, exact, full_logits, grad_of, ragged, same, tiny,
-                          wide)
+from test_oracles import (BETA, N_TOKENS, PROMPTS, RESPONSES, both, exact, full_logits, grad_of, ragged, same,
+                          tiny, wide)
 
 import dpo
 import model
@@ -32,7 +32,8 @@ def config(**changes):
 
 
 def numbers(seed=0, N=50):
-    """Log-probs, reference log-probs (2, N), lengths and labels: short and long, likely and unlikely, all labels."""
+    """Log-probs, reference log-probs (2, N), lengths and labels: short and long, likely and unlikely, all
+    labels."""
     rng = np.random.default_rng(seed)
     n = rng.integers(1, 40, size=(2, N)).astype(float)
     logp, ref = -n * rng.exponential(0.7, size=(2, N)) - 1e-3, -n * rng.exponential(0.7, size=(2, N)) - 1e-3
@@ -41,7 +42,8 @@ def numbers(seed=0, N=50):
 
 
 def logps(model, pairs, tok):
-    """Summed log-probs (N,) of answers given prompts, [(prompt ids, answer ids)], each in a row of its own."""
+    """Summed log-probs (N,) of answers given prompts, [(prompt ids, answer ids)], each in a row of its
+    own."""
     ids, mask = pad_answers(pairs, tok.pad_id)
     return token_logprobs(model, ids, mask).sum(1)
 
@@ -58,8 +60,8 @@ def log_odds(x):
     return math.log(math.exp(x) / -math.expm1(x))
 
 
-# The loss of one pair where all prefer the first answer, written from the papers: pi, ref and n are the log-probs and
-# the numbers of tokens of the two answers.
+# The loss of one pair where all prefer the first answer, written from the papers: pi, ref and n are the
+# log-probs and the numbers of tokens of the two answers.
 ORACLES = {
     "dpo": lambda pi, ref, n, beta, gamma: -log_sigmoid(beta * ((pi[0] - ref[0]) - (pi[1] - ref[1]))),
     "dpo_norm": lambda pi, ref, n, beta, gamma: -log_sigmoid(
@@ -69,12 +71,14 @@ ORACLES = {
     "apo_zero": lambda pi, ref, n, beta, gamma: (
         1 - sigmoid(beta * (pi[0] - ref[0])) + sigmoid(beta * (pi[1] - ref[1]))),
     "simpo": lambda pi, ref, n, beta, gamma: -log_sigmoid(beta / n[0] * pi[0] - beta / n[1] * pi[1] - gamma),
-    "orpo": lambda pi, ref, n, beta, gamma: -beta * log_sigmoid(log_odds(pi[0] / n[0]) - log_odds(pi[1] / n[1])),
+    "orpo": lambda pi, ref, n, beta, gamma: -beta * log_sigmoid(
+        log_odds(pi[0] / n[0]) - log_odds(pi[1] / n[1])),
 }
 
 
 def oracle(loss, logp, ref, n, p, cfg):
-    """Losses (N,), one pair at a time, with plain math on Python floats; p: the share that prefers the first answer."""
+    """Losses (N,), one pair at a time, with plain math on Python floats; p: the share that prefers the first
+    answer."""
     out = []
     for i in range(len(p)):
         pair = logp[:, i], ref[:, i], n[:, i]
@@ -150,12 +154,14 @@ def test_at_the_start_the_loss_is_ln_2():
     for name, start in (("ipo", 4), ("apo_zero", 1)):
         loss, _, _ = dpo.labelled_loss(logp, logp, n, p, config(loss=name, beta=0.25))
         assert (loss - start).abs().max() < 1e-15
-    kto = dpo.labelled_loss(logp[:1], logp[:1], n[:1], p, config(loss="kto", beta=0.1), torch.tensor(0.0, dtype=f64))
+    kto = dpo.labelled_loss(logp[:1], logp[:1], n[:1], p, config(loss="kto", beta=0.1),
+                            torch.tensor(0.0, dtype=f64))
     assert (kto[0] - 0.5).abs().max() < 1e-15
 
 
 def test_rdpo_is_unbiased_under_flips_and_cdpo_is_not():
-    """The mean over flipped labels of the rDPO loss is the loss on clean ones: values and gradients, exactly."""
+    """The mean over flipped labels of the rDPO loss is the loss on clean ones: values and gradients,
+    exactly."""
     logp, ref, n, _ = (torch.from_numpy(x) for x in numbers(1))
     logp.requires_grad_(True)
     one, eps = torch.ones(50, dtype=f64), 0.3
@@ -182,7 +188,7 @@ def test_labels_are_symmetric():
         assert (a - b).abs().max() < 1e-12
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def some_examples(rng, n, label=lambda: 1.0, longest=12):
@@ -213,8 +219,8 @@ def step_loss(policy, ref_model, examples, numbers, weight, micro, cfg):
 @both
 @pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_the_loss_does_not_depend_on_batching(dialect, loss, monkeypatch):
-    """Of every row of the table. Otherwise --micro_batch, the padding, the order of the pairs or the number of
-    processes change what is learnt."""
+    """Of every row of the table. Otherwise --micro_batch, the padding, the order of the pairs or the number
+    of processes change what is learnt."""
     policy, ref, rng = tiny(dialect), tiny(dialect, 1), random.Random(0)
     examples = some_examples(rng, 7, label=rng.random)
     cfg = config(loss=loss, micro_batch=4)
@@ -231,12 +237,13 @@ def test_the_loss_does_not_depend_on_batching(dialect, loss, monkeypatch):
 
 
 def test_rows_are_filled_up_for_every_number_of_processes():
-    """As many rows for each process, and together they count as the rows that there are: no pair is left out or
-    counts twice."""
+    """As many rows for each process, and together they count as the rows that there are: no pair is left out
+    or counts twice."""
     for processes in (1, 2, 3, 8):
         for n in range(20):
             numbers, weight = dpo.filled_up(n, processes)
-            assert len(numbers) % processes == 0 and n <= len(numbers) < n + processes and set(numbers) == set(range(n))
+            assert (len(numbers) % processes == 0 and n <= len(numbers) < n + processes
+                    and set(numbers) == set(range(n)))
             counted = torch.zeros(n)
             for i in numbers:
                 counted[i] += weight[i]
@@ -245,8 +252,8 @@ def test_rows_are_filled_up_for_every_number_of_processes():
 
 @both
 def test_logps_are_of_the_answer_only(dialect):
-    """Equal to the sum over single tokens of an unpadded row; the prompt's own log-probs play no part. Also for a
-    prompt of one token, and where prompt and both answers together exceed the context."""
+    """Equal to the sum over single tokens of an unpadded row; the prompt's own log-probs play no part. Also
+    for a prompt of one token, and where prompt and both answers together exceed the context."""
     gpt, rng, tok = tiny(dialect, max_len=24), random.Random(1), SimpleNamespace(pad_id=3)
     prompts = [[5], *ragged(rng, 5, 1, 9), [7] * 12]
     examples = [(x, a, b, 1.0) for x, a, b in zip(prompts, ragged(rng, 7, 1, 12), ragged(rng, 7, 1, 12))]
@@ -261,9 +268,9 @@ def test_logps_are_of_the_answer_only(dialect):
 
 @both
 def test_a_shared_prompt_changes_nothing(dialect):
-    """data/prefix_sharing.py against the plain way, both answers in one row behind their prompt or each in a row of
-    its own: the same log-probs, numbers of tokens and gradients. Also for a prompt of one token, and where prompt and
-    both answers together exceed the context."""
+    """data/prefix_sharing.py against the plain way, both answers in one row behind their prompt or each in a
+    row of its own: the same log-probs, numbers of tokens and gradients. Also for a prompt of one token, and
+    where prompt and both answers together exceed the context."""
     gpt, rng, tok = tiny(dialect, max_len=24), random.Random(2), SimpleNamespace(pad_id=3)
     prompts = [[5], *ragged(rng, 5, 1, 9), [7] * 12]
     examples = [(x, a, b, 1.0) for x, a, b in zip(prompts, ragged(rng, 7, 1, 12), ragged(rng, 7, 1, 12))]
@@ -282,7 +289,8 @@ def test_a_shared_prompt_changes_nothing(dialect):
 @both
 @pytest.mark.parametrize("loss", ["dpo", "dpo_norm"])
 def test_the_first_loss_is_ln_2(dialect, loss):
-    """Policy and reference go the same way, also where the reference's batches are others than those of training."""
+    """Policy and reference go the same way, also where the reference's batches are others than those of
+    training."""
     gpt, rng, tok = tiny(dialect), random.Random(3), SimpleNamespace(pad_id=3)
     examples = some_examples(rng, 9)
     known, cfg = dpo.all_logps(gpt, examples, tok, 4), config(loss=loss)
@@ -295,7 +303,8 @@ def test_the_first_loss_is_ln_2(dialect, loss):
 
 
 def test_a_label_below_a_half_swaps_the_answers(tmp_path):
-    """Else the terms that hold up the chosen answer by itself, ORPO's and --sft_coef's, teach the worse one."""
+    """Else the terms that hold up the chosen answer by itself, ORPO's and --sft_coef's, teach the worse
+    one."""
     tok = SimpleNamespace(render_answer=lambda prompt, answer: ([1, 2], [*answer.encode(), 0]))
     one = {"prompt": "x", "chosen": "b", "rejected": "a", "label": 0.25}
     other = {"prompt": "x", "chosen": "a", "rejected": "b", "label": 0.75}
@@ -310,7 +319,8 @@ def test_kto_needs_one_held_out_prompt(tmp_path):
     rows = [{"prompt": f"q{i}", "completion": "ab"[i % 2], "label": bool(i % 2)} for i in range(8)]
     data = tmp_path / "kto.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tok = SimpleNamespace(render_answer=lambda prompt, answer: ([*str(prompt).encode()][-9:], [*answer.encode(), 0]))
+    tok = SimpleNamespace(
+        render_answer=lambda prompt, answer: ([*str(prompt).encode()][-9:], [*answer.encode(), 0]))
     run = SimpleNamespace(cfg=config(loss="kto"), say=lambda text: None)
     train, held, _ = dpo.read_examples(run, data, False, tok, 64)
     assert len(held) == 1 and len(train) == 7
@@ -355,7 +365,8 @@ def test_a_loss_is_one_row(monkeypatch):
     got, w, l = dpo.labelled_loss(logp, ref, n, p, cfg)
     (rw, rl), want = (0.1 * (logp - ref)).tolist(), []
     for share, a, b in zip(p.tolist(), rw, rl):
-        first, second = (-log_sigmoid(x) - 0.5 * log_sigmoid(-x) - 0.5 * log_sigmoid(-y) for x, y in ((a, b), (b, a)))
+        first, second = (-log_sigmoid(x) - 0.5 * log_sigmoid(-x) - 0.5 * log_sigmoid(-y)
+                         for x, y in ((a, b), (b, a)))
         want.append(share * first + (1 - share) * second)
     assert np.abs(got.numpy() - want).max() < 1e-12 and cfg.beta == 0.1
     # Both log-ratios higher by 1: the difference, and DPO's loss with it, stays; this one moves.
@@ -365,12 +376,14 @@ def test_a_loss_is_one_row(monkeypatch):
 
 
 def test_the_prompt_mask_changes_no_dpo_loss_but_the_rewards():
-    """With one prompt for both answers the prompt's terms cancel in w - l: what the blog post's code gets right by
-    luck. They do not where a loss looks at w and l apart, or at their length: both are asked of the loss itself, so
-    that this holds for a row that somebody adds."""
+    """With one prompt for both answers the prompt's terms cancel in w - l: what the blog post's code gets
+    right by luck. They do not where a loss looks at w and l apart, or at their length: both are asked of the
+    loss itself, so that this holds for a row that somebody adds."""
     gpt, ref, rng = tiny("llama"), tiny("llama", 1), random.Random(4)
-    examples = [(x, a, b, 1.0) for x, a, b in zip(ragged(rng, 5, 2, 9), ragged(rng, 5, 1, 9), ragged(rng, 5, 1, 9))]
-    moved = [(x[:1], x[1:] + a, x[1:] + b, p) for x, a, b, p in examples]     # the prompt counted as part of the answer
+    examples = [(x, a, b, 1.0)
+                for x, a, b in zip(ragged(rng, 5, 2, 9), ragged(rng, 5, 1, 9), ragged(rng, 5, 1, 9))]
+    # the prompt counted as part of the answer
+    moved = [(x[:1], x[1:] + a, x[1:] + b, p) for x, a, b, p in examples]
 
     def read(examples):
         (logp, n), (known, _) = (dpo.answer_logps(m, examples, SimpleNamespace(pad_id=3)) for m in (gpt, ref))
@@ -390,7 +403,7 @@ def test_the_prompt_mask_changes_no_dpo_loss_but_the_rewards():
         assert not torch.allclose(wa, wb, atol=1e-3) and not torch.allclose(la, lb, atol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_kto_never_pairs_a_prompt_with_its_own_completion():
@@ -410,7 +423,8 @@ def test_kto_never_pairs_a_prompt_with_its_own_completion():
 
 def test_kto_cuts_the_answer_to_another_prompt_too():
     """Behind a longer prompt than its own, an answer that was cut at max_len would leave the context."""
-    examples = [([i] * (i + 1), [20 + i] * (8 - i), [20 + i] * (8 - i), 1.0) for i in range(6)]    # 9 tokens each
+    # 9 tokens each
+    examples = [([i] * (i + 1), [20 + i] * (8 - i), [20 + i] * (8 - i), 1.0) for i in range(6)]
     out = comparisons.mismatch(examples, 0, 9)
     lengths = [len(prompt) + len(other) for prompt, _, other, _ in out]
     assert max(lengths) == 9 and min(len(other) for *_, other, _ in out) > 0
@@ -421,8 +435,8 @@ def test_kto_cuts_the_answer_to_another_prompt_too():
 def test_encode_leaves_out_and_counts():
     """Prompts that are too long and equal answers are left out, answers are cut: nothing of it in silence."""
     tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken")
-    row = {"prompt": [{"role": "user", "content": "What is the capital of France? " * 2}], "chosen": "It is Paris.",
-           "rejected": "It is Paris. " * 20 + "No.", "label": 1.0}
+    row = {"prompt": [{"role": "user", "content": "What is the capital of France? " * 2}],
+           "chosen": "It is Paris.", "rejected": "It is Paris. " * 20 + "No.", "label": 1.0}
     whole = tok.render(row["prompt"], True)[0]
     n = len(whole)
     (x, w, l, p), = dpo.encode([row], tok, n, n + 20)[0]
@@ -440,11 +454,13 @@ def chat_tokenizer():
     """Bytes and the special tokens of Llama 3."""
     names = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     ranks, special = {bytes([b]): b for b in range(256)}, {name: 256 + i for i, name in enumerate(names)}
-    return Tokenizer(tiktoken.Encoding("tiny", pat_str=GPT2_REGEX, mergeable_ranks=ranks, special_tokens=special))
+    return Tokenizer(tiktoken.Encoding("tiny", pat_str=GPT2_REGEX, mergeable_ranks=ranks,
+                                       special_tokens=special))
 
 
 def test_no_prompt_loses_its_beginning():
-    """A prompt that was too long kept its end alone: no BOS, no system message, no header of the user's turn."""
+    """A prompt that was too long kept its end alone: no BOS, no system message, no header of the user's
+    turn."""
     tok = chat_tokenizer()
     rows = [{"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "word " * n}],
              "chosen": "a", "rejected": "b", "label": 1.0} for n in (1, 100, 2)]
@@ -454,16 +470,17 @@ def test_no_prompt_loses_its_beginning():
         assert prompt == tok.render(row["prompt"], True)[0] and prompt[0] == tok.bos_id
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A task where everything that can be said can be counted: pi* ~ pi_ref exp(r / beta) is known.
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])
 def test_the_known_optimum_is_reached(loss):
-    """All pairs of answers, labelled with the exact Bradley-Terry probabilities: DPO must end at pi*. IPO must end
-    where every log-ratio difference is what its own label asks for: (2p - 1) / (2 beta) for consistent labels."""
-    policy = tiny("gpt2", 6, vocab_size=N_TOKENS, n_layer=2, n_head=2, n_kv_head=1, n_embd=24, n_inner=48, max_len=5,
-                  head_dim=12)
+    """All pairs of answers, labelled with the exact Bradley-Terry probabilities: DPO must end at pi*. IPO
+    must end where every log-ratio difference is what its own label asks for: (2p - 1) / (2 beta) for
+    consistent labels."""
+    policy = tiny("gpt2", 6, vocab_size=N_TOKENS, n_layer=2, n_head=2, n_kv_head=1, n_embd=24, n_inner=48,
+                  max_len=5, head_dim=12)
     with torch.no_grad():
         policy.wte.weight.mul_(0.5)
     ref, rng = copy.deepcopy(policy).requires_grad_(False), np.random.default_rng(0)
@@ -499,10 +516,11 @@ def test_the_known_optimum_is_reached(loss):
         assert abs(exact(policy, x) - s).sum() / 2 < 0.01
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The script (its flags, resume, seeds and bad input: tests/test_scripts.py).
 
-KTO = [{"prompt": f"What is {i}?", "completion": f"It is {i}." if i % 3 else "Who knows?", "label": bool(i % 3)}
+KTO = [{"prompt": f"What is {i}?", "completion": f"It is {i}." if i % 3 else "Who knows?",
+        "label": bool(i % 3)}
        for i in range(40)]
 
 
@@ -512,7 +530,8 @@ def rows_of(path):
 
 def learn_politeness(suite, chain, folder, loss):
     """What dpo.py prints while it learns a rule that a small model can learn at once; its run is folder/x."""
-    rows = [{"prompt": f"Question number {i}", "chosen": f"Yes, please, number {i}.", "rejected": f"Go away, {i}!"}
+    rows = [{"prompt": f"Question number {i}", "chosen": f"Yes, please, number {i}.",
+             "rejected": f"Go away, {i}!"}
             for i in range(60)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return suite.ok("dpo.py", "--init", chain / "sft", "--data", folder / "pairs.jsonl", "--loss", loss,
@@ -528,19 +547,21 @@ def test_every_loss_learns_its_comparisons(early, loss):
     """Politeness is learnt by each of them: training accuracy rises."""
     folder, r = early
     log = rows_of(folder / "x")
-    assert log[-1]["accuracy"] >= 0.95 and log[-1]["loss"] < log[0]["loss"] and log[-1]["margin"] > log[0]["margin"]
+    assert (log[-1]["accuracy"] >= 0.95 and log[-1]["loss"] < log[0]["loss"]
+            and log[-1]["margin"] > log[0]["margin"])
     if loss == "dpo":
         assert abs(log[0]["margin"]) < 1e-3 and "instead of a second model" in r.out
     result = json.loads((folder / "x" / "result.json").read_text())
     assert result["stage"] == "dpo" and result["after"]["kl"] > 0.01 and result["after"]["accuracy"] >= 0.95
-    run = json.loads((folder / "x" / "run.json").read_text())      # says which beta it was, for --reward implicit:
+    # says which beta it was, for --reward implicit:
+    run = json.loads((folder / "x" / "run.json").read_text())
     assert run["config"]["beta"] == dpo.LOSSES[loss].beta
 
 
 def test_adapters_train_alone_and_resume(suite, chain, tmp_path):
     """--lora: the checkpoint is a plain one; a run cut in two ends as the whole one does."""
-    flags = ["--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl", "--lora", 2, "--batch_size", 8,
-             "--warmup", 1, "--max_new", 8, "--dtype", "float32"]
+    flags = ["--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl", "--lora", 2,
+             "--batch_size", 8, "--warmup", 1, "--max_new", 8, "--dtype", "float32"]
     flags += ["--max_steps", 4, "--out"]
     stopped = suite.start_and_stop(2, "dpo.py", *flags, tmp_path / "b")
     suite.ok("dpo.py", *flags, tmp_path / "a")
@@ -555,16 +576,18 @@ def test_adapters_train_alone_and_resume(suite, chain, tmp_path):
 
 def test_a_run_names_adapters_below_the_rounding(suite, chain, tmp_path):
     """Once, at its last save."""
-    r = suite.ok("dpo.py", "--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl", "--lora", 2,
-                 "--batch_size", 8, "--max_new", 4, "--dtype", "bfloat16", "--lr", 1e-6, "--max_steps", 2, "--out",
-                 tmp_path / "x")
+    r = suite.ok("dpo.py", "--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl",
+                 "--lora", 2, "--batch_size", 8, "--max_new", 4, "--dtype", "bfloat16", "--lr", 1e-6,
+                 "--max_steps", 2, "--out", tmp_path / "x")
     assert r.out.count("health, adapters: ") == 1
 
 
 def test_adapters_below_the_rounding_are_named(monkeypatch):
-    """Otherwise the closing table is of a policy that nobody gets: read in bf16, its saved weights are those of before."""
+    """Otherwise the closing table is of a policy that nobody gets: read in bf16, its saved weights are those
+    of before."""
     torch.manual_seed(0)
-    trunk = model.freeze(model.GPT(model.GPTConfig(vocab_size=64, n_layer=1, n_embd=32, n_inner=64, max_len=8)))
+    trunk = model.freeze(
+        model.GPT(model.GPTConfig(vocab_size=64, n_layer=1, n_embd=32, n_inner=64, max_len=8)))
     policy = model.with_lora(trunk, 2)
     state = {name: x for name, x in policy.state_dict().items() if name.endswith((".a.weight", ".b.weight"))}
 
@@ -586,7 +609,8 @@ def test_kto_on_unpaired_data(suite, chain, tmp_path):
     suite.ok("dpo.py", "--init", chain / "sft", "--data", path, "--loss", "kto", "--out", tmp_path / "x",
              "--batch_size", 16, "--epochs", 6, "--warmup", 2, "--max_new", 8, "--held_out", 0.2)
     log = rows_of(tmp_path / "x")
-    assert log[-1]["accuracy"] > 0.9 and all(row["z"] >= 0 for row in log) and any(row["z"] > 0 for row in log)
+    assert (log[-1]["accuracy"] > 0.9 and all(row["z"] >= 0 for row in log)
+            and any(row["z"] > 0 for row in log))
     path.write_text("".join(json.dumps(r | {"label": True}) + "\n" for r in KTO))
     r = suite.run("dpo.py", "--init", chain / "sft", "--data", path, "--loss", "kto", "--out", tmp_path / "y")
     assert r.rc == 1 and "good and bad" in r.err and "Traceback" not in r.err
@@ -595,8 +619,8 @@ def test_kto_on_unpaired_data(suite, chain, tmp_path):
 @pytest.mark.parametrize("judge", ["annotator", "rm", "mine:score"])
 def test_online(suite, chain, tmp_path, judge):
     (tmp_path / "mine.py").write_text("def score(rows, texts):\n    return [-len(t) for t in texts]\n")
-    flags = ["--online", "true", "--online_steps", 3, "--batch_size", 12, "--max_new", 12, "--init", chain / "sft",
-             "--judge", chain / "reward" if judge == "rm" else judge]
+    flags = ["--online", "true", "--online_steps", 3, "--batch_size", 12, "--max_new", 12,
+             "--init", chain / "sft", "--judge", chain / "reward" if judge == "rm" else judge]
     suite.ok("dpo.py", *flags, "--out", tmp_path / "x", env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
     assert [row["step"] for row in rows_of(tmp_path / "x")] == [1, 2, 3]
     assert all(0 <= row["pairs"] <= 12 for row in rows_of(tmp_path / "x"))
@@ -621,18 +645,22 @@ def test_online_pairs_are_what_the_policy_said(chain, tmp_path):
 
 
 def test_an_error_in_a_judge_is_shown_with_its_place(suite, chain, tmp_path):
-    """Also one that would be a sentence without a traceback if it were ours, such as a file that is not there."""
+    """Also one that would be a sentence without a traceback if it were ours, such as a file that is not
+    there."""
     (tmp_path / "mine.py").write_text("def score(rows, texts):\n    return open('nosuch.txt').read()\n"
                                       "def nan(rows, texts):\n    return [float('nan') for _ in texts]\n")
-    flags = ["--online", "--batch_size", 4, "--max_new", 4, "--init", chain / "sft", "--out", tmp_path / "x", "--judge"]
+    flags = ["--online", "--batch_size", 4, "--max_new", 4, "--init", chain / "sft",
+             "--out", tmp_path / "x", "--judge"]
     r = suite.run("dpo.py", *flags, "mine:score", cwd=tmp_path)
-    assert r.rc == 1 and "mine.py\", line 2, in score" in r.err and "--judge mine:score failed: FileNotFound" in r.err
+    assert (r.rc == 1 and "mine.py\", line 2, in score" in r.err
+            and "--judge mine:score failed: FileNotFound" in r.err)
     r = suite.run("dpo.py", *flags, "mine:nan", cwd=tmp_path)
     assert r.rc == 1 and "Traceback" not in r.err and "--judge mine:nan: expected 8 finite numbers" in r.err
 
 
 def test_health_says_what_is_wrong_and_nothing_else():
-    """Each warning where its trouble is, none in a run that learns, none before there is enough to judge by."""
+    """Each warning where its trouble is, none in a run that learns, none before there is enough to judge
+    by."""
     def log(margin, chosen, n=80):
         return [{"loss": 0.7, "accuracy": 1.0, "margin": margin * i / n, "chosen_reward": chosen * i / n,
                  "rejected_reward": (chosen - margin) * i / n} for i in range(n)]
@@ -654,7 +682,7 @@ def test_win_rate():
     assert report.win_rate(before, [{"gold": x} for x in (1.0, 0.5, 0.0, 0.3)]) == 2.5 / 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files that people have, with a model that needs no chain.
 
 
@@ -663,8 +691,10 @@ def small(tmp_path):
     """A folder with a small untrained chat model."""
     torch.manual_seed(0)
     tok = chat_tokenizer()
-    shape = dict(vocab_size=tok.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, n_inner=32, head_dim=8)
-    save(tmp_path / "model", GPT(GPTConfig(**shape, norm="rmsnorm", pos="rope", mlp="swiglu", bias=False)), tok)
+    shape = dict(vocab_size=tok.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=16,
+                 n_inner=32, head_dim=8)
+    save(tmp_path / "model",
+         GPT(GPTConfig(**shape, norm="rmsnorm", pos="rope", mlp="swiglu", bias=False)), tok)
     return tmp_path
 
 
@@ -678,8 +708,8 @@ def pair(i, words=1):
 
 
 def test_prompts_longer_than_the_context(suite, small):
-    """All of them: one sentence that says how many and what limits them. Some of them, the first ones: they are
-    counted, and test prompts are taken from the others."""
+    """All of them: one sentence that says how many and what limits them. Some of them, the first ones: they
+    are counted, and test prompts are taken from the others."""
     flags = ["--init", small / "model", "--max_new", 8, "--held_out", 0.2, "--max_steps", 1]
     path = write(small / "long.jsonl", [pair(i, 90) for i in range(40)])
     r = suite.run("dpo.py", *flags, "--data", path, "--out", small / "x")
@@ -700,7 +730,8 @@ def test_one_pair_is_enough(suite, small):
 
 @pytest.mark.parametrize("script", ["dpo.py", "sft.py", "reward.py"])
 def test_a_short_trial_has_the_schedule_of_its_own_steps(suite, small, script):
-    """--max_steps 5 of a long run is a run of 5 steps: otherwise it ends within the warm-up of the long one."""
+    """--max_steps 5 of a long run is a run of 5 steps: otherwise it ends within the warm-up of the long
+    one."""
     rows = [pair(i) for i in range(24)]
     if script == "sft.py":
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
@@ -715,8 +746,8 @@ def test_a_short_trial_has_the_schedule_of_its_own_steps(suite, small, script):
 
 @pytest.mark.parametrize("change", ["reordered", "one_removed", "appended", "same"])
 def test_what_is_kept_belongs_to_its_data(suite, small, change):
-    """The reference's log-probs are kept by row number: with other rows they would be those of other answers. The
-    run is refused then, and goes on with the same rows."""
+    """The reference's log-probs are kept by row number: with other rows they would be those of other answers.
+    The run is refused then, and goes on with the same rows."""
     rows = [pair(i) for i in range(30)]
     data, out = write(small / "a.jsonl", rows), small / "x"
     flags = ["--init", small / "model", "--data", data, "--batch_size", 4, "--held_out", 0.2, "--max_new", 4,
@@ -732,7 +763,9 @@ def test_what_is_kept_belongs_to_its_data(suite, small, change):
         assert r.rc == 0 and told in whole.out and told not in r.out
         for row, other in zip(rows_of(out), rows_of(small / "whole"), strict=True):
             assert row | {"tok_s": 0} == other | {"tok_s": 0}
-        assert (out / "model.safetensors").read_bytes() == (small / "whole" / "model.safetensors").read_bytes()
+        assert ((out / "model.safetensors").read_bytes()
+                == (small / "whole" / "model.safetensors").read_bytes())
     else:
-        assert r.rc == 1 and str(data) in r.err and "changed" in r.err and len(r.err.strip().splitlines()) == 1
+        assert (r.rc == 1 and str(data) in r.err and "changed" in r.err
+                and len(r.err.strip().splitlines()) == 1)
         assert (out / "state.pt").read_bytes() == state and len(rows_of(out)) == 2

@@ -1,4 +1,5 @@
-"""Evaluation, the inside of a PPO step, its health, the cures of reward hacking, and asking the annotator again."""
+"""Evaluation, the inside of a PPO step, its health, the cures of reward hacking, and asking the annotator
+again."""
 import itertools
 import json
 import math
@@ -26,13 +27,14 @@ from test_scripts import fails, log_of, other_tokenizer, result_of, snapshot, us
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. data/evaluate.py: the statistics.
 
 
 def test_distinct_n():
     rows = [[1, 2, 3], [1, 2, 4], [5]]
-    assert report.distinct_n(rows, 1) == 5 / 7 and report.distinct_n(rows, 3) == 1 and report.distinct_n([[1]], 2) == 0
+    assert (report.distinct_n(rows, 1) == 5 / 7 and report.distinct_n(rows, 3) == 1
+            and report.distinct_n([[1]], 2) == 0)
     assert report.distinct_n(rows, 2) == 3 / 4
 
 
@@ -55,15 +57,17 @@ def test_length_controlled_win_rate():
         other = evaluate.length_controlled(1 - prefs, -dlen)
         assert other == pytest.approx(1 - evaluate.length_controlled(prefs, dlen))
     assert evaluate.length_controlled([0.5] * 8, range(8)) == pytest.approx(0.5)
-    assert evaluate.length_controlled([1.0] * 99, [0] * 99) > 0.99      # no spread, one winner: finite all the same
+    # no spread, one winner: finite all the same
+    assert evaluate.length_controlled([1.0] * 99, [0] * 99) > 0.99
 
 
 def test_best_of_n_is_the_mean_over_all_subsets():
     rng = np.random.default_rng(0)
     proxy, gold = rng.normal(size=(3, 7)), rng.normal(size=(3, 7))
     for n in (1, 2, 5, 7):
-        want = np.mean([[gold[p, max(c, key=lambda i: proxy[p, i])] for c in itertools.combinations(range(7), n)]
-                        for p in range(3)])
+        want = np.mean(
+            [[gold[p, max(c, key=lambda i: proxy[p, i])] for c in itertools.combinations(range(7), n)]
+             for p in range(3)])
         assert evaluate.best_of_n(proxy, gold, n) == pytest.approx(want)
     assert evaluate.best_of_n(proxy, proxy, 7) == pytest.approx(proxy.max(1).mean())
 
@@ -90,7 +94,8 @@ def test_the_ai_judge_asks_as_the_corpus_does():
     """The comparison is, letter by letter, the beginning of a document the base model was trained on."""
     constitution = json.loads((world.HERE / "constitution.json").read_text())
     q = next(q for q in build.questions() if q["skill"] == "capital")
-    doc = build.choice_chat(q, row := build.prompt_row(q, "{q}", random.Random(1)), constitution, random.Random(1))
+    doc = build.choice_chat(q, row := build.prompt_row(q, "{q}", random.Random(1)), constitution,
+                            random.Random(1))
     _, choose = principles.constitution(str(world.HERE / "constitution.json"))
     a, b = doc.split("\n (A) ")[1].split("\n\nThe answer")[0].split("\n (B) ")
     talk = principles.transcript(row["prompt"])
@@ -106,7 +111,7 @@ def test_short_names_are_different():
         evaluate.short_names(["a/ppo", "a/ppo"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. data/evaluate.py: the command.
 
 
@@ -130,9 +135,11 @@ def test_evaluate_with_the_gold_judge(compare, chain, tmp_path):
     assert models["base"]["bits_per_byte"] == pytest.approx(before_sft, abs=1e-6)
     for a, b in itertools.permutations(models, 2):
         w = wins[a][b]
-        assert w["low"] <= w["win_rate"] <= w["high"] and w["win_rate"] + wins[b][a]["win_rate"] == pytest.approx(1)
+        assert (w["low"] <= w["win_rate"] <= w["high"]
+                and w["win_rate"] + wins[b][a]["win_rate"] == pytest.approx(1))
     rows = [json.loads(line) for line in (tmp_path / "e" / "generations.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 * 24 and {r["response"] for r in rows if r["model"] == "control"} == {evaluate.CONTROL}
+    assert (len(rows) == 4 * 24
+            and {r["response"] for r in rows if r["model"] == "control"} == {evaluate.CONTROL})
     gold = world.mean_scores(world.rows("test")[:24], [r["response"] for r in rows if r["model"] == "ppo"])
     assert models["ppo"]["gold"] == gold["gold"]
     matrix = out.split("judged by gold")[1].splitlines()
@@ -151,8 +158,8 @@ def test_no_kl_between_models_of_different_tokenizers(compare, chain, tmp_path):
 @needs_fork
 def test_evaluate_with_a_reward_model_on_ones_own_prompts(compare, chain, tmp_path):
     rows = [{"prompt": f"What is {i}?"} for i in range(9)] + [{"prompt": "word " * 300}]
-    out, result = compare(chain / "sft", "--data", write(tmp_path / "p.jsonl", rows), "--judge", chain / "reward",
-                          "--best_of", "1,2,4", "--max_new", 8)
+    out, result = compare(chain / "sft", "--data", write(tmp_path / "p.jsonl", rows),
+                          "--judge", chain / "reward", "--best_of", "1,2,4", "--max_new", 8)
     assert "9 prompts, 1 too long" in out and "gold" not in result["models"]["sft"]
     assert [b["n"] for b in result["best_of"]] == [1, 2, 4] and result["best_of"][0]["kl"] == 0
     rewards = [b["reward"] for b in result["best_of"]]
@@ -174,8 +181,9 @@ def test_names_in_keeps_what_exists_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a,b" / "c,d").mkdir(parents=True)
     (tmp_path / "x,y.json").write_text("[]")
-    for text, names in (("", [""]), ("p", ["p"]), ("p,q", ["p", "q"]), ("a,b", ["a,b"]), ("a,b,a", ["a,b", "a"]),
-                        ("q,a,b/c,d,x,y.json", ["q", "a,b/c,d", "x,y.json"]), ("a,b/c", ["a", "b/c"])):
+    for text, names in (("", [""]), ("p", ["p"]), ("p,q", ["p", "q"]), ("a,b", ["a,b"]),
+                        ("a,b,a", ["a,b", "a"]), ("q,a,b/c,d,x,y.json", ["q", "a,b/c,d", "x,y.json"]),
+                        ("a,b/c", ["a", "b/c"])):
         assert names_in(text) == names
 
 
@@ -227,7 +235,8 @@ def test_prompts_of_ones_own_are_held_out_to_measure_on():
 
 @needs_fork
 def test_a_judge_that_prefers_nothing_said_at_length_is_called_broken(compare, chain):
-    out, result = compare(chain / "sft", "--judge", "annotator", "--bias_length", 5, "--noise", 0, "--max_new", 8)
+    out, result = compare(chain / "sft", "--judge", "annotator", "--bias_length", 5, "--noise", 0,
+                          "--max_new", 8)
     assert "THE JUDGE IS BROKEN: annotator" in out and result["wins"]["control"]["sft"]["win_rate"] > 0.9
 
 
@@ -239,7 +248,8 @@ def test_the_ai_judge_judges(compare, chain):
 
 def test_swapping_the_answers_swaps_the_ai_judges_mind(chain):
     prefers = evaluate.choices_of_ai(str(chain / "base"), evaluate.Config(), torch.device("cpu"))
-    rows, a, b = [{"prompt": user("What is a dog?")}] * 3, ["A dog.", "It is it.", "No."], ["I do not know that."] * 3
+    rows, a, b = ([{"prompt": user("What is a dog?")}] * 3, ["A dog.", "It is it.", "No."],
+                  ["I do not know that."] * 3)
     there, back = prefers(rows, a, b), prefers(rows, b, a)
     assert there == pytest.approx([1 - p for p in back], abs=1e-5) and any(abs(p - 0.5) > 1e-4 for p in there)
 
@@ -249,8 +259,9 @@ def test_swapping_the_answers_swaps_the_ai_judges_mind(chain):
     ("", "no models"), ("{chain}/sft {chain}/sft", "twice"),
     ("{chain}/sft --judge {chain}/base", "is a language model"),
     ("{chain}/reward", "is a reward model"), ("{chain}/sft --best_of 4", "--reward"),
-    ("{chain}/sft --best_of 4,x --reward {chain}/reward", "--best_of 4,x"), ("{chain}/sft --judge nosuch", "nosuch"),
-    ("{chain}/sft --max_new 256", "--max_new 256"), ("{chain}/sft --data {tmp}/p.jsonl", "--judge gold")])
+    ("{chain}/sft --best_of 4,x --reward {chain}/reward", "--best_of 4,x"),
+    ("{chain}/sft --judge nosuch", "nosuch"), ("{chain}/sft --max_new 256", "--max_new 256"),
+    ("{chain}/sft --data {tmp}/p.jsonl", "--judge gold")])
 def test_evaluate_refuses_in_one_sentence(suite, chain, tmp_path, flags, word):
     write(tmp_path / "p.jsonl", [{"prompt": "Hi"}])
     r = suite.run("data.evaluate", *flags.format(chain=chain, tmp=tmp_path).split(), "--out", tmp_path / "e")
@@ -258,20 +269,22 @@ def test_evaluate_refuses_in_one_sentence(suite, chain, tmp_path, flags, word):
     fails(r, word)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. ppo.py --inspect.
 
 
 def read_inspection(text):
     """What is printed, as inspect.json has it: one iteration with one response."""
     iteration, score, beta, gamma, lam, eps = re.search(
-        r"iteration (\d+): score .* = (\S+), beta = (\S+), gamma = (\S+), lam = (\S+), eps = (\S+)", text).groups()
+        r"iteration (\d+): score .* = (\S+), beta = (\S+), gamma = (\S+), lam = (\S+), eps = (\S+)",
+        text).groups()
     found = re.search(r"mean (\S+), over the standard deviation (\S+)", text)
     mean, std = map(float, found.groups()) if found else (0.0, 1.0)
     before, after = text.split("before the update\n")[1].split("\n\nafter it\n")
     columns = []
     for table in (before, after):
-        rows = [re.fullmatch(r" *\d+ .{14}(.*)", line)[1].split() for line in table.strip("\n").splitlines()[1:]]
+        rows = [re.fullmatch(r" *\d+ .{14}(.*)", line)[1].split()
+                for line in table.strip("\n").splitlines()[1:]]
         columns.append(list(zip(*rows)))
     names = ["logp", "ref_logp", "paid", "reward", "value", "advantage", "whitened", "return"]
     if "A -> whitened" not in text:
@@ -290,8 +303,9 @@ def adds_up(page, advantage, digits):
     """Every number follows from those before it, by the equations of ppo.py, to so many digits."""
     near, rounded = 10.0 ** -digits, 10.0 ** (1 - digits)
     for response in page["responses"]:
-        before, after = (SimpleNamespace(**{k.replace("return", "returns"): v for k, v in response[name].items()})
-                         for name in ("before", "after"))
+        before, after = (
+            SimpleNamespace(**{k.replace("return", "returns"): v for k, v in response[name].items()})
+            for name in ("before", "after"))
         n = len(before.logp)
         assert n == len(after.logp) >= 1
         A, value_after = 0.0, 0.0
@@ -318,13 +332,14 @@ def adds_up(page, advantage, digits):
 
 
 def inspect(suite, chain, folder, flags):
-    """What --inspect prints, beside a trained model where there are no flags; nothing is written. In fp32: in bf16 it
-    prints no more digits than there are."""
+    """What --inspect prints, beside a trained model where there are no flags; nothing is written. In fp32: in
+    bf16 it prints no more digits than there are."""
     if not flags:
         shutil.copytree(chain / "ppo", folder / "ppo")
     before = snapshot(folder)
-    r = suite.ok("ppo.py", "--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 16, "--max_new", 12,
-                 "--out", folder / "ppo", "--inspect", "--lr", 0.01, "--dtype", "float32", *flags)
+    r = suite.ok("ppo.py", "--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 16,
+                 "--max_new", 12, "--out", folder / "ppo", "--inspect", "--lr", 0.01,
+                 "--dtype", "float32", *flags)
     assert snapshot(folder) == before and (folder / "ppo").exists() == (not flags)
     return r.out
 
@@ -348,7 +363,7 @@ def test_inspect_adds_up(early, flags):
     assert any(x != y for x, y in zip(response["before"]["logp"], response["before"]["ref_logp"]))
     assert any(ratio != 1 for ratio in response["after"]["ratio"])
     if "rloo" not in flags:
-        assert response["before"]["value"] != response["after"]["value"]                     # the values moved too
+        assert response["before"]["value"] != response["after"]["value"]   # the values moved too
     if "fresh" in flags:
         assert (page["gamma"], page["lam"], page["beta"], page["clip"]) == (0.9, 0.8, 0.3, 0.01)
 
@@ -385,7 +400,8 @@ def test_the_estimate_of_the_kl_is_told_by_its_numbers():
 def test_the_ratio_that_is_shown_is_that_of_the_loss():
     """Otherwise --inspect shows a ratio a token, and clipped ones, where policy_loss has one an answer."""
     cfg = SimpleNamespace(kl_coef=0.1, clip=0.2, clip_high=0.0, group=1, gamma=1.0, lam=1.0, advantage="gae")
-    ids, mask = torch.arange(8).view(2, 4), torch.tensor([[False, True, True, True], [False, True, True, False]])
+    ids, mask = (torch.arange(8).view(2, 4),
+                 torch.tensor([[False, True, True, True], [False, True, True, False]]))
     numbers = {name: torch.ones(2, 4) for name in BEFORE if name != "paid"}
     ratio = torch.tensor([[1.0] + [1.3] * 3, [1.0] + [0.9] * 2 + [1.0]])
     tok = SimpleNamespace(eos_ids={3}, decode=lambda ids: " ".join(map(str, ids)))
@@ -399,12 +415,13 @@ def test_the_ratio_that_is_shown_is_that_of_the_loss():
 def test_bf16_is_printed_with_the_digits_it_has():
     """Three of them; otherwise V is 2.67039 at two tokens, of which five digits are noise."""
     before = {name: [2.671875, -0.0123456] for name in BEFORE}
-    after = {"logp": [-1.2345678, 0.0], "value": [1.0, 2.0], "ratio": [1.0003, 1.26], "clipped": [False, True]}
+    after = {"logp": [-1.2345678, 0.0], "value": [1.0, 2.0], "ratio": [1.0003, 1.26],
+             "clipped": [False, True]}
     response = {"prompt": "p", "response": "r", "tokens": ["a", "<eos>"], "score": 2.671875, "ended": True,
                 "before": before, "after": after}
     page = {"responses": [response], "iteration": 3, "beta": 0.1, "gamma": 1.0, "lam": 0.95, "clip": 0.2,
-            "clip_high": 0.2, "advantage": "gae", "how": "so.", "whitened": True, "mean_over": "tokens", "mean": 0.1,
-            "std": 0.5, "bf16": True, "kl": {"name": "k1", "formula": "logp - ref"}}
+            "clip_high": 0.2, "advantage": "gae", "how": "so.", "whitened": True, "mean_over": "tokens",
+            "mean": 0.1, "std": 0.5, "bf16": True, "kl": {"name": "k1", "formula": "logp - ref"}}
     table = inspection_text(page).split("before the update")[1]
     assert "2.67 " in table and "-0.0123" in table and "1.26" in table and "yes" in table
     for number in re.findall(r"\d+\.\d+", table):
@@ -414,20 +431,22 @@ def test_bf16_is_printed_with_the_digits_it_has():
     assert "2.67188" in table and "-0.01235" in table
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. The health of a run.
 
 
 def rows_of_a_run(n=50, **changed):
-    """log.jsonl of a healthy run on the tiny world (the figures of one, every curve straightened), with some columns
-    (start, end) replaced. The policy is trained from the fifth iteration on."""
+    """log.jsonl of a healthy run on the tiny world (the figures of one, every curve straightened), with some
+    columns (start, end) replaced. The policy is trained from the fifth iteration on."""
     columns = {"reward": (0.26, 2.3), "kl": (0.0, 0.95), "kl_k3": (0.0, 0.9), "kl_exact": (0.0, 0.93),
                "beta": (0.1, 0.1), "entropy": (0.28, 0.045), "length": (10.4, 10.8), "eos_rate": (0.985, 1.0),
                "unique": (0.54, 0.36),
                "explained_var": (-0.33, 0.75), "value_loss": (2.0, 0.2), "policy_loss": (-0.01, -0.002),
-               "approx_kl": (0.001, 0.0002), "clipfrac": (0.01, 0.001), "tok_s": (3000, 3000), "gold": (0.53, 0.94),
-               "helpful": (0.6, 0.9), "harmless": (0.4, 0.97), "honest": (0.5, 0.98), "concise": (0.9, 1.0)} | changed
-    rows = [{"step": i + 1} | {k: a + (b - a) * i / (n - 1) for k, (a, b) in columns.items()} for i in range(n)]
+               "approx_kl": (0.001, 0.0002), "clipfrac": (0.01, 0.001), "tok_s": (3000, 3000),
+               "gold": (0.53, 0.94), "helpful": (0.6, 0.9), "harmless": (0.4, 0.97), "honest": (0.5, 0.98),
+               "concise": (0.9, 1.0)} | changed
+    rows = [{"step": i + 1} | {k: a + (b - a) * i / (n - 1) for k, (a, b) in columns.items()}
+            for i in range(n)]
     for row in rows[:4]:
         del row["policy_loss"], row["approx_kl"], row["clipfrac"]
     return rows
@@ -440,7 +459,8 @@ def test_a_healthy_run_is_silent():
     graded = ("gold", "helpful", "harmless", "honest", "concise")
     ungraded = [{k: v for k, v in row.items() if k not in graded} for row in rows]
     assert health(rows) == health(ungraded) == {}
-    old = [{k: v for k, v in row.items() if k != "unique"} for row in rows[:20]]     # of before there was such a column
+    # of before there was such a column
+    old = [{k: v for k, v in row.items() if k != "unique"} for row in rows[:20]]
     assert health(old + rows[20:]) == {}
 
 
@@ -465,9 +485,10 @@ def test_each_illness_is_named_with_a_cure(name, changed, flag):
 
 
 def test_a_mismatch_speaks_when_it_grows():
-    """Otherwise the sampler may leave the policy unseen, or rounding, of which bf16 has more from the start, is an
-    illness."""
-    for first, last in ((1e-7, 2e-7), (1e-4, 1e-2), (0.1, 0.1)):       # fp32, next to nothing, bf16 of a large model
+    """Otherwise the sampler may leave the policy unseen, or rounding, of which bf16 has more from the start,
+    is an illness."""
+    # fp32, next to nothing, bf16 of a large model
+    for first, last in ((1e-7, 2e-7), (1e-4, 1e-2), (0.1, 0.1)):
         assert health(rows_of_a_run(mismatch=(first, last))) == {}
     rows = rows_of_a_run()
     for row in rows:
@@ -488,8 +509,8 @@ def test_no_advice_names_what_is_on():
 
 
 def test_a_reward_that_is_the_same_for_all_is_named_and_no_hacking():
-    """Where all answers get 1 the logged mean still rises, since fewer get the penalty for not ending; with a gold
-    that falls this was called hacking."""
+    """Where all answers get 1 the logged mean still rises, since fewer get the penalty for not ending; with a
+    gold that falls this was called hacking."""
     cfg = ppo.Config(relabel=0)
     reward = tuple(rate - cfg.eos_penalty * (1 - rate) for rate in (0.985, 1.0))
     rows = rows_of_a_run(gold=(0.9, 0.6), reward=reward)
@@ -507,17 +528,18 @@ def test_health_looks_for_the_peak_of_gold():
     up = rows_of_a_run(30, gold=(0.5, 0.95))
     down = rows_of_a_run(30, gold=(0.95, 0.7), reward=(2.3, 3.0), entropy=(0.05, 0.05))
     assert list(health(up + down)) == ["reward hacking"] and "0.9" in health(up + down)["reward hacking"]
-    honest = rows_of_a_run(30, gold=(0.95, 0.7), reward=(2.3, 1.0), entropy=(0.05, 0.05))   # both fall: something else
+    # both fall: something else
+    honest = rows_of_a_run(30, gold=(0.95, 0.7), reward=(2.3, 1.0), entropy=(0.05, 0.05))
     assert health(up + honest) == {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 5. The cures, flags of ppo.py.
 
 
 def test_the_least_of_rewards_of_steps_is_of_whole_answers():
     """Not token by token: a sum of the least of each would be less than any of the rewards."""
-    each = torch.tensor([[[3.0, 0.0]], [[1.0, 1.0]]])                  # two rewards of one answer, at two tokens
+    each = torch.tensor([[[3.0, 0.0]], [[1.0, 1.0]]])   # two rewards of one answer, at two tokens
     least = Scorer.combined(SimpleNamespace(weights=torch.ones(2), ensemble="min"), each)
     assert least.tolist() == [[1.0, 1.0]]
 
@@ -536,8 +558,9 @@ def test_ensemble():
 def train(suite, chain, tmp_path):
     """train(name, flags...) -> (what ppo.py printed, its log)."""
     def call(name, *flags):
-        r = suite.ok("ppo.py", "--init", chain / "sft", "--rollouts", 8, "--minibatches", 2, "--max_new", 8, "--dtype",
-                     "float32", "--relabel", 0, "--value_warmup", 0, "--out", tmp_path / name, *flags)
+        r = suite.ok("ppo.py", "--init", chain / "sft", "--rollouts", 8, "--minibatches", 2, "--max_new", 8,
+                     "--dtype", "float32", "--relabel", 0, "--value_warmup", 0,
+                     "--out", tmp_path / name, *flags)
         return r.out, log_of(tmp_path / name) if (tmp_path / name / "log.jsonl").exists() else []
     return call
 
@@ -569,7 +592,7 @@ def test_kl_budget(train, tmp_path):
     out, log = train("ppo", *flags, "--kl_budget", 0.05)
     assert 2 <= len(log) < 9 and "--kl_budget 0.05 is spent" in out
     assert all(row["kl_exact"] < 0.05 and "policy_loss" in row for row in log[:-1])
-    assert log[-1]["kl_exact"] >= 0.05 and "policy_loss" not in log[-1]         # the last one was not learned from
+    assert log[-1]["kl_exact"] >= 0.05 and "policy_loss" not in log[-1]   # the last one was not learned from
     assert result_of(tmp_path / "ppo")["after"] and (tmp_path / "ppo" / "model.safetensors").exists()
     out, again = train("ppo", *flags, "--kl_budget", 0.05)
     assert again == log and "is finished" in out                                # nothing to go on with
@@ -579,7 +602,8 @@ def test_kl_budget(train, tmp_path):
 def test_ptx(train):
     """Pretraining text in the mix: its loss is in the log and falls, and falls only because of it."""
     flags = ["--reward", "gold", "--iterations", 6, "--lr", 0.003]
-    losses = {x: [row["ptx_loss"] for row in train(f"ptx{x}", *flags, "--ptx_coef", x)[1]] for x in (1e-9, 10)}
+    losses = {x: [row["ptx_loss"] for row in train(f"ptx{x}", *flags, "--ptx_coef", x)[1]]
+              for x in (1e-9, 10)}
     assert losses[10][-1] < losses[10][0] - 0.1 and losses[10][-1] < losses[1e-9][-1] - 0.1
 
 
@@ -594,6 +618,7 @@ def test_ptx_leaves_the_held_out_text_alone(chain):
 
 @needs_fork
 def test_health_speaks_up_once(train):
-    out, log = train("ill", "--reward", "gold", "--iterations", 12, "--lr", 0.1, "--epochs", 4)     # so large steps are clipped
+    # so large steps are clipped
+    out, log = train("ill", "--reward", "gold", "--iterations", 12, "--lr", 0.1, "--epochs", 4)
     said = re.findall(r"^health, (.*?): ", out, re.M)
     assert said and len(said) == len(set(said)) and all("unique" in row for row in log)

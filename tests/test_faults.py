@@ -1,7 +1,8 @@
-"""What goes wrong in the night: kills, two runs in one folder, numbers that are not finite, full disks, wild flags.
+"""What goes wrong in the night: kills, two runs in one folder, numbers that are not finite, full disks, wild
+flags.
 
-The suite runs a few of each; FAULTS=20 python -m pytest tests/test_faults.py runs the long version (about half an
-hour)."""
+The suite runs a few of each; FAULTS=20 python -m pytest tests/test_faults.py runs the long version (about
+half an hour)."""
 import fcntl
 import json
 import os
@@ -38,7 +39,8 @@ KILLS = 2 if TIMES == 1 else 20            # of each script
 
 
 def kill_and_resume(suite, chain, folder, script):
-    """Kill runs of a script, resume them and compare them with a whole one. Returns how many kills and runs it took."""
+    """Kill runs of a script, resume them and compare them with a whole one. Returns how many kills and runs
+    it took."""
     flags = [*TRAIN[script][0], *links(script, chain), "--dtype", "float32", "--save_every", 1,
              "--max_steps", 3 if TIMES == 1 else TRAIN[script][1]]
     start = time.time()
@@ -69,8 +71,8 @@ EARLY = {"test_killed_at_any_moment_and_resumed": kill_and_resume}      # see th
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_any_moment_and_resumed(early, script):
-    """SIGKILL at random moments, a checkpoint after every step, so that many fall into a write: the resumed run ends
-    with the weights and the log of a run that nobody killed."""
+    """SIGKILL at random moments, a checkpoint after every step, so that many fall into a write: the resumed
+    run ends with the weights and the log of a run that nobody killed."""
     _, (killed, runs) = early
     assert killed >= KILLS
     print(f"{script}: {killed} kills in {runs} runs")
@@ -79,13 +81,15 @@ def test_killed_at_any_moment_and_resumed(early, script):
 @pytest.mark.skipif(TIMES == 1, reason="takes minutes: FAULTS=2 runs it")
 def test_constitutional_ai_killed_at_any_moment_and_resumed(suite, chain, tmp_path):
     """The same of cai.py and of the scripts it runs: equal chains, comparisons, weights and figures."""
-    flags = ["--prompts", 30, "--helpful_prompts", 40, "--max_steps", 20, "--k", 2, "--critiques", 1, "--max_new", 16,
-             "--max_critique", 12, "--dtype", "float32", "--sft_flags", "--max_new 16 --warmup 2", "--reward_flags",
-             "--held_out 0.3", "--rl_flags", "--iterations 2 --rollouts 16 --max_new 16"]
+    flags = ["--prompts", 30, "--helpful_prompts", 40, "--max_steps", 20, "--k", 2, "--critiques", 1,
+             "--max_new", 16, "--max_critique", 12, "--dtype", "float32", "--sft_flags",
+             "--max_new 16 --warmup 2", "--reward_flags", "--held_out 0.3", "--rl_flags",
+             "--iterations 2 --rollouts 16 --max_new 16"]
 
     def end(name):
         folder, files = tmp_path / name / "cai", ("chains.jsonl", "stage1.jsonl", "comparisons.jsonl")
-        rows = [{k: v for k, v in row.items() if k != "critic_asked"} for row in log_of(folder)]   # kept ones are not
+        # kept ones are not
+        rows = [{k: v for k, v in row.items() if k != "critic_asked"} for row in log_of(folder)]
         result = json.loads((folder / "result.json").read_text())
         return (rows, result["before"], result["after"], (folder / "model.safetensors").read_bytes(),
                 [(folder / "round1" / f).read_bytes() for f in files])
@@ -130,8 +134,8 @@ def test_a_signal_finishes_the_step_and_saves(suite, chain, tmp_path, signum):
 
 def test_two_runs_never_share_a_folder(suite, chain, tmp_path):
     """The second one writes nothing, whatever its flags; the lock dies with its owner."""
-    flags = ["reward.py", "--init", chain / "sft", "--prompts", 40, "--held_out", 0.3, "--max_new", 24, "--lr", 1e-4,
-             "--bias_length", 0.2, "--save_every", 1000, "--out", tmp_path / "x"]
+    flags = ["reward.py", "--init", chain / "sft", "--prompts", 40, "--held_out", 0.3, "--max_new", 24,
+             "--lr", 1e-4, "--bias_length", 0.2, "--save_every", 1000, "--out", tmp_path / "x"]
     job, end = suite.start(*flags, "--epochs", 200), time.time() + 60
     while not (tmp_path / "x" / "log.jsonl").exists() or not log_of(tmp_path / "x"):
         assert time.time() < end and not (job / "rc").exists(), suite.finish(job)
@@ -140,15 +144,17 @@ def test_two_runs_never_share_a_folder(suite, chain, tmp_path):
     before = {path: data for path, data in snapshot(tmp_path / "x").items() if path.name != "log.jsonl"}
     for more in ([], ["--seed", 1, "--bias_confidence", 5, "--overwrite"]):
         r = suite.run(*flags, "--epochs", 200, *more)
-        assert r.rc == 1 and r.err == f"error: {tmp_path / 'x'}: another run is writing there; choose another --out\n"
+        assert (r.rc == 1
+                and r.err == f"error: {tmp_path / 'x'}: another run is writing there; choose another --out\n")
     after = {path: data for path, data in snapshot(tmp_path / "x").items() if path.name != "log.jsonl"}
     assert before == after and before[pairs]
     suite.kill(job)
-    suite.ok(*flags, "--max_steps", 1, "--seed", 1)   # nothing was saved: no run that other flags would overwrite
+    # nothing was saved: no run that other flags would overwrite
+    suite.ok(*flags, "--max_steps", 1, "--seed", 1)
     assert pairs.read_bytes() != before[pairs]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Net(torch.nn.Module):
@@ -193,18 +199,20 @@ def test_a_reward_model_with_a_broken_weight_stops_ppo(suite, chain, tmp_path):
     with torch.no_grad():
         rm.score.weight[0, 3] = float("nan")
     save(tmp_path / "rm", rm, tok)
-    r = suite.run("ppo.py", "--init", chain / "sft", "--reward", tmp_path / "rm", "--rollouts", 8, "--max_new", 8,
-                  "--eos_penalty", 0, "--out", tmp_path / "ppo")
-    assert r.rc == 1 and "tensor 'score.weight' holds values that are not finite" in r.err and "Traceback" not in r.err
+    r = suite.run("ppo.py", "--init", chain / "sft", "--reward", tmp_path / "rm", "--rollouts", 8,
+                  "--max_new", 8, "--eos_penalty", 0, "--out", tmp_path / "ppo")
+    assert (r.rc == 1 and "tensor 'score.weight' holds values that are not finite" in r.err
+            and "Traceback" not in r.err)
     assert not (tmp_path / "ppo" / "config.json").exists()
 
 
 def test_out_of_memory_says_where_and_what_to_shrink(suite, chain, tmp_path):
     """A stage that asks for more than there is, as torch's CPU allocator reports it."""
     (tmp_path / "greedy.py").write_text("import torch\ndef f(rows, texts):\n    return torch.empty(2**55)\n")
-    r = suite.run("ppo.py", "--init", chain / "sft", "--reward", "greedy:f", "--rollouts", 8, "--max_new", 8, "--out",
-                  tmp_path / "ppo", env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
-    assert r.rc == 1 and r.err.startswith("error: out of memory at ppo.py:") and "--rollouts 8" in r.err, r.err
+    r = suite.run("ppo.py", "--init", chain / "sft", "--reward", "greedy:f", "--rollouts", 8, "--max_new", 8,
+                  "--out", tmp_path / "ppo", env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
+    assert (r.rc == 1 and r.err.startswith("error: out of memory at ppo.py:")
+            and "--rollouts 8" in r.err), r.err
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
@@ -239,11 +247,12 @@ def test_full_disk_keeps_the_last_checkpoint(suite, chain, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused_or_equal(tmp_path):
-    """Cut at 50 places, 200 flipped bits: an error that names the file, or weights of the right shapes; no traceback of
-    another kind. (Safetensors carries no checksum, so a flip inside the weights cannot be seen.)"""
+    """Cut at 50 places, 200 flipped bits: an error that names the file, or weights of the right shapes; no
+    traceback of another kind. (Safetensors carries no checksum, so a flip inside the weights cannot be
+    seen.)"""
     tok = tokenizer_from_ranks(world.TINY / "tiny.tiktoken")
-    save(tmp_path / "x", GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_inner=32,
-                                       head_dim=8)), tok)
+    save(tmp_path / "x", GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=16,
+                                       n_inner=32, head_dim=8)), tok)
     path, rng = tmp_path / "x" / "model.safetensors", random.Random(0)
     shutil.copytree(tmp_path / "x", tmp_path / "whole")
     data = path.read_bytes()
@@ -267,7 +276,8 @@ def test_a_damaged_checkpoint_is_refused_or_equal(tmp_path):
 
 def test_a_pickle_is_never_run(chain, tmp_path, monkeypatch):
     shutil.copytree(chain / "sft", tmp_path / "x")
-    (tmp_path / "x" / "state.pt").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
+    (tmp_path / "x" / "state.pt").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode()
+                                              + b"'\ntR.")
     with pytest.raises(InputError, match="state.pt"):
         load_state(tmp_path / "x")
     assert not (tmp_path / "owned").exists()
@@ -285,7 +295,8 @@ def test_random_flags_never_end_in_a_traceback(suite, chain, bad_folder, script)
     base = [*TRAIN[script][0], *links(script, chain), "--max_steps", 1, "--out"]
     commands = []
     for i in range(6 if TIMES == 1 else 1000 // len(SCRIPTS)):
-        extra = [w for _ in range(rng.choice([1, 1, 2, 3])) for w in (f"--{rng.choice(names)}", rng.choice(VALUES))]
+        extra = [w for _ in range(rng.choice([1, 1, 2, 3]))
+                 for w in (f"--{rng.choice(names)}", rng.choice(VALUES))]
         commands.append([script, *base, bad_folder / f"{script}{i}", *[w.replace("\x00", "") for w in extra]])
     for command, r in zip(commands, suite.run_all(commands, timeout=120, cwd=bad_folder)):
         assert "Traceback" not in r.err, f"{command}\n{r.err}"
@@ -298,7 +309,7 @@ def bad_folder(tmp_path):
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the machine does.
 
 SMALL = ["--batch_size", 8, "--warmup", 2, "--max_new", 8, "--dtype", "float32"]
@@ -306,7 +317,8 @@ SMALL = ["--batch_size", 8, "--warmup", 2, "--max_new", 8, "--dtype", "float32"]
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_disk_that_fills_in_the_training_state():
-    """An OSError, which ends in one sentence; torch's own writer raises a RuntimeError without the word space."""
+    """An OSError, which ends in one sentence; torch's own writer raises a RuntimeError without the word
+    space."""
     with pytest.raises(OSError, match="space"):
         write_state("/dev/full", {"x": torch.zeros(10 ** 6)})
 
@@ -331,14 +343,16 @@ def test_lack_of_memory_has_several_names(error, is_memory):
 
 
 def test_memory_that_ends_inside_onednn(suite, chain, tmp_path):
-    (tmp_path / "greedy.py").write_text("def f(rows, texts):\n    raise RuntimeError('could not create a primitive')\n")
-    r = suite.run("ppo.py", "--init", chain / "sft", "--reward", "greedy:f", "--rollouts", 8, "--max_new", 8, "--out",
-                  tmp_path / "ppo", cwd=tmp_path)
+    (tmp_path / "greedy.py").write_text(
+        "def f(rows, texts):\n    raise RuntimeError('could not create a primitive')\n")
+    r = suite.run("ppo.py", "--init", chain / "sft", "--reward", "greedy:f", "--rollouts", 8, "--max_new", 8,
+                  "--out", tmp_path / "ppo", cwd=tmp_path)
     assert r.rc == 1 and "Traceback" not in r.err, r.err
 
 
 def test_another_precision_is_said(suite, chain, tmp_path):
-    """A run that goes on where products are rounded otherwise says so in a line; on the same machine it does not."""
+    """A run that goes on where products are rounded otherwise says so in a line; on the same machine it does
+    not."""
     flags = ["sft.py", "--init", chain / "base", *SMALL, "--out", tmp_path / "x"]
     suite.ok(*flags, "--max_steps", 1)
     assert "so far" not in suite.ok(*flags, "--max_steps", 2).out
@@ -352,7 +366,8 @@ def test_a_script_left_alive_by_its_parent_is_waited_for(suite, chain, tmp_path)
     """cai.py was killed, its sft.py was not: the same command again is told to wait, not to go elsewhere."""
     with open(tmp_path / ".lock", "w") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        r = suite.run("sft.py", "--init", chain / "base", "--out", tmp_path, env={"RLHF_PART_OF_A_CHAIN": "1"})
+        r = suite.run("sft.py", "--init", chain / "base", "--out", tmp_path,
+                      env={"RLHF_PART_OF_A_CHAIN": "1"})
         assert r.rc == 1 and "wait until it has ended" in r.err and "another --out" not in r.err
 
 
@@ -372,8 +387,10 @@ def wait_for_a_row(process, folder):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, None], ids=["ctrl-c", "head"])
 def test_a_broken_pipe_loses_no_step(suite, chain, tmp_path, signum):
-    """Ctrl-C behind `| tee` ends tee first, and `| head` reads no further: the run ends its step and saves."""
-    flags = ["--init", chain / "base", *SMALL, "--epochs", 50, "--save_every", 10 ** 6, "--out", tmp_path / "x"]
+    """Ctrl-C behind `| tee` ends tee first, and `| head` reads no further: the run ends its step and
+    saves."""
+    flags = ["--init", chain / "base", *SMALL, "--epochs", 50, "--save_every", 10 ** 6,
+             "--out", tmp_path / "x"]
     process = begin(suite, *flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for_a_row(process, tmp_path / "x")
     process.stdout.close()
@@ -400,14 +417,15 @@ def test_lines_that_cannot_be_printed_stop_nothing(suite, chain, tmp_path):
 
 def test_output_that_is_closed(suite, chain, tmp_path):
     """`>&-`, a daemon, pythonw: sys.stdout is None."""
-    command = f"'{sys.executable}' '{suite.root / 'sft.py'}' --init '{chain / 'nosuch'}' --out '{tmp_path / 'x'}' >&-"
+    command = (f"'{sys.executable}' '{suite.root / 'sft.py'}' --init '{chain / 'nosuch'}' "
+               f"--out '{tmp_path / 'x'}' >&-")
     r = subprocess.run(["bash", "-c", command], env=suite.env, capture_output=True, text=True)
     assert r.returncode == 1 and r.stderr == f"error: {chain / 'nosuch'}: no such file or folder\n", r.stderr
 
 
 def test_ctrl_c_waits_for_the_script_that_runs(tmp_path, monkeypatch):
-    """A link of the chain is not killed while it saves; a signal to the parent alone reaches the script as well.
-    Otherwise `kill -INT` of a ppo.py that makes its links leaves the base model training to its end."""
+    """A link of the chain is not killed while it saves; a signal to the parent alone reaches the script as
+    well. Otherwise `kill -INT` of a ppo.py that makes its links leaves the base model training to its end."""
     child = tmp_path / "child.py"
     child.write_text("import signal, sys, time\n"
                      "def stop(*_):\n    time.sleep(0.6)\n    open(sys.argv[2] + '/saved', 'w').close()\n"
@@ -415,7 +433,8 @@ def test_ctrl_c_waits_for_the_script_that_runs(tmp_path, monkeypatch):
                      "signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)\n"
                      "open(sys.argv[2] + '/begun', 'w').close()\ntime.sleep(60)\n")
     monkeypatch.setattr(chain_py, "ROOT", tmp_path)
-    for i, (signum, reaches_child) in enumerate(((signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False))):
+    for i, (signum, reaches_child) in enumerate(((signal.SIGINT, True), (signal.SIGINT, False),
+                                                 (signal.SIGTERM, False))):
         out = tmp_path / str(i)
         out.mkdir()
 
@@ -425,7 +444,8 @@ def test_ctrl_c_waits_for_the_script_that_runs(tmp_path, monkeypatch):
             if reaches_child:
                 os.kill(int(subprocess.check_output(["pgrep", "-f", str(child)]).split()[0]), signum)
             os.kill(os.getpid(), signum)
-        old = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, interrupt)
+        old = (signal.signal(signal.SIGINT, signal.default_int_handler),
+               signal.signal(signal.SIGTERM, interrupt))
         thread = threading.Thread(target=kill)
         thread.start()
         try:
@@ -438,7 +458,8 @@ def test_ctrl_c_waits_for_the_script_that_runs(tmp_path, monkeypatch):
 
 
 def test_cai_leaves_signals_to_its_scripts(tmp_path):
-    """Otherwise `kill -INT` of a cai.py, which has no steps, waits for sft.py or ppo.py to come to its end."""
+    """Otherwise `kill -INT` of a cai.py, which has no steps, waits for sft.py or ppo.py to come to its
+    end."""
     before = signal.getsignal(signal.SIGINT)
     Run.open(Config(out=str(tmp_path / "x")), "cai", runs_scripts=True)
     assert signal.getsignal(signal.SIGINT) == before
@@ -446,7 +467,8 @@ def test_cai_leaves_signals_to_its_scripts(tmp_path):
 
 @pytest.mark.parametrize("is_part", [True, False])
 def test_a_ctrl_c_that_is_passed_on_is_no_second_one(tmp_path, monkeypatch, is_part):
-    """Otherwise a terminal's Ctrl-C, which reaches script and parent, stops the script at once and loses its steps."""
+    """Otherwise a terminal's Ctrl-C, which reaches script and parent, stops the script at once and loses its
+    steps."""
     monkeypatch.delenv(PART_OF_A_CHAIN, raising=False)
     if is_part:
         monkeypatch.setenv(PART_OF_A_CHAIN, "1")
@@ -460,7 +482,8 @@ def test_a_ctrl_c_that_is_passed_on_is_no_second_one(tmp_path, monkeypatch, is_p
 
 
 def test_a_message_never_sticks_to_the_progress_line(monkeypatch, capsys):
-    """On a terminal the line is redrawn in place, as wide as that is, and ends before anything else is printed."""
+    """On a terminal the line is redrawn in place, as wide as that is, and ends before anything else is
+    printed."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     screen = Screen()

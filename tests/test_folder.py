@@ -1,5 +1,5 @@
-"""Whose files lie in a folder: nothing that is not ours is ever replaced, by whatever program; and what a run notices
-of its code, its inputs and its flags when it goes on."""
+"""Whose files lie in a folder: nothing that is not ours is ever replaced, by whatever program; and what a run
+notices of its code, its inputs and its flags when it goes on."""
 import fcntl
 import json
 import os
@@ -14,7 +14,8 @@ import pytest
 
 from data import InputError, folder as folder_py, page, write_atomic
 from data.chain import need, next_commands
-from data.folder import claim, code, edited_since, foreign, meaning, missing, python, record_of, remove, run_of
+from data.folder import (claim, code, edited_since, foreign, meaning, missing, python, record_of, remove,
+                         run_of)
 from data.run import FILES, Run, flags_of_its_run
 from data.world import build
 from dpo import Config as DPOConfig
@@ -32,11 +33,12 @@ def hashes(folder):
     """All there is in a folder: files and links with what they hold, folders with nothing."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        found[path] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        found[path] = (os.readlink(path) if path.is_symlink()
+                       else path.read_bytes() if path.is_file() else None)
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The function that decides.
 
 
@@ -56,9 +58,9 @@ def put(path, kind, elsewhere):
 
 
 def test_two_hundred_folders(tmp_path, monkeypatch):
-    """A folder with some of a run's names in it, each a file, a link, a dangling link, a folder or nothing; with no
-    run.json, one of another program, or one of ours that lists some of the names. What a run then deletes and writes
-    never touches what is not listed; where it refuses, nothing at all has changed."""
+    """A folder with some of a run's names in it, each a file, a link, a dangling link, a folder or nothing;
+    with no run.json, one of another program, or one of ours that lists some of the names. What a run then
+    deletes and writes never touches what is not listed; where it refuses, nothing at all has changed."""
     monkeypatch.setattr(Run, "catch_signals", lambda run: None)
     monkeypatch.setattr(folder_py, "lock", lambda folder: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)      # thousands of files
@@ -73,7 +75,8 @@ def test_two_hundred_folders(tmp_path, monkeypatch):
             put(folder / name, kinds[name], elsewhere)
         record, ours = rng.choice(["none", "theirs", "ours", "ours"]), set()
         if record == "ours":
-            listed = rng.sample(list(kinds), rng.randrange(len(kinds) + 1)) if rng.random() < 0.5 else list(kinds)
+            listed = (rng.sample(list(kinds), rng.randrange(len(kinds) + 1)) if rng.random() < 0.5
+                      else list(kinds))
             ours = {folder / name for name in listed if kinds[name] == "file"}
             old = {"stage": "sft", "config": {}, "flags": {}, "inputs": {}, "files": listed}
             (folder / "run.json").write_text(json.dumps(old))
@@ -140,14 +143,14 @@ def test_what_is_removed_is_what_a_run_made(tmp_path):
 
 
 def test_somebodys_model_in_a_folder_that_a_run_lists(tmp_path):
-    """run.json lists reward/ or round1/sl/, but no run of ours has written it yet, and the user's only copy of a model
-    lies there: it would have been replaced, and deleted by --overwrite."""
+    """run.json lists reward/ or round1/sl/, but no run of ours has written it yet, and the user's only copy
+    of a model lies there: it would have been replaced, and deleted by --overwrite."""
     record = {"stage": "ppo", "config": {}, "flags": {}, "inputs": {}, "files": ["log.jsonl", "reward/"]}
     (tmp_path / "run.json").write_text(json.dumps(record))
     (tmp_path / "reward").mkdir()
-    assert foreign(tmp_path, ["log.jsonl", "reward/"]) == []                           # empty, as after a kill
+    assert foreign(tmp_path, ["log.jsonl", "reward/"]) == []   # empty, as after a kill
     (tmp_path / "reward" / "notes.txt").write_text("mine")
-    assert foreign(tmp_path, ["log.jsonl", "reward/"]) == []                           # nothing that we would replace
+    assert foreign(tmp_path, ["log.jsonl", "reward/"]) == []   # nothing that we would replace
     (tmp_path / "reward" / "model.safetensors").write_text("mine")
     for config in (None, '{"model_type": "llama"}', "not JSON"):
         if config:
@@ -171,12 +174,13 @@ def test_somebodys_model_in_a_folder_that_a_run_lists(tmp_path):
 
 @needs_fork
 def test_a_model_put_into_a_run_stays(suite, chain, tmp_path):
-    """A PPO run that never wrote reward/, into which the user copied a model: neither the same command, nor a longer run
-    or --overwrite touches it."""
-    flags = ["ppo.py", "--init", chain / "sft", "--reward", "gold", "--iterations", 1, "--rollouts", 8, "--max_new", 8,
-             "--out", tmp_path / "x"]
+    """A PPO run that never wrote reward/, into which the user copied a model: neither the same command, nor a
+    longer run or --overwrite touches it."""
+    flags = ["ppo.py", "--init", chain / "sft", "--reward", "gold", "--iterations", 1, "--rollouts", 8,
+             "--max_new", 8, "--out", tmp_path / "x"]
     suite.ok(*flags)
-    shutil.copytree(chain / "base", tmp_path / "x" / "reward", ignore=shutil.ignore_patterns("run.json", ".lock"))
+    shutil.copytree(chain / "base", tmp_path / "x" / "reward",
+                    ignore=shutil.ignore_patterns("run.json", ".lock"))
     before = hashes(tmp_path)
     for more in ([], ["--overwrite"], ["--seed", 1, "--overwrite"]):
         fails(suite.run(*flags, *more), tmp_path / "x", "reward/model.safetensors", "no run of ours made")
@@ -191,7 +195,7 @@ def test_a_run_json_cannot_list_what_lies_elsewhere(tmp_path, name):
     assert run_of(tmp_path) == {} and foreign(tmp_path, ["log.jsonl"]) == ["run.json"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Every program that writes.
 
 PROGRAMS = {"data.pretrain": [], "sft.py": [], "reward.py": [], "ppo.py": [], "dpo.py": [],
@@ -202,15 +206,16 @@ PROGRAMS = {"data.pretrain": [], "sft.py": [], "reward.py": [], "ppo.py": [], "d
 
 def command_for(program, chain):
     """The program and flags with which it would begin at once."""
-    own = links(program, chain) if program in ("data.pretrain", "sft.py", "reward.py", "ppo.py", "dpo.py") else []
+    own = (links(program, chain) if program in ("data.pretrain", "sft.py", "reward.py", "ppo.py", "dpo.py")
+           else [])
     return [program, *own, *[flag.format(chain=chain) for flag in PROGRAMS[program]]]
 
 
 @needs_fork
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_leaves_foreign_files_alone(suite, chain, tmp_path, program):
-    """A model, notes called like our files, a link, another program's run.json, a file: whatever --overwrite says, one
-    sentence names them, and every byte stays."""
+    """A model, notes called like our files, a link, another program's run.json, a file: whatever --overwrite
+    says, one sentence names them, and every byte stays."""
     mine = "result.json" if program == "data.evaluate" else "log.jsonl"
     shutil.copytree(chain / "base", tmp_path / "model", ignore=shutil.ignore_patterns("run.json", ".lock"))
     for name in ("notes", "linked", "other", "kind"):
@@ -235,9 +240,11 @@ def test_every_program_leaves_foreign_files_alone(suite, chain, tmp_path, progra
 
 
 def test_a_run_that_wrote_nothing_owns_nothing(suite, chain, tmp_path):
-    """It ends at a bad row; a model that somebody then puts into its folder is not replaced by the next try."""
+    """It ends at a bad row; a model that somebody then puts into its folder is not replaced by the next
+    try."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi", "rejectd": "Go away."}\n')
-    command = [sys.executable, "dpo.py", "--init", chain / "sft", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "x"]
+    command = [sys.executable, "dpo.py", "--init", chain / "sft", "--data", tmp_path / "rows.jsonl",
+               "--out", tmp_path / "x"]
     r = subprocess.run(list(map(str, command)), cwd=suite.root, env=suite.env, capture_output=True, text=True)
     assert r.returncode and "rows.jsonl:1" in r.stderr and not (tmp_path / "x" / "run.json").exists()
     (tmp_path / "x" / "model.safetensors").write_text("my only copy")
@@ -249,8 +256,8 @@ def test_a_run_that_wrote_nothing_owns_nothing(suite, chain, tmp_path):
 @pytest.mark.parametrize("script, flag", [("sft.py", "--init"), ("reward.py", "--init"), ("dpo.py", "--init"),
                                           ("ppo.py", "--init"), ("ppo.py", "--reward")])
 def test_out_is_what_the_run_reads(suite, chain, tmp_path, script, flag):
-    """The user's only copy of a model, by its path, another path and a link; and a finished run of ours, which
-    --overwrite would replace before it is read."""
+    """The user's only copy of a model, by its path, another path and a link; and a finished run of ours,
+    which --overwrite would replace before it is read."""
     source = chain / ("reward" if flag == "--reward" else "sft")
     shutil.copytree(source, tmp_path / "model", ignore=shutil.ignore_patterns("run.json", ".lock"))
     shutil.copytree(source, tmp_path / "run")
@@ -258,7 +265,8 @@ def test_out_is_what_the_run_reads(suite, chain, tmp_path, script, flag):
     before, commands = hashes(tmp_path), []
     for read, out in (("model", "model"), ("model", "link"), ("link", "model"), ("model", "run/../model"),
                       ("run", "run")):
-        commands.append([script, *links(script, chain), flag, tmp_path / read, "--out", tmp_path / out, "--overwrite"])
+        commands.append([script, *links(script, chain), flag, tmp_path / read, "--out", tmp_path / out,
+                         "--overwrite"])
     for r in suite.run_all(commands):
         fails(r, "is read by this run and would be replaced by it; choose another --out")
     assert hashes(tmp_path) == before
@@ -274,8 +282,8 @@ def test_a_judge_of_two_policies_is_read_as_well(suite, chain, tmp_path):
     r = suite.run("ppo.py", *flags, "--out", tmp_path / "dpo", "--overwrite")
     fails(r, tmp_path / "dpo", "is read by this run")
     fails(suite.run("ppo.py", *links("ppo.py", chain), "--out", tmp_path / "x"), tmp_path / "x", "reward/")
-    fails(suite.run("ppo.py", "--init", chain / "sft", "--reward", tmp_path / "x" / "reward", "--out", tmp_path / "x"),
-          "is read by this run")
+    fails(suite.run("ppo.py", "--init", chain / "sft", "--reward", tmp_path / "x" / "reward",
+                    "--out", tmp_path / "x"), "is read by this run")
     assert hashes(tmp_path) == before
 
 
@@ -294,9 +302,10 @@ def test_an_evaluation_is_replaced_by_the_same_or_when_asked(suite, chain, tmp_p
 
 @needs_fork
 def test_votes_are_never_lost(suite, chain, tmp_path):
-    """A file of other rows is refused; a vote taken back leaves the bytes before it alone; two sessions never share."""
-    flags = ["data/vote.py", "--policy", chain / "sft", "--reward", chain / "reward", "--max_new", 16, "--out",
-             tmp_path]
+    """A file of other rows is refused; a vote taken back leaves the bytes before it alone; two sessions never
+    share."""
+    flags = ["data/vote.py", "--policy", chain / "sft", "--reward", chain / "reward", "--max_new", 16,
+             "--out", tmp_path]
     rows = [{"prompt": "Hi", "chosen": "a", "rejected": "b", "source": "mine"}]
     before = write(tmp_path / "votes.jsonl", rows).read_bytes()
     path = {"PYTHONPATH": str(suite.root)}
@@ -305,7 +314,7 @@ def test_votes_are_never_lost(suite, chain, tmp_path):
     votes = [{"prompt": [{"role": "user", "content": f"{i}?"}], "chosen": "a", "rejected": "b", "label": 1.0}
              for i in range(3)]
     write(tmp_path / "votes.jsonl", votes)
-    os.link(tmp_path / "votes.jsonl", tmp_path / "other_name")      # would be left behind by a file written anew
+    os.link(tmp_path / "votes.jsonl", tmp_path / "other_name")   # would be left behind by a file written anew
     r = suite.ok(*flags, stdin="u\nq\n", env=path)
     assert (tmp_path / "votes.jsonl").read_text() == "".join(json.dumps(vote) + "\n" for vote in votes[:2])
     assert (tmp_path / "other_name").samefile(tmp_path / "votes.jsonl") and "2 votes" in r.out
@@ -359,7 +368,7 @@ def test_backups_by_hard_links_keep_their_bytes(suite, chain, tmp_path):
     assert snapshot(tmp_path / "backup") == before and len(log_of(tmp_path / "x")) == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a run that goes on notices: its code, moved inputs, missing ones.
 
 
@@ -369,20 +378,23 @@ def test_meaning_is_what_counts(tmp_path):
         (tmp_path / "x.py").write_text(text)
         return meaning(tmp_path / "x.py")
     plain = of("def f(x):\n    return x + 1\n")
-    assert of('"""New."""\n# new\ndef f(x):\n    """Says so."""\n\n    return (x\n            + 1)  # new\n') == plain
+    assert (of('"""New."""\n# new\ndef f(x):\n    """Says so."""\n\n    return (x\n            + 1)  # new\n')
+            == plain)
     assert of("def f(x):\n    return x + 2\n") != plain
     assert of('class A:\n    """Only this."""\n') == of('class A:\n    """Or this."""\n')
 
 
 def test_a_link_whose_code_has_changed_is_named(tmp_path, monkeypatch, capsys):
-    """Otherwise one edits sft.py, starts ppo.py, and a policy of the old code is trained on without a word."""
+    """Otherwise one edits sft.py, starts ppo.py, and a policy of the old code is trained on without a
+    word."""
     (tmp_path / "data").mkdir()
     (tmp_path / "out" / "sft").mkdir(parents=True)
     for name in ("sft.py", "data/a.py"):
         (tmp_path / name).write_text("x = 1\n")
     monkeypatch.setattr(folder_py, "ROOT", tmp_path)
     names = {name: meaning(tmp_path / name) for name in ("sft.py", "data/a.py")}
-    record = {"stage": "sft", "config": {}, "flags": {}, "inputs": {}, "files": [], "code": {"python": python(), **names}}
+    record = {"stage": "sft", "config": {}, "flags": {}, "inputs": {}, "files": [],
+              "code": {"python": python(), **names}}
 
     def said():
         capsys.readouterr()
@@ -399,7 +411,7 @@ def test_a_link_whose_code_has_changed_is_named(tmp_path, monkeypatch, capsys):
     assert f"{tmp_path / 'out' / 'sft'} was made before sft.py changed; python sft.py --overwrite" in said()
     (tmp_path / "data/a.py").unlink()
     assert "before data/a.py, sft.py changed" in said()
-    record["code"]["python"] = "3.9"                                 # whose syntax trees are others: nobody can tell
+    record["code"]["python"] = "3.9"   # whose syntax trees are others: nobody can tell
     assert edited_since(record) == edited_since({}) == ""
 
 
@@ -412,14 +424,16 @@ def test_the_code_of_a_run_is_its_own(tmp_path):
 
 @needs_fork
 def test_edited_code_is_noticed(suite, chain, tmp_path):
-    """A finished run says that its script has changed since; an unfinished one is not continued without a word."""
+    """A finished run says that its script has changed since; an unfinished one is not continued without a
+    word."""
     root = tmp_path / "suite"
     shutil.copytree(suite.root, root)
-    flags = [root / "sft.py", "--init", chain / "base", "--max_new", 8, "--batch_size", 8, "--warmup", 2, "--dtype",
-             "float32", "--out", tmp_path / "x"]
+    flags = [root / "sft.py", "--init", chain / "base", "--max_new", 8, "--batch_size", 8, "--warmup", 2,
+             "--dtype", "float32", "--out", tmp_path / "x"]
     suite.ok(*flags, "--max_steps", 2)
     text = (root / "sft.py").read_text()
-    (root / "sft.py").write_text(text.replace('"""Supervised', '"""A comment.\n\nSupervised') + "# and another\n")
+    (root / "sft.py").write_text(text.replace('"""Supervised', '"""A comment.\n\nSupervised')
+                                 + "# and another\n")
     r = suite.ok(*flags, "--max_steps", 2)
     assert "is finished" in r.out and "changed since" not in r.out
     suite.ok(*flags, "--max_steps", 3)                               # goes on
@@ -427,7 +441,8 @@ def test_edited_code_is_noticed(suite, chain, tmp_path):
     r = suite.ok(*flags, "--max_steps", 3)
     assert "sft.py changed since: --overwrite or another --out runs it anew" in r.out
     before = snapshot(tmp_path / "x")
-    fails(suite.run(*flags, "--max_steps", 4), tmp_path / "x", "sft.py changed since its run began", "--overwrite")
+    fails(suite.run(*flags, "--max_steps", 4), tmp_path / "x", "sft.py changed since its run began",
+          "--overwrite")
     assert snapshot(tmp_path / "x") == before
     record = json.loads((tmp_path / "x" / "run.json").read_text())
     del record["code"]
@@ -437,15 +452,16 @@ def test_edited_code_is_noticed(suite, chain, tmp_path):
 
 
 def test_what_a_finished_run_says_of_itself(tmp_path, capsys):
-    """One that --max_steps ended was "finished" without a word of how it goes on, and one of unknown code without a word
-    of that."""
+    """One that --max_steps ended was "finished" without a word of how it goes on, and one of unknown code
+    without a word of that."""
     cfg = Config(out=str(tmp_path), max_steps=3)
     record = record_of(cfg, "sft", [], [])
     unknown = {name: value for name, value in record.items() if name != "code"}
 
     def said(old, steps, max_steps):
         """By Run.check_that_it_goes_on."""
-        result = {"seconds": 23.0, "steps": steps, "planned": 30, "config": {"max_steps": max_steps}, "columns": {"x": {}}}
+        result = {"seconds": 23.0, "steps": steps, "planned": 30, "config": {"max_steps": max_steps},
+                  "columns": {"x": {}}}
         (tmp_path / "result.json").write_text(json.dumps(result))
         with pytest.raises(SystemExit):
             Run(cfg, "sft").check_that_it_goes_on(old, record)
@@ -475,7 +491,8 @@ def test_missing_inputs_are_said_before_folders_are_compared(suite, chain, tmp_p
     suite.ok(*flags, "--init", chain / "base", "--max_steps", 1)
     fails(suite.run(*flags, "--init", chain / "bsae"), f"{chain / 'bsae'}: no such file or folder")
     fails(suite.run(*flags, "--init", chain / "base", "--data", "nosuch.jsonl"), "nosuch.jsonl: no such file")
-    assert missing(["gpt2", "HuggingFaceTB/SmolLM2-135M", "gold", "rewards:words", "http://localhost:8000/v1"]) is None
+    assert missing(["gpt2", "HuggingFaceTB/SmolLM2-135M", "gold", "rewards:words",
+                    "http://localhost:8000/v1"]) is None
     assert missing([f"implicit:{chain / 'dpo'}:{chain / 'sft'}", tmp_path]) is None
     assert missing([f"implicit:{chain / 'dpo'}:{chain / 'nosuch'}"]) == chain / "nosuch"
 
@@ -495,7 +512,8 @@ def test_inspect_takes_the_flags_of_its_run(tmp_path, monkeypatch):
 
 
 def test_next_speaks_of_this_run(tmp_path, monkeypatch):
-    """The default chain by its names; a run of one's own with its folders; no tiny world after data of one's own."""
+    """The default chain by its names; a run of one's own with its folders; no tiny world after data of one's
+    own."""
     monkeypatch.chdir(tmp_path)
     assert next_commands("sft", Config(out="out/sft")) == ["python -m data.chat out/sft", "python reward.py",
                                                            "python dpo.py"]
@@ -506,19 +524,22 @@ def test_next_speaks_of_this_run(tmp_path, monkeypatch):
     assert next_commands("ppo", PPOConfig(out="out/hacked")) == ["python -m data.chat out/hacked",
                                                                  "python ppo.py --inspect --out out/hacked"]
     after = next_commands("dpo", DPOConfig(out="out/ipo", loss="ipo"))
-    assert "python dpo.py --loss simpo --out out/simpo_ipo --init out/sft" in after and " ipo --out" not in str(after)
+    assert ("python dpo.py --loss simpo --out out/simpo_ipo --init out/sft" in after
+            and " ipo --out" not in str(after))
     after = next_commands("dpo", DPOConfig(out="my dpo", init="my model", data="p.jsonl"))
     assert after == ["python -m data.chat 'my dpo'",
                      "python dpo.py --loss ipo --out 'ipo_my dpo' --init 'my model' --data p.jsonl"]
 
 
 def test_next_goes_where_no_other_run_is(tmp_path, monkeypatch):
-    """The default folder of a command may hold another run, and the command would be refused: a reward model of a
-    biased annotator got the out/ppo of the honest one, and every comparison with SFT the same out/evaluate."""
+    """The default folder of a command may hold another run, and the command would be refused: a reward model
+    of a biased annotator got the out/ppo of the honest one, and every comparison with SFT the same
+    out/evaluate."""
     monkeypatch.chdir(tmp_path)
     assert next_commands("reward", RewardConfig(out="out/reward"))[0] == "python ppo.py"
     first = "python ppo.py --init out/sft --reward"
-    assert next_commands("reward", RewardConfig(out="out/short"))[0] == f"{first} out/short --out out/ppo_short"
+    assert (next_commands("reward", RewardConfig(out="out/short"))[0]
+            == f"{first} out/short --out out/ppo_short")
     assert next_commands("reward", RewardConfig(out="out/fooled", bias_confidence=1.0))[:2] == [
         f"{first} out/fooled --out out/ppo_fooled --relabel 0",
         "python -m data.vote --policy out/sft --reward out/fooled"]
@@ -531,6 +552,6 @@ def test_next_goes_where_no_other_run_is(tmp_path, monkeypatch):
 def test_nothing_is_left_open(tmp_path):
     """The lock is held to the end of the process, and no warning says so."""
     program = f"from data.folder import lock; lock({str(tmp_path)!r})"
-    r = subprocess.run([sys.executable, "-W", "always", "-X", "dev", "-c", program], capture_output=True, text=True,
-                       cwd=Path(folder_py.__file__).parents[1])
+    r = subprocess.run([sys.executable, "-W", "always", "-X", "dev", "-c", program], capture_output=True,
+                       text=True, cwd=Path(folder_py.__file__).parents[1])
     assert r.returncode == 0 and r.stderr == "", r.stderr

@@ -1,4 +1,5 @@
-"""data/files/formats.py: every format by a small example, every known trap, damaged files, the real files when present."""
+"""data/files/formats.py: every format by a small example, every known trap, damaged files, the real files
+when present."""
 import bz2
 import gzip
 import json
@@ -16,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data.files.formats import CHOSEN, INVERTED, KINDS, MARKED, THINKS, as_messages, convert, describe, load, prompt_of, split  # noqa: E402
+from data.files.formats import (CHOSEN, INVERTED, KINDS, MARKED, THINKS, as_messages, convert,  # noqa: E402
+                                describe, load, prompt_of, split)
 from data.files.rows import DataError, read_rows  # noqa: E402
 
 REAL = Path(os.environ.get("RLHF_DATA", ROOT.parent / "shared" / "data"))
@@ -63,7 +65,8 @@ def check(row, kind):
         assert turn["role"] in ("system", "user", "assistant")
     if kind == "sft":
         assert any(turn["role"] == "assistant" and "train" not in turn for turn in turns)
-    texts = [turn["content"] for turn in turns] + [row[k] for k in ("chosen", "rejected", "completion") if k in keys]
+    texts = ([turn["content"] for turn in turns]
+             + [row[k] for k in ("chosen", "rejected", "completion") if k in keys])
     for text in texts:
         assert isinstance(text, str) and text and text == text.strip() and text.encode()
     assert all(one["role"] != two["role"] for one, two in zip(turns, turns[1:]))
@@ -106,7 +109,8 @@ FORMATS = {
         {"chosen": "\n\nHuman: a\n\nAssistant: I do not", "rejected": "\n\nHuman: a\n\nAssistant: I do now"},
         "preference", [pref([U("a")], "I do not", "I do now")]),
     "hh, a role name inside a line is text": (
-        {"chosen": "\n\nHuman: a\n\nAssistant: b  Human: c\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: e"},
+        {"chosen": "\n\nHuman: a\n\nAssistant: b  Human: c\nAssistant: d",
+         "rejected": "\n\nHuman: a\n\nAssistant: e"},
         "preference", [pref([U("a")], "b  Human: c\nAssistant: d", "e")]),
     "hh, turns that do not alternate are joined": (
         {"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d",
@@ -129,33 +133,40 @@ FORMATS = {
     "alpaca without input": (
         {"instruction": "Hi", "input": "", "output": "Yo"},
         "sft", [{"messages": [U("Hi"), A("Yo")]}]),
-    "alpaca, null input": ({"instruction": "Hi", "input": None, "output": "Yo"}, "prompt", [{"prompt": [U("Hi")]}]),
-    "alpaca, a prompt needs no output": ({"instruction": "Hi", "output": ""}, "prompt", [{"prompt": [U("Hi")]}]),
+    "alpaca, null input": ({"instruction": "Hi", "input": None, "output": "Yo"}, "prompt",
+                           [{"prompt": [U("Hi")]}]),
+    "alpaca, a prompt needs no output": ({"instruction": "Hi", "output": ""}, "prompt",
+                                         [{"prompt": [U("Hi")]}]),
     "alpaca with a pair": ({"instruction": "Hi", "input": "x", "output": "o", "chosen": "c", "rejected": "r"},
                            "preference", [pref([U("Hi\n\nx")], "c", "r")]),
     "dolly": ({"instruction": "Who?", "context": "Ann.", "response": "Ann", "category": "qa"}, "sft",
               [{"messages": [U("Who?\n\nAnn."), A("Ann")]}]),
     "seed task": (
-        {"id": "s", "instruction": "Up", "instances": [{"input": "a", "output": "A"}, {"input": "", "output": "-"}]},
+        {"id": "s", "instruction": "Up",
+         "instances": [{"input": "a", "output": "A"}, {"input": "", "output": "-"}]},
         "sft", [{"messages": [U("Up\n\na"), A("A")]}, {"messages": [U("Up"), A("-")]}]),
     "messages": ({"messages": [S("s"), U("a"), A("b"), U("c"), A("d")]}, "sft",
                  [{"messages": [S("s"), U("a"), A("b"), U("c"), A("d")]}]),
     "messages to prompt": (
         {"messages": [U("a"), A("b"), U("c"), A("d")]},
         "prompt", [{"prompt": [U("a"), A("b"), U("c")]}]),
-    "messages without an answer to prompt": ({"messages": [S("s"), U("a")]}, "prompt", [{"prompt": [S("s"), U("a")]}]),
+    "messages without an answer to prompt": ({"messages": [S("s"), U("a")]}, "prompt",
+                                             [{"prompt": [S("s"), U("a")]}]),
     "messages, what follows the last answer goes": ({"messages": [U("a"), A("b"), U("c")]}, "sft",
                                                     [{"messages": [U("a"), A("b")]}]),
-    "messages, empty system": ({"messages": [S(" "), U("a"), A("b")]}, "sft", [{"messages": [U("a"), A("b")]}]),
+    "messages, empty system": ({"messages": [S(" "), U("a"), A("b")]}, "sft",
+                               [{"messages": [U("a"), A("b")]}]),
     "sharegpt": ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"},
-                                    {"from": "gpt", "value": "b"}]}, "sft", [{"messages": [S("s"), U("a"), A("b")]}]),
+                                    {"from": "gpt", "value": "b"}]}, "sft",
+                 [{"messages": [S("s"), U("a"), A("b")]}]),
     "completion": ({"prompt": "a", "completion": " b"}, "sft", [{"messages": [U("a"), A("b")]}]),
     "completion, lists": (
         {"prompt": [S("s"), U("a")], "completion": [A("b")]},
         "sft", [{"messages": [S("s"), U("a"), A("b")]}]),
     "completion, several turns": ({"prompt": "a", "completion": [A("b"), U("c"), A("d")]}, "sft",
                                   [{"messages": [U("a"), A("b"), U("c"), A("d")]}]),
-    "pair of strings": ({"prompt": "a", "chosen": "b\n", "rejected": "\n c"}, "preference", [pref([U("a")], "b", "c")]),
+    "pair of strings": ({"prompt": "a", "chosen": "b\n", "rejected": "\n c"}, "preference",
+                        [pref([U("a")], "b", "c")]),
     "pair, an answer may look like a transcript": (
         {"prompt": "Write a chat", "chosen": "Human: x\n\nAssistant: y", "rejected": "no"}, "preference",
         [pref([U("Write a chat")], "Human: x\n\nAssistant: y", "no")]),
@@ -167,15 +178,18 @@ FORMATS = {
     "pair, soft, to sft": (
         {"prompt": "a", "chosen": "b", "rejected": "c", "label": 0.25},
         "sft", [{"messages": [U("a"), A("c")]}]),
-    "pair, transcript as prompt": ({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "chosen": "d",
-                                    "rejected": "e"}, "preference", [pref([U("a"), A("b"), U("c")], "d", "e")]),
-    "pair, lists with explicit prompt": ({"prompt": [U("a"), A("b"), U("c")], "chosen": [A("d")], "rejected": [A("e")]},
-                                         "preference", [pref([U("a"), A("b"), U("c")], "d", "e")]),
+    "pair, transcript as prompt": (
+        {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "chosen": "d", "rejected": "e"},
+        "preference", [pref([U("a"), A("b"), U("c")], "d", "e")]),
+    "pair, lists with explicit prompt": (
+        {"prompt": [U("a"), A("b"), U("c")], "chosen": [A("d")], "rejected": [A("e")]},
+        "preference", [pref([U("a"), A("b"), U("c")], "d", "e")]),
     "pair, lists with implicit prompt": ({"chosen": [U("a"), A("b"), U("c"), A("d")],
                                           "rejected": [U("a"), A("b"), U("c"), A("e")]},
                                          "preference", [pref([U("a"), A("b"), U("c")], "d", "e")]),
     "ultrafeedback": (
-        {"prompt": "c", "prompt_id": "x", "messages": [U("c"), A("d")], "chosen": [U("a"), A("b"), U("c"), A("d")],
+        {"prompt": "c", "prompt_id": "x", "messages": [U("c"), A("d")],
+         "chosen": [U("a"), A("b"), U("c"), A("d")],
          "rejected": [U("a"), A("b"), U("c"), A("e")], "score_chosen": 8.5, "score_rejected": 6},
         "preference", [pref([U("a"), A("b"), U("c")], "d", "e", 1.0, 2.5)]),
     "ultrafeedback with a system message": (
@@ -183,7 +197,8 @@ FORMATS = {
         "preference", [pref([S("s"), U("a")], "d", "e")]),
     "tldr": (
         TLDR, "preference",
-        [pref([U("SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: It sleeps.\n\nA lot.\n\nTL;DR:")], "cat sleeps", "dog")]),
+        [pref([U("SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: It sleeps.\n\nA lot.\n\nTL;DR:")],
+              "cat sleeps", "dog")]),
     "tldr, the first is chosen": (
         {**TLDR, "info": {"subreddit": "a", "title": "", "post": "p"}, "choice": 0}, "preference",
         [pref([U("SUBREDDIT: r/a\n\nTITLE: \n\nPOST: p\n\nTL;DR:")], "dog", "cat sleeps")]),
@@ -195,8 +210,10 @@ FORMATS = {
     "kto to prompt": ({"prompt": "a", "completion": "b", "label": True}, "prompt", [{"prompt": [U("a")]}]),
     "alpaca eval, first": ({**EVAL, "preference": 1.0}, "preference", [pref([U("q")], "one", "two")]),
     "alpaca eval, second": ({**EVAL, "preference": 2}, "preference", [pref([U("q")], "two", "one")]),
-    "alpaca eval, soft first": ({**EVAL, "preference": 1.25}, "preference", [pref([U("q")], "one", "two", 0.75)]),
-    "alpaca eval, soft second": ({**EVAL, "preference": 1.75}, "preference", [pref([U("q")], "two", "one", 0.75)]),
+    "alpaca eval, soft first": ({**EVAL, "preference": 1.25}, "preference",
+                                [pref([U("q")], "one", "two", 0.75)]),
+    "alpaca eval, soft second": ({**EVAL, "preference": 1.75}, "preference",
+                                 [pref([U("q")], "two", "one", 0.75)]),
     "alpaca eval, tie": ({**EVAL, "preference": 1.5}, "preference", [pref([U("q")], "one", "two", 0.5)]),
     "alpaca eval, tie to sft": ({**EVAL, "preference": 1.5}, "sft", [{"messages": [U("q"), A("one")]}]),
     "alpaca eval, tie as 0": ({**EVAL, "preference": 0}, "preference", [pref([U("q")], "one", "two", 0.5)]),
@@ -205,7 +222,8 @@ FORMATS = {
         "prompt", [{"prompt": [U("bad?")]}]),
     "prompt": ({"prompt": " a ", "family": "honest", "answer": ["x"]}, "prompt",
                [{"prompt": [U("a")], "family": "honest", "answer": ["x"]}]),
-    "prompt, list": ({"prompt": [S("s"), U("a")], "id": 3}, "prompt", [{"prompt": [S("s"), U("a")], "id": 3}]),
+    "prompt, list": ({"prompt": [S("s"), U("a")], "id": 3}, "prompt",
+                     [{"prompt": [S("s"), U("a")], "id": 3}]),
     "prompt, transcript": ({"prompt": "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"}, "prompt",
                            [{"prompt": [U("a"), A("b"), U("c")]}]),
     "prompt, transcript without an open turn": ({"prompt": "\n\nHuman: a"}, "prompt", [{"prompt": [U("a")]}]),
@@ -312,7 +330,8 @@ FORMATS = {
     "kto to sft": ({**ANSWER, "label": True}, "sft", [TALK]),
     "kto, 1": ({**ANSWER, "label": 1}, "kto", [{"prompt": [U("a")], "completion": "b", "label": True}]),
     "kto, 0": ({**ANSWER, "label": 0.0}, "kto", [{"prompt": [U("a")], "completion": "b", "label": False}]),
-    "kto, text": ({**TALK, "kto_tag": "False"}, "kto", [{"prompt": [U("a")], "completion": "b", "label": False}]),
+    "kto, text": ({**TALK, "kto_tag": "False"}, "kto",
+                  [{"prompt": [U("a")], "completion": "b", "label": False}]),
     "a label of another kind, as text": ({**ANSWER, "label": "positive"}, "sft", [TALK]),
     "a label of another kind, a number": ({**ANSWER, "label": 3}, "sft", [TALK]),
     "a label of another kind, a share": ({**ANSWER, "label": 0.7}, "sft", [TALK]),
@@ -321,7 +340,8 @@ FORMATS = {
     "a pair's label is a verdict": ({**PAIR, "label": True}, "preference", [pref([U("a")], "b", "c")]),
     "numbers as text": ({**PAIR, "score_chosen": "8.5", "score_rejected": "6"}, "preference",
                         [pref([U("a")], "b", "c", margin=2.5)]),
-    "alpaca eval, a number as text": ({**EVAL, "preference": "2"}, "preference", [pref([U("q")], "two", "one")]),
+    "alpaca eval, a number as text": ({**EVAL, "preference": "2"}, "preference",
+                                      [pref([U("q")], "two", "one")]),
     "a label does not matter to prompts": ({**TALK, "label": "maths"}, "prompt",
                                            [{"prompt": [U("a")]}]),
     # Turns that are not to be trained on
@@ -362,10 +382,12 @@ FORMATS = {
           "labels": [1.0, 0.0]}]),
     "steps, Math-Shepherd": (    # lines without their ends; a step may have several
         {"prompt": "Tom has 3 pens and buys 2. How many?",
-         "completions": ["Step 1: He has 3.0 pens.", "Step 2: 3 + 2 = 6.\n  That is all.", "The answer is: 6"],
+         "completions": ["Step 1: He has 3.0 pens.", "Step 2: 3 + 2 = 6.\n  That is all.",
+                         "The answer is: 6"],
          "labels": [True, False, False], "index": 7}, "process",
         [{"prompt": [U("Tom has 3 pens and buys 2. How many?")],
-          "completions": ["Step 1: He has 3.0 pens.", "\nStep 2: 3 + 2 = 6.\n  That is all.", "\nThe answer is: 6"],
+          "completions": ["Step 1: He has 3.0 pens.", "\nStep 2: 3 + 2 = 6.\n  That is all.",
+                          "\nThe answer is: 6"],
           "labels": [1.0, 0.0, 0.0]}]),
     "steps, PRM800K": (    # right, neither, wrong
         {"prompt": [S("s"), U("a")], "completions": ["b\n\n", "c\n\n", "d"], "labels": [1, 0, -1]}, "process",
@@ -373,11 +395,12 @@ FORMATS = {
     "steps, 0 and 1": ({**STEPS, "labels": [1, 0]}, "process",
                        [{"prompt": [U("a")], "completions": ["b", "\nc"], "labels": [1.0, 0.0]}]),
     "steps, a transcript and chances": (
-        {"prompt": "\n\nHuman: a\n\nAssistant:", "completions": [" b "], "labels": [0.25], "system": "s"}, "process",
-        [{"prompt": [S("s"), U("a")], "completions": ["b"], "labels": [0.25]}]),
+        {"prompt": "\n\nHuman: a\n\nAssistant:", "completions": [" b "], "labels": [0.25], "system": "s"},
+        "process", [{"prompt": [S("s"), U("a")], "completions": ["b"], "labels": [0.25]}]),
     "steps to prompt": (STEPS, "prompt", [{"prompt": [U("a")]}]),
     "empty tool calls and images": (
-        {"messages": [U("a"), A("b", tool_calls=[], function_call=None, images=[])], "images": [], "audio": ""},
+        {"messages": [U("a"), A("b", tool_calls=[], function_call=None, images=[])], "images": [],
+         "audio": ""},
         "sft", [TALK]),
     "prompt that only quotes a transcript": ({"prompt": "Judge this:\n\nHuman: a\n\nAssistant: b"}, "prompt",
                                              [{"prompt": [U("Judge this:\n\nHuman: a\n\nAssistant: b")]}]),
@@ -423,7 +446,8 @@ UNUSABLE = [
      "prompt does not end in a user turn"),
     ({"prompt": [U("a"), A("It is")], "chosen": [A("late.")], "rejected": [A("not.")]}, "kto",
      "prompt does not end in a user turn"),
-    ({"prompt": [U("a"), A("It is")], "completion": [A("late.")]}, "sft", "prompt does not end in a user turn"),
+    ({"prompt": [U("a"), A("It is")], "completion": [A("late.")]}, "sft",
+     "prompt does not end in a user turn"),
     ({**STEPS, "prompt": [U("a"), A("It is")]}, "process", "prompt does not end in a user turn"),
     ({**TALK, "tools": [{"type": "function"}]}, "sft", "tools or documents beside the chat"),
     ({**SHARED, "tools": '[{"name": "add"}]'}, "prompt", "tools or documents beside the chat"),
@@ -445,7 +469,8 @@ UNUSABLE = [
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: c"}, "preference",
      "differ in more than the last turn"),
     # The labeller pasted a question inline on one side: joined, the prompts would look equal.
-    ({"chosen": "\n\nHuman: a\n\nAssistant: b  Human: c?\n\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: e"},
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b  Human: c?\n\nAssistant: d",
+      "rejected": "\n\nHuman: a\n\nAssistant: e"},
      "preference", "differ in more than the last turn"),
     ({"chosen": [U("a"), A("b"), U("c"), A("d")], "rejected": [U("a"), A("x"), U("c"), A("e")]}, "preference",
      "differ in more than the last turn"),
@@ -453,7 +478,8 @@ UNUSABLE = [
      "preference", "prompt differs from the messages"),
     ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a\n\nAssistant: b"},
      "preference", "last turn is not the assistant's"),
-    ({"chosen": "", "rejected": "\n\nHuman: a\n\nAssistant: b"}, "preference", "last turn is not the assistant's"),
+    ({"chosen": "", "rejected": "\n\nHuman: a\n\nAssistant: b"}, "preference",
+     "last turn is not the assistant's"),
     ({"chosen": [], "rejected": []}, "preference", "last turn is not the assistant's"),
     ({"messages": [U("a")]}, "sft", "no assistant turn"),
     ({"messages": []}, "sft", "empty prompt"),
@@ -463,7 +489,8 @@ UNUSABLE = [
     ({"transcript": "\n\nAssistant: hello"}, "prompt", "empty prompt"),
     ({"messages": [U("a"), A(""), U("c"), A("d")]}, "sft", "empty turn"),
     ({"messages": [U("a"), {"role": "tool", "content": "7"}, A("b")]}, "sft", "tool turn"),
-    ({"messages": [U("a"), A(None), {"role": "tool", "content": "7"}, A("b")]}, "sft", "message without text"),
+    ({"messages": [U("a"), A(None), {"role": "tool", "content": "7"}, A("b")]}, "sft",
+     "message without text"),
     ({"messages": [U("a"), {"role": "assistant"}]}, "sft", "message without text"),
     ({"conversations": [{"from": "human"}]}, "sft", "message without text"),
     ({**ANSWER, "history": [["a", None]]}, "sft", "message without text"),
@@ -538,7 +565,8 @@ def test_unusable_row_is_dropped_and_counted(tmp_path, source, kind, reason):
 def test_labels_of_a_file_have_one_scale(tmp_path):
     """0 is wrong among 0 and 1, and neither right nor wrong where another row of the file has -1."""
     rows = [{**STEPS, "labels": [1, 0]}, {**STEPS, "labels": [0.5, -1]}]
-    labels = [[row["labels"] for row in load(save(tmp_path, some), "process")[0]] for some in (rows[:1], rows)]
+    labels = [[row["labels"] for row in load(save(tmp_path, some), "process")[0]]
+              for some in (rows[:1], rows)]
     assert labels == [[[1.0, 0.0]], [[1.0, 0.5], [0.75, 0.0]]]
     assert load(save(tmp_path, rows), "process", 1)[0][0]["labels"] == [1.0, 0.0]      # it has read one row
 
@@ -550,16 +578,24 @@ MALFORMED = [
     ({"chosen": HH["chosen"], "rejected": "b"}, "preference", 'expected "rejected" to be a transcript'),
     ({"prompt": "a", "chosen": 3, "rejected": "b"},
      "preference", '"chosen" to be a string, a list or an object, found a number'),
-    ({"prompt": "a", "chosen": "b", "rejected": None}, "preference", "for preference rows, found a prompt (prompt)"),
-    ({"prompt": {"a": 1}, "chosen": "b", "rejected": "c"}, "preference", 'expected "prompt" to be a string or a list'),
+    ({"prompt": "a", "chosen": "b", "rejected": None}, "preference",
+     "for preference rows, found a prompt (prompt)"),
+    ({"prompt": {"a": 1}, "chosen": "b", "rejected": "c"}, "preference",
+     'expected "prompt" to be a string or a list'),
     ({"prompt": ["a"]}, "prompt", "expected every message to be an object, found a string"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 1.5}, "preference", '"label" to be between 0 and 1'),
-    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": math.inf}, "preference", '"margin" to be between'),
-    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}, "preference", '"margin" to be between'),
-    ({"instruction": "a", "output": 3}, "sft", 'expected "output" to be a string, a list or an object, found a number'),
-    ({"instruction": "a", "input": ["x"], "output": "b"}, "sft", 'expected "input" to be a string, found a list'),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 1.5}, "preference",
+     '"label" to be between 0 and 1'),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": math.inf}, "preference",
+     '"margin" to be between'),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}, "preference",
+     '"margin" to be between'),
+    ({"instruction": "a", "output": 3}, "sft",
+     'expected "output" to be a string, a list or an object, found a number'),
+    ({"instruction": "a", "input": ["x"], "output": "b"}, "sft",
+     'expected "input" to be a string, found a list'),
     ({"instruction": "a", "instances": ["x"]}, "sft", '"instances" to be a list of objects'),
-    ({"instruction": "a", "instances": [{"input": "x"}]}, "sft", 'known format, such as prompt, messages or chosen'),
+    ({"instruction": "a", "instances": [{"input": "x"}]}, "sft",
+     'known format, such as prompt, messages or chosen'),
     ({"messages": "hi"}, "sft", '"messages" to be a list, found a string'),
     ({"messages": [U([{"type": "text"}])]}, "sft", '"text" to be a string, found no such key'),
     ({**TALK, "label": 0.7}, "kto", '"label" to be true or false, found a number'),
@@ -574,7 +610,8 @@ MALFORMED = [
      "preference", '"score_chosen" to be a number, found a string'),
     ({**ANSWER, "history": [["a"]]}, "sft", "every message to be an object, found a list"),
     ({**EVAL, "preference": "first"}, "preference", '"preference" to be a number, found a string'),
-    ({**EVAL, "preference": False}, "preference", '"preference" to be a number or a string, found true or false'),
+    ({**EVAL, "preference": False}, "preference",
+     '"preference" to be a number or a string, found true or false'),
     ({**EVAL, "preference": 0.5}, "preference", '"preference" to be 0 or between 1 and 2'),
     ({**EVAL, "preference": 2.5}, "preference", '"preference" to be between 0 and 2'),
     ({**TLDR, "choice": 2}, "preference", 'a "choice" of 0 or 1'),
@@ -593,15 +630,17 @@ MALFORMED = [
     (ANSWER, "process", "a prompt with the steps of a response and a label for each for process rows, found"),
     (STEPS, "preference", "found a prompt with the steps of a response"),
     # A kind that cannot be made of the row: the message says what is there and what is needed.
-    ({"instruction": "a", "output": "b"}, "preference", "expected a prompt with a chosen and a rejected response for "
-                                                        "preference rows, found a prompt with a response (sft)"),
+    ({"instruction": "a", "output": "b"}, "preference",
+     "expected a prompt with a chosen and a rejected response for "
+     "preference rows, found a prompt with a response (sft)"),
     ({"instruction": "a", "output": "b"},
      "kto", "expected a prompt with a completion and a true or false label for kto"),
     # And which key is mistyped.
     ({"prompt": "a", "choosen": "b", "rejected": "c"}, "preference",
      'found a prompt (prompt), and beside it "choosen", "rejected"'),
     ({"prompt": "a"}, "sft", "expected a prompt with a response for sft rows, found a prompt (prompt)"),
-    ({"prompt": "a", "completion": "b", "label": True}, "preference", "found a prompt with a completion and a true"),
+    ({"prompt": "a", "completion": "b", "label": True}, "preference",
+     "found a prompt with a completion and a true"),
 ]
 
 
@@ -611,7 +650,8 @@ def test_malformed_row_is_an_error_with_its_line(tmp_path, source, kind, phrase)
     path = save(tmp_path, jsonl([good]) + b"\n" + jsonl([source]))
     with pytest.raises(DataError) as error:
         load(path, kind)
-    assert str(error.value).startswith(f"{path}:3: ") and phrase in str(error.value) and "\n" not in str(error.value)
+    assert (str(error.value).startswith(f"{path}:3: ") and phrase in str(error.value)
+            and "\n" not in str(error.value))
 
 
 GOOD = b'{"prompt": "a"}\n'
@@ -621,7 +661,8 @@ DAMAGE = {     # the bytes, the line (or the object of a list) that is at fault,
     "bad UTF-8 in a list": (b'[{"prompt": "a"},\n{"prompt": "\xff"}]', 2, UTF_8),
     "UTF-16": ("\ufeff{}".encode("utf-16-le"), 1, UTF_8),
     "NUL": (GOOD + b'{"prompt": "\0"}\n', 2, "Invalid control character"),
-    "not JSON": (GOOD + b"hello\n", 2, "expected JSON, an object a line or a list of them, found something else (Exp"),
+    "not JSON": (GOOD + b"hello\n", 2,
+                 "expected JSON, an object a line or a list of them, found something else (Exp"),
     "CSV": (b"prompt,answer\na,b\n", 1, "found something else"),
     "cut line": (GOOD + b'{"prompt": "a', 2, "Unterminated string"),
     "cut line among others": (GOOD + b'{"prompt": "a", \n' + GOOD, 2, "Expecting property name"),
@@ -633,7 +674,8 @@ DAMAGE = {     # the bytes, the line (or the object of a list) that is at fault,
     "two objects on a line": (GOOD + b'{"prompt": "a"} {"prompt": "b"}', 2, "Extra data"),
     "deep nesting": (GOOD + b'{"prompt": ' + b"[" * 100_000, 2, "no value of sane size"),
     "endless number": (GOOD + b'{"prompt": ' + b"1" * 5000 + b"}", 2, "no value of sane size"),
-    "a number": (GOOD + b"3\n", 2, f"{OBJECT} a number"), "a list on a line": (GOOD + b"[1]\n", 2, f"{OBJECT} a list"),
+    "a number": (GOOD + b"3\n", 2, f"{OBJECT} a number"),
+    "a list on a line": (GOOD + b"[1]\n", 2, f"{OBJECT} a list"),
     "a list of strings": (b'["a",\n"b"]', "object 1 of the list", f"{OBJECT} a string"),
     "the second of a list": (b'[{"prompt": "a"},\n"b"]', "object 2 of the list", f"{OBJECT} a string"),
     "two byte-order marks": (b"\xef\xbb\xbf" * 2 + GOOD, 1, "found something else"),
@@ -641,15 +683,19 @@ DAMAGE = {     # the bytes, the line (or the object of a list) that is at fault,
     "blank": (b"\n \n\r\n", None, "expected at least one JSON object"),
     "only a byte-order mark": (b"\xef\xbb\xbf", None, "expected at least one JSON object"),
     "cut gzip": (gzip.compress(GOOD * 9)[:-9], 10, "expected a whole gzip file"),
-    "gzip with a wrong checksum": (gzip.compress(GOOD * 2)[:-8] + b"12345678", 3, "expected a whole gzip file"),
+    "gzip with a wrong checksum": (gzip.compress(GOOD * 2)[:-8] + b"12345678", 3,
+                                   "expected a whole gzip file"),
     "gzip header only": (b"\x1f\x8b", 1, "expected a whole gzip file"),
     "gzip of bad bytes": (gzip.compress(GOOD * 2 + b"\xfe\n"), 3, UTF_8),
     "gzip in gzip": (gzip.compress(gzip.compress(GOOD)), 1, UTF_8),
     # Files that are no JSON at all: what they are, or what to do with packed ones.
     "zstandard": (b"\x28\xb5\x2f\xfd\x04\x00\x41", 1, "zstd, xz, zip or parquet has to be unpacked"),
-    "xz": (lzma.compress(GOOD), 1, "has to be unpacked"), "bzip2": (bz2.compress(GOOD), 1, "has to be unpacked"),
-    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 123\n", 1, "git lfs pull"),
-    "page": (b"<!DOCTYPE html>\n<html><title>rows.jsonl</title></html>\n", 1, "a web page, not the file itself"),
+    "xz": (lzma.compress(GOOD), 1, "has to be unpacked"),
+    "bzip2": (bz2.compress(GOOD), 1, "has to be unpacked"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 123\n", 1,
+                "git lfs pull"),
+    "page": (b"<!DOCTYPE html>\n<html><title>rows.jsonl</title></html>\n", 1,
+             "a web page, not the file itself"),
     "page after blank lines": (b"\n\n  <html>", 3, "a web page, not the file itself"),
 }
 
@@ -683,7 +729,8 @@ def test_content_decides_and_not_the_name(tmp_path):
             assert list(read_rows(path)) == [(f"{path}:{n}", row) for n, row in zip([2, 3, 4], rows)]
         for content in (table, b"\xef\xbb\xbf" + table, gzip.compress(table), b"\n  \n" + table):
             path = save(tmp_path, content, name)
-            assert list(read_rows(path)) == [(f"{path}, object {n} of the list", row) for n, row in enumerate(rows, 1)]
+            assert list(read_rows(path)) == [(f"{path}, object {n} of the list", row)
+                                             for n, row in enumerate(rows, 1)]
 
 
 def test_formats_may_mix_in_one_file(tmp_path):
@@ -694,7 +741,8 @@ def test_formats_may_mix_in_one_file(tmp_path):
 
 def test_limit_stops_reading(tmp_path):
     path = save(tmp_path, jsonl([{"prompt": ""}] + [{"prompt": str(i)} for i in range(9)]) + b"damage")
-    assert load(path, "prompt", limit=3) == ([{"prompt": [U(str(i))]} for i in range(3)], Counter({"empty prompt": 1}))
+    assert load(path, "prompt", limit=3) == ([{"prompt": [U(str(i))]} for i in range(3)],
+                                             Counter({"empty prompt": 1}))
     assert [len(load(path, "prompt", limit=n)[0]) for n in (1, 9)] == [1, 9]  # 9: the damage is not reached
     with pytest.raises(DataError, match=":11: "):
         load(path, "prompt", limit=10)
@@ -734,8 +782,8 @@ def test_inverted_scores_are_kept_and_said(tmp_path):
 
 
 def test_demonstrations_of_comparisons_are_said(tmp_path):
-    """Otherwise sft.py learns from the chosen answers of a file of pairs without a word. A demonstration, and a
-    comparison that is read as one, are nothing to speak of."""
+    """Otherwise sft.py learns from the chosen answers of a file of pairs without a word. A demonstration, and
+    a comparison that is read as one, are nothing to speak of."""
     path = save(tmp_path, [HH, TALK, HH])
     rows, dropped = load(path, "sft")
     assert len(rows) == 3 and dropped == {CHOSEN: 2}
@@ -745,8 +793,8 @@ def test_demonstrations_of_comparisons_are_said(tmp_path):
 
 
 def test_thoughts_stand_before_the_answer_that_they_led_to(tmp_path):
-    """Otherwise a model is trained to answer without them. In earlier turns templates leave them out, and a turn that
-    is trained on without its thoughts would teach the same."""
+    """Otherwise a model is trained to answer without them. In earlier turns templates leave them out, and a
+    turn that is trained on without its thoughts would teach the same."""
     def written(thoughts, answer):
         return f"<think>\n{thoughts}\n</think>\n\n{answer}"      # as Qwen3's template has it
 
@@ -756,7 +804,8 @@ def test_thoughts_stand_before_the_answer_that_they_led_to(tmp_path):
         assert rows == [{"messages": [U("a"), A(written("1 + 1", "b"))]}] and dropped == {THINKS: 1}
         assert load(path, "prompt") == ([{"prompt": [U("a")]}], {})
     for nothing in ("", None, []):
-        assert load(save(tmp_path, [{"messages": [U("a"), A("b", reasoning=nothing)]}]), "sft") == ([TALK], {})
+        assert (load(save(tmp_path, [{"messages": [U("a"), A("b", reasoning=nothing)]}]), "sft")
+                == ([TALK], {}))
     talk = [U("a"), A("b", thinking="x"), U("c"), A("d", thinking="y")]
     assert load(save(tmp_path, [{"messages": talk}]), "sft")[0] == [
         {"messages": [U("a"), A("b", train=False), U("c"), A(written("y", "d"))]}]
@@ -771,7 +820,8 @@ def test_thoughts_stand_before_the_answer_that_they_led_to(tmp_path):
 
 
 @pytest.mark.parametrize("mark, source, kind", [
-    ("<|im_start|>", {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "completion": "Yo"}, "sft"),
+    ("<|im_start|>",
+     {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "completion": "Yo"}, "sft"),
     ("<|im_start|>", {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"}, "prompt"),
     ("<|endoftext|>", {"instruction": "Hi", "output": "Yo<|endoftext|>"}, "sft"),
     ("</s>", {"prompt": "Hi", "chosen": "Yo</s>", "rejected": "No</s>"}, "preference"),
@@ -780,8 +830,8 @@ def test_thoughts_stand_before_the_answer_that_they_led_to(tmp_path):
     ("<start_of_turn>", {"prompt": "<start_of_turn>user\nHi", "completion": "Yo", "label": True}, "kto"),
     ("<\uff5cUser\uff5c>", {**STEPS, "prompt": "<\uff5cUser\uff5c>Hi"}, "process")])
 def test_a_template_that_was_applied_already_is_said(tmp_path, mark, source, kind):
-    """A second template would be put around the first one, whose marks are letters then; the row is kept, since
-    somebody may ask about tokens."""
+    """A second template would be put around the first one, whose marks are letters then; the row is kept,
+    since somebody may ask about tokens."""
     good = {"prompt": {"prompt": "p"}, "sft": TALK, "process": STEPS}.get(kind, HH)
     path = save(tmp_path, [source, good, source])
     rows, dropped = load(path, kind)
@@ -792,7 +842,8 @@ def test_a_template_that_was_applied_already_is_said(tmp_path, mark, source, kin
 
 def test_columns_that_are_not_what_their_name_says(tmp_path):
     """A file is not refused for a column that nobody needs; what is not read is said."""
-    rows = [{**ANSWER, "history": "of Spain"}, {**ANSWER, "system": True}, {**ANSWER, "system": 3, "history": {"a": 1}}]
+    rows = [{**ANSWER, "history": "of Spain"}, {**ANSWER, "system": True},
+            {**ANSWER, "system": 3, "history": {"a": 1}}]
     kept, dropped = load(save(tmp_path, rows), "sft")
     assert kept == [TALK] * 3
     assert dropped == {'kept, though "history" is not read, since it is no list of turns': 2,
@@ -800,13 +851,15 @@ def test_columns_that_are_not_what_their_name_says(tmp_path):
 
 
 def test_preference_rows_are_written_as_trl_reads_them(tmp_path):
-    """All three as lists of messages: TRL applies the chat template to prompt + chosen, which a string is not. Read
-    again they are what they were."""
-    rows = [pref([S("s"), U("a")], "b", "c"), {**pref([U("a"), A("b"), U("c")], "d", "e", 0.5), "ceiling": 0.75}]
+    """All three as lists of messages: TRL applies the chat template to prompt + chosen, which a string is
+    not. Read again they are what they were."""
+    rows = [pref([S("s"), U("a")], "b", "c"),
+            {**pref([U("a"), A("b"), U("c")], "d", "e", 0.5), "ceiling": 0.75}]
     written = as_messages(rows)
     for row in written:
         for turns in (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]):
-            assert turns[-1]["role"] == "assistant" and all(set(turn) == {"role", "content"} for turn in turns)
+            assert (turns[-1]["role"] == "assistant"
+                    and all(set(turn) == {"role", "content"} for turn in turns))
     assert [row["chosen"] for row in written] == [[A("b")], [A("d")]] and written[1]["label"] == 0.5
     assert load(save(tmp_path, written), "preference") == (rows, Counter())
     assert rows[0]["chosen"] == "b"
@@ -844,7 +897,8 @@ def test_prompt_of_and_split_take_rows_with_marks():
 
 
 def test_describe():
-    assert describe([{}] * 1903, Counter(a=4, b=5), "x.jsonl") == "x.jsonl: 1,903 rows kept, 9 dropped (5 b, 4 a)"
+    assert (describe([{}] * 1903, Counter(a=4, b=5), "x.jsonl")
+            == "x.jsonl: 1,903 rows kept, 9 dropped (5 b, 4 a)")
     assert describe([{}], Counter(), "x") == "x: 1 rows kept, 0 dropped"
 
 
@@ -862,11 +916,13 @@ def test_split_is_by_prompt_and_stable():
     assert all(r in more[0] for r in train[::50]) and all(r in more[1] for r in held_out[::50])
     assert split(rows, 0.2, seed=1) == (train, held_out) and split(rows, 0.2, seed=2) != (train, held_out)
     as_sft = split([{"messages": r["prompt"] + [A(r["chosen"])]} for r in rows], 0.2, seed=1)
-    assert [r["messages"][0] for r in as_sft[1]] == [r["prompt"][0] for r in held_out]  # the same side in every kind
+    # the same side in every kind
+    assert [r["messages"][0] for r in as_sft[1]] == [r["prompt"][0] for r in held_out]
     assert split(rows, 0, 1) == (rows, []) and split(rows, 1, 1) == ([], rows)
     with pytest.raises(ValueError, match="fraction"):
         split(rows, 1.5, 1)
-    assert split(rows[:1], 0.5, seed=0) == ([], rows[:1])  # pinned: the same on every machine and in every process
+    # pinned: the same on every machine and in every process
+    assert split(rows[:1], 0.5, seed=0) == ([], rows[:1])
 
 
 def test_rows_of_one_talk_are_on_one_side():
@@ -877,20 +933,24 @@ def test_rows_of_one_talk_are_on_one_side():
         for n in range(3):
             turns = turns + [U(f"question {i} {n}"), A(f"answer {i} {n}")]
             talks.append({"messages": turns})
-        talks.append({"messages": [S("another system"), *[turn for turn in turns if turn["role"] != "system"]]})
+        talks.append(
+            {"messages": [S("another system"), *[turn for turn in turns if turn["role"] != "system"]]})
     train, held_out = split(talks, 0.2, seed=0)
     sides = [{row["messages"][-1]["content"].split()[1] for row in side} for side in (train, held_out)]
     assert not sides[0] & sides[1] and len(train) + len(held_out) == 800 and 20 < len(sides[1]) < 60
     pairs = [pref(row["messages"][:-1], row["messages"][-1]["content"], "bad") for row in talks]
-    assert [row["prompt"] for row in split(pairs, 0.2, seed=0)[1]] == [row["messages"][:-1] for row in held_out]
+    assert ([row["prompt"] for row in split(pairs, 0.2, seed=0)[1]]
+            == [row["messages"][:-1] for row in held_out])
 
 
 def test_values_of_any_type_give_rows_or_a_data_error(tmp_path):
     """Rows in which one value, however deep, has become another one, or one key another key."""
-    values = [None, math.nan, 0, 1, -7.5, True, False, "", "x", "Human: a\n\nAssistant: b", [], {}, [[]], [None], ["x"],
-              [["a", "b"]], {"a": 1}, [{}], U("u"), [U("u"), A("b")], {"type": "text", "text": 3}]
-    keys = ["label", "kto_tag", "weight", "system", "history", "images", "type", "text", "role", "from", "value",
-            "messages", "conversations", "tool_calls", "score_chosen", "score_rejected", "instances", "choice"]
+    values = [None, math.nan, 0, 1, -7.5, True, False, "", "x", "Human: a\n\nAssistant: b", [], {}, [[]],
+              [None], ["x"], [["a", "b"]], {"a": 1}, [{}], U("u"), [U("u"), A("b")],
+              {"type": "text", "text": 3}]
+    keys = ["label", "kto_tag", "weight", "system", "history", "images", "type", "text", "role", "from",
+            "value", "messages", "conversations", "tool_calls", "score_chosen", "score_rejected",
+            "instances", "choice"]
     sources = [(source, kind) for source, kind, _ in FORMATS.values()]
     rng, outcomes = random.Random(1), Counter()
     for _ in range(2000 * int(os.environ.get("FAULTS", 1))):
@@ -920,7 +980,8 @@ def test_values_of_any_type_give_rows_or_a_data_error(tmp_path):
 
 
 @pytest.mark.parametrize("name, kind, kept, reasons", [
-    ("hh/harmless-base.jsonl.gz", "preference", 1903, {"differ in more than the last turn": 5, "empty response": 4}),
+    ("hh/harmless-base.jsonl.gz", "preference", 1903,
+     {"differ in more than the last turn": 5, "empty response": 4}),
     ("hh/harmless-base.jsonl.gz", "sft", 1903, {"differ in more than the last turn": 5, "empty response": 4}),
     ("hh/harmless-base.jsonl.gz", "prompt", 1907, {"differ in more than the last turn": 5}),
     ("misc/alpaca-eval-pairs.jsonl.gz", "preference", 5849, {"identical pair": 151}),
@@ -953,7 +1014,8 @@ def test_mutated_bytes_give_rows_or_a_data_error(tmp_path):
         content, kind = rng.choice(files)
         content = bytearray(content)
         for _ in range(rng.choice([1, 1, 1, 6])):
-            at, byte = rng.randrange(len(content) + 1), rng.choice([rng.randrange(256), *b'abcdef", {}[]:\\0\n'])
+            at, byte = (rng.randrange(len(content) + 1),
+                        rng.choice([rng.randrange(256), *b'abcdef", {}[]:\\0\n']))
             content[at:at + rng.choice([0, 1, 1, 3])] = bytes([byte] * rng.choice([0, 1, 1, 2]))
         if rng.random() < 0.05:
             del content[rng.randrange(len(content) + 1):]

@@ -1,5 +1,6 @@
 """Scripts on a pretended GPU (pretended_gpu.py): no operation meets tensors of two devices, what is logged is
-what the CPU logs, and what should run ahead waits for nothing. Where there is a real one, all scripts on it. """
+what the CPU logs, and what should run ahead waits for nothing. Where there is a real one, all scripts on it.
+"""
 import json
 import os
 import subprocess
@@ -115,7 +116,7 @@ def logged(done):
 def test_on_a_gpu_as_on_the_cpu(all_scripts, name):
     on_gpu, on_cpu = (logged(all_scripts[name, device]) for device in ("cuda", "cpu"))
     for a, b in zip(on_gpu, on_cpu, strict=True):
-        for figure in {"accuracy", "clipfrac"} & set(b):     # shares: of what is nearly a tie, rounding decides
+        for figure in {"accuracy", "clipfrac"} & set(b):   # shares: of what is nearly a tie, rounding decides
             assert a.pop(figure) == pytest.approx(b.pop(figure), abs=0.1)
         assert a == pytest.approx(b, rel=5e-3, abs=1e-3)
 

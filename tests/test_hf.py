@@ -1,5 +1,6 @@
-"""Checkpoints, tokenizers and the hub: against `transformers` and `tokenizers` where they are installed (they are no
-run-time need), against damage and malice always. SMOLLM2_DIR names a folder with the real SmolLM2-135M-Instruct."""
+"""Checkpoints, tokenizers and the hub: against `transformers` and `tokenizers` where they are installed (they
+are no run-time need), against damage and malice always. SMOLLM2_DIR names a folder with the real
+SmolLM2-135M-Instruct."""
 import base64
 import gzip
 import hashlib
@@ -20,12 +21,12 @@ import torch
 
 from data import InputError
 from data.files import checkpoint
-from data.files.checkpoint import (CheckpointError, config_from_hf, config_to_hf, load, load_state, load_weights, save,
-                             save_folder, weights_from_hf, weights_to_hf)
+from data.files.checkpoint import (CheckpointError, config_from_hf, config_to_hf, load, load_state,
+                                   load_weights, save, save_folder, weights_from_hf, weights_to_hf)
 from data.files.hub import fetch_hub
 from data.files.safetensors import DTYPES, read_safetensors, read_tensors, write_safetensors
-from data.files.tokenizer import (byte_chars, gpt2_tokenizer, load_tokenizer, tokenizer_from_json, tokenizer_from_ranks,
-                            tokenizer_to_json)
+from data.files.tokenizer import (byte_chars, gpt2_tokenizer, load_tokenizer, tokenizer_from_json,
+                                  tokenizer_from_ranks, tokenizer_to_json)
 from model import GPT, GPTConfig, answer_rewards, generate, pad_answers, pad_batch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -44,35 +45,41 @@ def split(regex):
 
 
 def digits(individual):
-    return {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": individual}, BYTE_LEVEL]}
+    return {"type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": individual}, BYTE_LEVEL]}
 
 
 SPECIALS = {"plain": ["<|endoftext|>", "<|pad|>"], "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-            "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-                       "<|finetune_right_pad_id|>"]}
+            "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+                       "<|eot_id|>", "<|finetune_right_pad_id|>"]}
 KINDS = {"plain": BYTE_LEVEL, "chatml": split(QWEN_REGEX), "llama3": split(LLAMA3_REGEX)}
-NASTY = ["", " ", "  ", "\n", " \n ", "a  b", "a   7", "7  7", " 7", "x12345 67", "it's WE'LL 'tis ''ve", "tab\tend\t",
-         "\r\n\r\nline", "caf\u00e9 cafe\u0301 \u00c5 A\u030a", "\u4f60\u597d\uff0c\u4e16\u754c",
-         "\U0001f642\u200d\U0001f525",
-         "\u0e51\u0662\u00bd\u2167 \u00b2", "<|endoftext|><|im_start|>system\nhi<|im_end|><|eot_id|><|pad|>", "...  !!",
-         "\u00a0\u2003x \u0085 y", "def f(x):\n    return x  # 10\n\n\n", "\x00\x01\x7f", "e\u0301" * 5, "    indented"]
+NASTY = ["", " ", "  ", "\n", " \n ", "a  b", "a   7", "7  7", " 7", "x12345 67", "it's WE'LL 'tis ''ve",
+         "tab\tend\t", "\r\n\r\nline", "caf\u00e9 cafe\u0301 \u00c5 A\u030a",
+         "\u4f60\u597d\uff0c\u4e16\u754c", "\U0001f642\u200d\U0001f525", "\u0e51\u0662\u00bd\u2167 \u00b2",
+         "<|endoftext|><|im_start|>system\nhi<|im_end|><|eot_id|><|pad|>", "...  !!",
+         "\u00a0\u2003x \u0085 y", "def f(x):\n    return x  # 10\n\n\n", "\x00\x01\x7f", "e\u0301" * 5,
+         "    indented"]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 + 30?"},
-        {"role": "assistant", "content": "It is 42."}, {"role": "user", "content": "Sure? <|im_end|><|eot_id|>"},
+        {"role": "assistant", "content": "It is 42."},
+        {"role": "user", "content": "Sure? <|im_end|><|eot_id|>"},
         {"role": "assistant", "content": "Yes.\nQuite <|endoftext|> sure"}]
 SAFE_CHAT = [m | {"content": m["content"].split(" <|")[0]} for m in CHAT]
 
 
 def toy_json(folder, kind, special_first=False):
-    """A hand-made tokenizer.json: 256 bytes and a few merges, with the special tokens of one chat template."""
+    """A hand-made tokenizer.json: 256 bytes and a few merges, with the special tokens of one chat
+    template."""
     chars, n = byte_chars(), len(SPECIALS[kind]) if special_first else 0
     merges = ["Ġ t", "h e", "Ġ a", "Ġt he", "i s", "1 2", "Ċ Ċ", "Ġ Ġ", "o u", "y ou"]
-    vocab = {c: n + i for i, c in enumerate([*map(chars.get, range(256)), *(x.replace(" ", "") for x in merges)])}
+    vocab = {c: n + i
+             for i, c in enumerate([*map(chars.get, range(256)), *(x.replace(" ", "") for x in merges)])}
     start = 0 if special_first else len(vocab)
     if special_first:      # then the library finds them in the vocabulary, else it gives them the next ids
         vocab |= {s: i for i, s in enumerate(SPECIALS[kind])}
     hf = {"version": "1.0", "normalizer": {"type": "NFC"} if kind == "chatml" else None,
-          "added_tokens": [{"id": start + i, "content": s, "single_word": False, "lstrip": False, "rstrip": False,
-                            "normalized": False, "special": True} for i, s in enumerate(SPECIALS[kind])],
+          "added_tokens": [{"id": start + i, "content": s, "single_word": False, "lstrip": False,
+                            "rstrip": False, "normalized": False, "special": True}
+                           for i, s in enumerate(SPECIALS[kind])],
           "pre_tokenizer": KINDS[kind], "post_processor": None, "decoder": BYTE_LEVEL,
           "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
                     "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
@@ -96,20 +103,21 @@ def shake(model, seed=0):
     return model.eval()
 
 
-LLAMA = dict(vocab_size=320, n_layer=2, n_head=4, n_kv_head=2, n_embd=48, n_inner=80, max_len=256, head_dim=12,
-             norm="rmsnorm", pos="rope", mlp="swiglu", bias=False)
+LLAMA = dict(vocab_size=320, n_layer=2, n_head=4, n_kv_head=2, n_embd=48, n_inner=80, max_len=256,
+             head_dim=12, norm="rmsnorm", pos="rope", mlp="swiglu", bias=False)
 CONFIGS = {
     "gpt2": GPTConfig(vocab_size=320, n_layer=2, n_head=4, n_kv_head=4, n_embd=48, n_inner=100, max_len=256,
                       head_dim=12),
     "llama": GPTConfig(**LLAMA, rope_theta=500000.0, norm_eps=1e-5, rope_scaling={
-        "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
+        "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}),
     "qwen2": GPTConfig(**LLAMA, qkv_bias=True, tie=False, rope_theta=1e6, norm_eps=1e-6),
     "qwen3": GPTConfig(**LLAMA | {"head_dim": 16}, qk_norm="head", norm_eps=1e-6),
     "olmo2": GPTConfig(**LLAMA, qk_norm="all", post_norm=True, tie=False, rope_theta=5e5, norm_eps=1e-6)}
 TEMPLATE_OF = {"gpt2": "plain", "llama": "llama3", "qwen2": "chatml", "qwen3": "chatml", "olmo2": "plain"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # transformers and tokenizers as oracles
 
 @pytest.fixture(scope="session")
@@ -141,7 +149,8 @@ def hf_model(tf, kind):
 
 def greedy(model, prompt, n):
     """Our own greedy continuation of ids by n tokens."""
-    out, mask, _ = generate(model, SimpleNamespace(eos_ids={-1}, pad_id=0), [prompt], torch.zeros(1, n), temperature=0)
+    out, mask, _ = generate(model, SimpleNamespace(eos_ids={-1}, pad_id=0), [prompt], torch.zeros(1, n),
+                            temperature=0)
     return out[mask].tolist()
 
 
@@ -165,7 +174,8 @@ def test_transformers_model_loads_here(tf, tmp_path, kind):
     theirs.save_pretrained(tmp_path)
     toy_json(tmp_path, TEMPLATE_OF[kind])
     cfg, state, tok, _ = load_weights(tmp_path)
-    assert replace(cfg, rope_theta=CONFIGS[kind].rope_theta if kind == "gpt2" else cfg.rope_theta) == CONFIGS[kind]
+    assert (replace(cfg, rope_theta=CONFIGS[kind].rope_theta if kind == "gpt2" else cfg.rope_theta)
+            == CONFIGS[kind])
     ours = GPT(cfg).eval()
     ours.load_state_dict(state)
     ids = some_ids()
@@ -191,7 +201,8 @@ def test_our_folder_loads_in_transformers(tf, tmp_path, kind):
     ours = shake(GPT(cfg), 3)
     ours.reward_mean = 0.75
     save(tmp_path / "rm", ours, tok)
-    theirs, info = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", output_loading_info=True)
+    theirs, info = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm",
+                                                                         output_loading_info=True)
     assert type(theirs).__name__ == config_to_hf(cfg, tok)["architectures"][0]
     assert not any(info.values()), info
     rows = [tok.render(CHAT[:3])[0], tok.render(CHAT)[0]]
@@ -223,9 +234,9 @@ def check_auto_tokenizer(tf, folder, tok):
 @torch.no_grad()
 @pytest.mark.parametrize("pad", ["as saved", "the end", "none"])
 def test_a_reward_is_read_where_transformers_reads_it(tf, tmp_path, pad):
-    """Also where config.json calls the end token padding, as many models on the hub do: transformers then reads the
-    token before it, on which such a model was trained. And a vocabulary without padding gets none: with GPT-2's,
-    where id 0 is "!", transformers would read a text that ends in "!" too early."""
+    """Also where config.json calls the end token padding, as many models on the hub do: transformers then
+    reads the token before it, on which such a model was trained. And a vocabulary without padding gets none:
+    with GPT-2's, where id 0 is "!", transformers would read a text that ends in "!" too early."""
     hf = json.loads(toy_json(tmp_path / "toy", "plain").read_text())
     hf["added_tokens"] = hf["added_tokens"][:1]
     vocab = hf["model"]["vocab"]                      # id 0: "!", as in GPT-2's vocabulary
@@ -263,7 +274,8 @@ def test_a_reward_is_read_where_transformers_reads_it(tf, tmp_path, pad):
 
 
 def test_every_end_is_saved_for_generate(tf, tmp_path):
-    """Otherwise transformers' generate, which looks into generation_config.json, talks on after one of the ends."""
+    """Otherwise transformers' generate, which looks into generation_config.json, talks on after one of the
+    ends."""
     llama = [(name, True) for name in SPECIALS["llama3"][:-1] + ["<|eom_id|>"]]
     tok = load_tokenizer(plain_folder(tmp_path / "llama", llama), 272)
     assert len(tok.eos_ids) == 3
@@ -292,7 +304,8 @@ def test_smollm2(tf, tmp_path):
                            eos_token_id=None, pad_token_id=0)[0, len(ids):].tolist()
     assert greedy(ours, ids, 24) == want
     save_folder(tmp_path / "smol", cfg, state, tok)
-    assert (tmp_path / "smol" / "tokenizer.json").read_bytes() == (Path(folder) / "tokenizer.json").read_bytes()
+    assert ((tmp_path / "smol" / "tokenizer.json").read_bytes()
+            == (Path(folder) / "tokenizer.json").read_bytes())
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "smol", dtype=torch.float32).eval()
     assert torch.equal(again(batch).logits, theirs(batch).logits)
     check_auto_tokenizer(tf, tmp_path / "smol", tok)
@@ -312,7 +325,8 @@ def assert_same_tokens(tok, oracle, texts):
 
 def plain_oracle(tokenizers, path):
     """The tokenizers library on a file without its added tokens: what text alone should become."""
-    return tokenizers.Tokenizer.from_str(json.dumps(json.loads(Path(path).read_text()) | {"added_tokens": []}))
+    return tokenizers.Tokenizer.from_str(
+        json.dumps(json.loads(Path(path).read_text()) | {"added_tokens": []}))
 
 
 @pytest.mark.skipif(not HH.exists(), reason="no hh-rlhf file")
@@ -337,7 +351,8 @@ def test_tokens_of_hh(tmp_path, name):
 
 
 @pytest.mark.skipif(not HH.exists(), reason="no hh-rlhf file")
-@pytest.mark.parametrize("pre", [BYTE_LEVEL, split(LLAMA3_REGEX), split(QWEN_REGEX), digits(True), digits(False)],
+@pytest.mark.parametrize("pre", [BYTE_LEVEL, split(LLAMA3_REGEX), split(QWEN_REGEX), digits(True),
+                                 digits(False)],
                          ids=["gpt2", "llama3", "qwen", "digits", "numbers"])
 def test_tokens_of_trained_tokenizers(tmp_path, pre):
     """Vocabularies that `tokenizers` itself trains, over every pre-tokenizer we know and random text."""
@@ -351,7 +366,8 @@ def test_tokens_of_trained_tokenizers(tmp_path, pre):
     path = tmp_path / "tokenizer.json"
     oracle.save(str(path))
     tok, rng = tokenizer_from_json(path), random.Random(0)
-    bits = [" ", "  ", "\n", "\t", "a", "the", "1", "23", "'s", "'", "é", "漢", "!", "½", "\u0301", "\r", "<|", "٣"]
+    bits = [" ", "  ", "\n", "\t", "a", "the", "1", "23", "'s", "'", "é", "漢", "!", "½", "\u0301",
+            "\r", "<|", "٣"]
     noise = ["".join(rng.choices(bits, k=rng.randint(1, 12))) for _ in range(3000)]
     assert_same_tokens(tok, plain_oracle(tokenizers, path), NASTY + noise + lines[200:500])
     path.write_text(json.dumps(tokenizer_to_json(tok)))
@@ -360,8 +376,9 @@ def test_tokens_of_trained_tokenizers(tmp_path, pre):
 
 @pytest.mark.skipif(not HH.exists(), reason="no hh-rlhf file")
 def test_tokens_of_llama3_style_files(tmp_path):
-    """Converted from tiktoken, Llama 3 lists every split of every token as a merge and looks whole words up first; some
-    tokens no merge can make. Qwen3 adds tokens that are not special: they are text, one id each."""
+    """Converted from tiktoken, Llama 3 lists every split of every token as a merge and looks whole words up
+    first; some tokens no merge can make. Qwen3 adds tokens that are not special: they are text, one id
+    each."""
     tokenizers = pytest.importorskip("tokenizers")
     try:
         tok = gpt2_tokenizer()
@@ -373,8 +390,9 @@ def test_tokens_of_llama3_style_files(tmp_path):
     merges = sorted((i, ranks[t[:k]], ranks[t[k:]], [write(t[:k]), write(t[k:])]) for t, i in ranks.items()
                     for k in range(1, len(t)) if t[:k] in ranks and t[k:] in ranks)
     hf = tokenizer_to_json(tok) | {"pre_tokenizer": split(LLAMA3_REGEX), "added_tokens": [
-        {"id": 5001 + i, "content": s, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": s != "<think>"} for i, s in enumerate(SPECIALS["llama3"] + ["<think>"])]}
+        {"id": 5001 + i, "content": s, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": s != "<think>"}
+        for i, s in enumerate(SPECIALS["llama3"] + ["<think>"])]}
     hf["model"] |= {"vocab": {write(t): i for t, i in ranks.items()}, "merges": [x[3] for x in merges],
                     "ignore_merges": True}
     path = tmp_path / "tokenizer.json"
@@ -390,7 +408,7 @@ def test_tokens_of_llama3_style_files(tmp_path):
         tokenizer_from_json(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # tokenizers, without any oracle
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -406,7 +424,7 @@ def test_render_masks_exactly_the_assistant(tmp_path, kind):
     assert [i for i, on in zip(ids, mask) if on] == want
     assert set(mask) == {0, 1} and all(type(x) is int for x in ids + mask)
     n_special = sum(i in tok.special.values() for i in ids)
-    assert n_special == {"plain": 2, "chatml": 10, "llama3": 1 + 3 * 5}[kind]      # none came out of the contents
+    assert n_special == {"plain": 2, "chatml": 10, "llama3": 1 + 3 * 5}[kind]  # none came out of the contents
     prompt, zeros = tok.render(CHAT[:-1], generation_prompt=True)
     tail = tok.encode(lead + CHAT[-1]["content"]) + [tok.eos_id]
     assert not any(zeros[-1:]) and ids[: len(prompt) + len(tail)] == prompt + tail
@@ -441,8 +459,8 @@ def test_nfc_only_where_the_file_asks_for_it(tmp_path):
 
 
 def added(content, i, special=False):
-    return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-            "special": special}
+    return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": special}
 
 
 def change_json(path, **fields):
@@ -461,10 +479,11 @@ def more_tokens(path, *tokens):
 
 
 def test_added_tokens_that_are_ordinary_text(tmp_path):
-    """As in Qwen3: transformers reads <think> in a text as one id, so we do. Of two that begin alike the longer one is
-    meant. A token that steers the chat is never read from a text, whatever the file says of it (some say that
-    <|im_start|> is not special), and never shown."""
-    path = more_tokens(toy_json(tmp_path, "chatml"), ("<think>", False), ("</think>", False), ("<think>!", False))
+    """As in Qwen3: transformers reads <think> in a text as one id, so we do. Of two that begin alike the
+    longer one is meant. A token that steers the chat is never read from a text, whatever the file says of it
+    (some say that <|im_start|> is not special), and never shown."""
+    path = more_tokens(toy_json(tmp_path, "chatml"), ("<think>", False), ("</think>", False),
+                       ("<think>!", False))
     hf = json.loads(path.read_text())
     for token in hf["added_tokens"]:
         token["special"] = token["special"] and token["content"] == "<|endoftext|>"
@@ -474,7 +493,8 @@ def test_added_tokens_that_are_ordinary_text(tmp_path):
     ids = tok.encode(answer)
     think, end, bang = (tok.special[name] for name in ("<think>", "</think>", "<think>!"))
     assert [i for i in ids if i in tok.special.values()] == [think, end, bang]
-    assert tok.decode(ids) == answer.replace("e\u0301", "\u00e9") and tok.decode([tok.eos_id, *ids]) == tok.decode(ids)
+    assert (tok.decode(ids) == answer.replace("e\u0301", "\u00e9")
+            and tok.decode([tok.eos_id, *ids]) == tok.decode(ids))
     sampled = [think, *tok.encode("\nhm\n"), end, *tok.encode("\n\nYes.")]
     assert tok.encode(tok.decode(sampled)) == sampled
     rendered, mask = tok.render([{"role": "assistant", "content": answer}])
@@ -483,18 +503,21 @@ def test_added_tokens_that_are_ordinary_text(tmp_path):
     assert again.encode(answer) == ids
     tokenizers = pytest.importorskip("tokenizers")
     oracle = tokenizers.Tokenizer.from_file(str(path))
-    texts = [answer.partition("<|")[0], "<think><think>!</think>", "x <think> y", " </think>\n\n  <think>", *NASTY]
+    texts = [answer.partition("<|")[0], "<think><think>!</think>", "x <think> y",
+             " </think>\n\n  <think>", *NASTY]
     assert_same_tokens(tok, oracle, [text for text in texts if "<|" not in text])
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
 def test_added_tokens_that_take_white_space_with_them_are_refused(tmp_path, flag):
-    """The library would read other ids. Of tokens that no text and no template has, such as <mask>, it does not matter."""
+    """The library would read other ids. Of tokens that no text and no template has, such as <mask>, it does
+    not matter."""
     path = more_tokens(toy_json(tmp_path, "chatml"), ("<note>", False), ("<mask>", True))
     whole = json.loads(path.read_text())["added_tokens"]
     for name in ("<note>", "<|im_start|>", "<|im_end|>"):
         change_json(path, added_tokens=[token | {flag: token["content"] == name} for token in whole])
-        with pytest.raises(CheckpointError, match=f"tokenizer.json: added token '{re.escape(name)}' with {flag} is not"):
+        with pytest.raises(CheckpointError,
+                           match=f"tokenizer.json: added token '{re.escape(name)}' with {flag} is not"):
             tokenizer_from_json(path)
     change_json(path, added_tokens=[token | {flag: token["content"] == "<mask>"} for token in whole])
     tok = tokenizer_from_json(path)
@@ -517,15 +540,17 @@ def test_the_id_of_an_added_token_is_the_next_free_one(tmp_path):
 
 
 def test_the_saved_template_gives_the_ids_that_were_trained_on(tf, tmp_path):
-    """In the plain template and with a pre-tokenizer like Llama 3's, "?" and the line breaks before the next turn are
-    one token: encoded apart they would be two, and every prompt that others make of the saved folder another one."""
+    """In the plain template and with a pre-tokenizer like Llama 3's, "?" and the line breaks before the next
+    turn are one token: encoded apart they would be two, and every prompt that others make of the saved folder
+    another one."""
     special = [("<|begin_of_text|>", True), ("<|end_of_text|>", True)]
     folder = plain_folder(tmp_path / "plain", special, pre_tokenizer=split(LLAMA3_REGEX))
     hf = json.loads((folder / "tokenizer.json").read_text())
     for pair in ("? ĊĊ", ". ĊĊ", "` `", "`` `", "``` ĊĊ"):
         hf["model"]["vocab"][pair.replace(" ", "")] = len(hf["model"]["vocab"])
         hf["model"]["merges"].append(pair)
-    hf["added_tokens"] = [added(name, len(hf["model"]["vocab"]) + i, True) for i, (name, _) in enumerate(special)]
+    hf["added_tokens"] = [added(name, len(hf["model"]["vocab"]) + i, True)
+                          for i, (name, _) in enumerate(special)]
     change_json(folder / "tokenizer.json", **hf)
     tok = load_tokenizer(folder, 273)
     cfg = replace(CONFIGS["gpt2"], vocab_size=tok.vocab_size)
@@ -537,7 +562,8 @@ def test_the_saved_template_gives_the_ids_that_were_trained_on(tf, tmp_path):
                             {"role": "user", "content": user}]
             for n in range(1, len(chat) + 1):
                 for prompt in (False, True):
-                    ids = theirs.apply_chat_template(chat[:n], add_generation_prompt=prompt, return_dict=False)
+                    ids = theirs.apply_chat_template(chat[:n], add_generation_prompt=prompt,
+                                                     return_dict=False)
                     assert ids == tok.render(chat[:n], prompt)[0], (chat[:n], prompt)
             prompt, answer = tok.render_answer(chat, "Yes!")
             assert (prompt + answer, chat[-1]["content"]) == (
@@ -551,7 +577,8 @@ def test_tokenizers_are_the_same_where_texts_and_chats_get_the_same_ids(tmp_path
     one = tokenizer_from_json(path)
     padded = tokenizer_from_json(more_tokens(toy_json(tmp_path / "pad", "llama3"), ("[PAD]", True)))
     assert one.same_as(one) and one.same_as(padded) and padded.same_as(one)
-    others = [toy_tokenizer(tmp_path, "plain"), tokenizer_from_json(toy_json(tmp_path, "llama3", special_first=True)),
+    others = [toy_tokenizer(tmp_path, "plain"),
+              tokenizer_from_json(toy_json(tmp_path, "llama3", special_first=True)),
               tokenizer_from_json(more_tokens(toy_json(tmp_path / "think", "llama3"), ("<think>", False)))]
     for fields in ({"pre_tokenizer": split(QWEN_REGEX)}, {"normalizer": {"type": "NFC"}}):
         others.append(tokenizer_from_json(change_json(toy_json(tmp_path / "other", "llama3"), **fields)))
@@ -568,7 +595,8 @@ def test_tokenizers_are_the_same_where_texts_and_chats_get_the_same_ids(tmp_path
 
 def test_what_stands_before_a_document(tmp_path):
     """As in pretraining: not the token that ends the turns of a chat."""
-    for kind, name in (("plain", "<|endoftext|>"), ("chatml", "<|endoftext|>"), ("llama3", "<|begin_of_text|>")):
+    for kind, name in (("plain", "<|endoftext|>"), ("chatml", "<|endoftext|>"),
+                       ("llama3", "<|begin_of_text|>")):
         tok = toy_tokenizer(tmp_path, kind)
         assert tok.start_id == tok.special[name]
     folder = plain_folder(tmp_path / "end", [("</s>", True)])
@@ -580,7 +608,8 @@ def test_what_stands_before_a_document(tmp_path):
 
 
 # A vocabulary with other special tokens than KINDS has: Llama 3.0 (without a pad token), DeepSeek's.
-DEEPSEEK = [("<\uff5cbegin\u2581of\u2581sentence\uff5c>", True), ("<\uff5cend\u2581of\u2581sentence\uff5c>", True)]
+DEEPSEEK = [("<\uff5cbegin\u2581of\u2581sentence\uff5c>", True),
+            ("<\uff5cend\u2581of\u2581sentence\uff5c>", True)]
 
 
 def plain_folder(folder, tokens, **post):
@@ -593,7 +622,7 @@ def plain_folder(folder, tokens, **post):
 
 
 def test_every_declared_eos_ends_a_text(tmp_path):
-    llama = [(name, True) for name in SPECIALS["llama3"][:-1] + ["<|eom_id|>"]]      # 266 .. 271, as Llama 3.0
+    llama = [(name, True) for name in SPECIALS["llama3"][:-1] + ["<|eom_id|>"]]   # 266 .. 271, as Llama 3.0
     folder = plain_folder(tmp_path / "llama", llama)
     begin, end_of_text, start, end, eot, eom = range(266, 272)
     tok = load_tokenizer(folder, 272)
@@ -666,8 +695,8 @@ def test_turns_that_are_not_trained(tmp_path, kind):
 def bos_first(token, i):
     """A post_processor that puts a token before each text, as Llama 3's, Mistral's and DeepSeek's do."""
     one = {"Sequence": {"id": "A", "type_id": 0}}
-    return {"type": "Sequence", "processors": [{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
-                                                "use_regex": True},
+    return {"type": "Sequence", "processors": [
+            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
             {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": token, "type_id": 0}}, one],
              "pair": [one, one], "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}}}]}
 
@@ -676,7 +705,8 @@ def test_documents_begin_with_bos_where_the_vocabulary_says_so(tf, tmp_path):
     bos = DEEPSEEK[0][0]
     folder = plain_folder(tmp_path / "plain", DEEPSEEK, post_processor=bos_first(bos, 266))
     change_json(folder / "config.json", eos_token_id=267)
-    both = plain_folder(tmp_path / "both", [(name, True) for name in SPECIALS["llama3"] + SPECIALS["chatml"][1:]])
+    both = plain_folder(tmp_path / "both",
+                        [(name, True) for name in SPECIALS["llama3"] + SPECIALS["chatml"][1:]])
     for tok, template in ((load_tokenizer(folder, 268), "plain"), (load_tokenizer(both, 276), "chatml"),
                           (toy_tokenizer(tmp_path, "llama3"), "llama3")):
         assert tok.template == template
@@ -695,11 +725,13 @@ def test_documents_begin_with_bos_where_the_vocabulary_says_so(tf, tmp_path):
 
 @pytest.mark.parametrize("kind, template, mark", [
     ("plain", "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "[INST]"),
-    ("plain", "{% if m.role == 'user' %}{{ '<\uff5cUser\uff5c>' + m.content }}{% endif %}", "<\uff5cUser\uff5c>"),
+    ("plain", "{% if m.role == 'user' %}{{ '<\uff5cUser\uff5c>' + m.content }}{% endif %}",
+     "<\uff5cUser\uff5c>"),
     ("llama3", "{{ '<|im_start|>' + m.role }}", "<|im_start|>"),
     ("chatml", "{{ '<start_of_turn>' }}", "<start_of_turn>"),
     ("plain", [{"name": "default", "template": "<|user|>\n"}], "<|user|>"), ("plain", "{{ m.content }}", "?"),
-    ("chatml", "{{ '<|im_start|>' }}", None), ("llama3", "{{ '<|start_header_id|>' }}", None), ("plain", None, None)])
+    ("chatml", "{{ '<|im_start|>' }}", None), ("llama3", "{{ '<|start_header_id|>' }}", None),
+    ("plain", None, None)])
 def test_another_chat_template_is_said(tmp_path, capsys, kind, template, mark):
     """Once, and not where it is the one that we write."""
     toy_json(tmp_path, kind)
@@ -729,7 +761,7 @@ def test_tokenizer_json_variants(tmp_path, first):
     path = toy_json(tmp_path, "plain", first)
     tok, hf = tokenizer_from_json(path), json.loads(path.read_text())
     assert tok.raw == path.read_bytes() and tok.vocab_size == 268
-    old = json.loads(path.read_text())              # the oldest style: no model type, specials in vocab, pairs as lists
+    old = json.loads(path.read_text())   # the oldest style: no model type, specials in vocab, pairs as lists
     del old["model"]["type"], old["pre_tokenizer"]["use_regex"]
     old["model"]["vocab"] |= {t["content"]: t["id"] for t in old["added_tokens"]}
     old["model"]["merges"] = [pair.split() for pair in old["model"]["merges"]]
@@ -801,7 +833,8 @@ def test_rank_file(tmp_path):
     tok = tokenizer_from_ranks(path)
     assert (tok.template, tok.eos_id, tok.pad_id, tok.vocab_size) == ("plain", 259, 260, 261)
     assert tok.encode(" the") == [258] and tok.decode(tok.encode("the \u00e9t\u00e9")) == "the \u00e9t\u00e9"
-    for bad in (lines[:-1] + ["!!! 258"], lines[:-1] + [lines[0]], lines[1:], lines[:100], lines + ["x"], [""]):
+    for bad in (lines[:-1] + ["!!! 258"], lines[:-1] + [lines[0]], lines[1:], lines[:100],
+                lines + ["x"], [""]):
         path.write_text("\n".join(bad))
         with pytest.raises(CheckpointError, match="tiny.tiktoken"):
             tokenizer_from_ranks(path)
@@ -809,14 +842,15 @@ def test_rank_file(tmp_path):
         tokenizer_from_ranks(tmp_path / "none")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # safetensors and config.json
 
 def example_tensors():
     torch.manual_seed(0)
     out = {f"t.{d}": torch.arange(-6, 6).reshape(3, 4).to(d) for d in DTYPES.values()}
-    return out | {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 3), "odd": torch.arange(5).to(torch.int8),
-                  "view": torch.randn(4, 6).T[1:], "name with \"quotes\" \u00e9": torch.randn(2)}
+    return out | {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 3),
+                  "odd": torch.arange(5).to(torch.int8), "view": torch.randn(4, 6).T[1:],
+                  "name with \"quotes\" \u00e9": torch.randn(2)}
 
 
 def test_safetensors_round_trip(tmp_path):
@@ -835,7 +869,8 @@ def test_safetensors_round_trip(tmp_path):
 
 
 def test_safetensors_and_the_library_read_each_other(tmp_path):
-    st, path, tensors = pytest.importorskip("safetensors.torch"), tmp_path / "x.safetensors", example_tensors()
+    st, path, tensors = (pytest.importorskip("safetensors.torch"), tmp_path / "x.safetensors",
+                         example_tensors())
     write_safetensors(path, tensors)
     theirs = st.load_file(path)
     assert all(torch.equal(theirs[k], t) for k, t in tensors.items()) and theirs.keys() == tensors.keys()
@@ -859,9 +894,10 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
     b'"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}',
     {"a": 7}, {"a": None}, {"a": []}, {"a": {"dtype": "F32"}}, {"a": entry(dtype="F8_E4M3")},
     {"a": entry(dtype=["F32"])},
-    {"a": entry(shape=(-1,))}, {"a": entry(shape=(2,))}, {"a": entry(shape=(1.0,))}, {"a": entry(shape=(True,))},
-    {"a": entry(shape=("1",))}, {"a": entry() | {"shape": "1"}}, {"a": entry() | {"shape": {"1": 1}}},
-    {"a": entry(shape=(2 ** 60,), offsets=(0, 2 ** 62))}, {"a": entry(shape=(2 ** 62, 4), offsets=(0, 0))},
+    {"a": entry(shape=(-1,))}, {"a": entry(shape=(2,))}, {"a": entry(shape=(1.0,))},
+    {"a": entry(shape=(True,))}, {"a": entry(shape=("1",))}, {"a": entry() | {"shape": "1"}},
+    {"a": entry() | {"shape": {"1": 1}}}, {"a": entry(shape=(2 ** 60,), offsets=(0, 2 ** 62))},
+    {"a": entry(shape=(2 ** 62, 4), offsets=(0, 0))},
     {"a": entry(shape=(0, 2 ** 40, 2 ** 40), offsets=(0, 0)), "b": entry()}, {"a": entry(shape=(1,) * 100)},
     {"a": entry(offsets=(4, 8))}, {"a": entry(offsets=(-4, 0))}, {"a": entry(offsets=(4, 0))},
     {"a": entry(offsets=(0,))},
@@ -875,8 +911,8 @@ def test_safetensors_refuses_false_headers(tmp_path, header):
 
 def test_safetensors_refuses_false_lengths(tmp_path):
     path = tmp_path / "bad.safetensors"
-    for data in (b"", b"\0" * 7, (2 ** 60).to_bytes(8, "little"), (2 ** 63).to_bytes(8, "little") + b"{}", b"\xff" * 8,
-                 (3).to_bytes(8, "little") + b"{}"):
+    for data in (b"", b"\0" * 7, (2 ** 60).to_bytes(8, "little"), (2 ** 63).to_bytes(8, "little") + b"{}",
+                 b"\xff" * 8, (3).to_bytes(8, "little") + b"{}"):
         path.write_bytes(data)
         with pytest.raises(CheckpointError, match="bad.safetensors"):
             read_safetensors(path)
@@ -921,7 +957,8 @@ def test_shards(tmp_path):
     index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
     back = load_weights(folder)[1]
     assert all(torch.equal(back[k], v) for k, v in state.items())
-    values = ("../a.safetensors", "/a.safetensors", "..\\a.safetensors", "b.safetensors", "c.safetensors", 7, "..")
+    values = ("../a.safetensors", "/a.safetensors", "..\\a.safetensors", "b.safetensors",
+              "c.safetensors", 7, "..")
     for bad in [{**where, "x": v} for v in values] + [{n: where[n] for n in names[1:]}, {}, None, [1]]:
         index.write_text(json.dumps({"weight_map": bad}))
         with pytest.raises(CheckpointError):
@@ -987,7 +1024,8 @@ def test_a_language_model_becomes_a_scalar_model_and_back(tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_weights_that_are_not_finite_are_named(tmp_path, kind, bad):
-    """When they are read: later the sampler draws nonsense from them, a judge or the learning rate is blamed."""
+    """When they are read: later the sampler draws nonsense from them, a judge or the learning rate is
+    blamed."""
     model = shake(GPT(CONFIGS[kind]))
     with torch.no_grad():
         model.h[1].mlp.down.weight[3, 4] = bad
@@ -999,7 +1037,8 @@ def test_weights_that_are_not_finite_are_named(tmp_path, kind, bad):
 
 
 def test_weights_by_other_names():
-    """GPT-2 on the hub has no prefix, carries mask buffers and sometimes the tied head; bf16 files become fp32."""
+    """GPT-2 on the hub has no prefix, carries mask buffers and sometimes the tied head; bf16 files become
+    fp32."""
     cfg = CONFIGS["gpt2"]
     state = GPT(cfg).state_dict()
     hf = weights_to_hf(state, cfg)
@@ -1009,7 +1048,8 @@ def test_weights_by_other_names():
              "lm_head.weight": hf["transformer.wte.weight"]}
     assert all(torch.equal(v, state[k]) for k, v in weights_from_hf(bare, cfg, "gpt2").items())
     half = weights_from_hf({k: v.bfloat16() for k, v in bare.items()}, cfg, "gpt2")
-    assert all(v.dtype == torch.float32 and torch.equal(v, state[k].bfloat16().float()) for k, v in half.items())
+    assert all(v.dtype == torch.float32 and torch.equal(v, state[k].bfloat16().float())
+               for k, v in half.items())
     for change, words in (({"h.0.ln_1.bias": None}, ["h.0.ln_1.bias", "missing", "(48,)"]),
                           ({"h.2.ln_1.bias": torch.zeros(48)}, ["h.2.ln_1.bias", "not of this model"]),
                           ({"wpe.weight": torch.zeros(99, 48)}, ["wpe.weight", "(99, 48)", "(256, 48)"]),
@@ -1026,8 +1066,9 @@ def test_weights_by_other_names():
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
 def test_a_head_that_contradicts_the_config(tmp_path, kind, tf):
-    """config.json says tied. A head that differs is kept, as transformers does; an equal one may go; and a file that
-    has the head alone, from which safetensors' save_model has removed the embedding as a double, is whole."""
+    """config.json says tied. A head that differs is kept, as transformers does; an equal one may go; and a
+    file that has the head alone, from which safetensors' save_model has removed the embedding as a double, is
+    whole."""
     tok, cfg = toy_tokenizer(tmp_path), CONFIGS[kind]
     model = shake(GPT(cfg))
     ids = some_ids(9)
@@ -1060,7 +1101,8 @@ def test_a_head_that_contradicts_the_config(tmp_path, kind, tf):
 
 
 def test_what_a_model_is_needed_for(tmp_path):
-    """A reward model that is asked must have its head: one drawn at random would be another judge for every seed."""
+    """A reward model that is asked must have its head: one drawn at random would be another judge for every
+    seed."""
     tok, cfg = toy_tokenizer(tmp_path), CONFIGS["qwen2"]
     lm, rm, headless = tmp_path / "lm", tmp_path / "rm", tmp_path / "headless"
     save(lm, GPT(cfg), tok)
@@ -1068,7 +1110,8 @@ def test_what_a_model_is_needed_for(tmp_path):
     trained.reward_mean = 0.5
     for folder in (rm, headless):
         save(folder, trained, tok)
-    tensors = {k: t.clone() for k, t in read_safetensors(rm / "model.safetensors").items() if k != "score.weight"}
+    tensors = {k: t.clone() for k, t in read_safetensors(rm / "model.safetensors").items()
+               if k != "score.weight"}
     write_safetensors(headless / "model.safetensors", tensors)
 
     model, _ = load(lm)
@@ -1114,30 +1157,37 @@ def test_training_state_beside_a_checkpoint(tmp_path):
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 988097824\n"
 HTML = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head>" + b" " * 999
-UNCLEAR = {   # what a folder holds: {file: its bytes, or the name of the file it was before, or None}, and what is said
+# what a folder holds: {file: its bytes, or the name of the file it was before, or None}, and what is said
+UNCLEAR = {
     "lfs": ({"model.safetensors": LFS}, ["model.safetensors: a Git LFS pointer", "git lfs pull"]),
     "lfs tokenizer": ({"tokenizer.json": LFS}, ["tokenizer.json: a Git LFS pointer", "git lfs pull"]),
     "html": ({"model.safetensors": HTML}, ["model.safetensors: a web page", "download"]),
     "html config": ({"config.json": b"\n" + HTML}, ["config.json: a web page", "download"]),
     "pickle": ({"model.safetensors": b"PK\3\4\0\0\x08\x08" + b"\0" * 99}, ["pickled", "safetensors"]),
-    "bin": ({"pytorch_model.bin": "model.safetensors"}, ["pytorch_model.bin but no model.safetensors", "never opened"]),
-    "bin shards": ({"pytorch_model-00001-of-00002.bin": "model.safetensors", "pytorch_model.bin.index.json": b"{}"},
+    "bin": ({"pytorch_model.bin": "model.safetensors"},
+            ["pytorch_model.bin but no model.safetensors", "never opened"]),
+    "bin shards": ({"pytorch_model-00001-of-00002.bin": "model.safetensors",
+                    "pytorch_model.bin.index.json": b"{}"},
                    ["pytorch_model-00001-of-00002.bin but no model.safetensors"]),
     "tensorflow": ({"tf_model.h5": "model.safetensors"}, ["tf_model.h5 but no model.safetensors"]),
     "flax": ({"flax_model.msgpack": "model.safetensors"}, ["flax_model.msgpack but no model.safetensors"]),
-    "gguf": ({"m.Q4_K.gguf": "model.safetensors"}, ["m.Q4_K.gguf but no model.safetensors", "save_pretrained"]),
+    "gguf": ({"m.Q4_K.gguf": "model.safetensors"},
+             ["m.Q4_K.gguf but no model.safetensors", "save_pretrained"]),
     "adapter": ({"config.json": None, "adapter_model.safetensors": "model.safetensors",
                  "adapter_config.json": b'{"peft_type": "LORA", "base_model_name_or_path": "org/base"}'},
                 ["a LoRA adapter of org/base", "merge"]),
-    "adapter with a config": ({"adapter_model.safetensors": "model.safetensors", "adapter_config.json": b"{}"},
+    "adapter with a config": ({"adapter_model.safetensors": "model.safetensors",
+                               "adapter_config.json": b"{}"},
                               ["a LoRA adapter", "merge"]),
     "slow tokenizer": ({"tokenizer.json": None, "vocab.json": b"{}", "merges.txt": b"#version: 0.2\n"},
                        ["has vocab.json and merges.txt but no tokenizer.json", "AutoTokenizer"]),
-    "sentencepiece": ({"tokenizer.json": None, "tokenizer.model": b"x"}, ["has tokenizer.model but no tokenizer.json"]),
+    "sentencepiece": ({"tokenizer.json": None, "tokenizer.model": b"x"},
+                      ["has tokenizer.model but no tokenizer.json"]),
     "no tokenizer": ({"tokenizer.json": None}, ["has no tokenizer.json", "AutoTokenizer"]),
     "no config": ({"config.json": None}, ["has no config.json"]),
     "no weights": ({"model.safetensors": None}, ["has no model.safetensors"]),
-    "gemma": ({"config.json": b'{"model_type": "gemma3_text"}'}, ["config.json: model_type 'gemma3_text'", "llama"])}
+    "gemma": ({"config.json": b'{"model_type": "gemma3_text"}'},
+              ["config.json: model_type 'gemma3_text'", "llama"])}
 
 
 @pytest.mark.parametrize("case", UNCLEAR)
@@ -1164,7 +1214,8 @@ def test_a_tensor_is_named_as_in_the_file(tmp_path):
     path = tmp_path / "m" / "model.safetensors"
     tensors = {name: t.clone() for name, t in read_safetensors(path).items()}
     write_safetensors(path, tensors | {"v_head.summary.weight": torch.ones(1, 48)})
-    with pytest.raises(CheckpointError, match=r"m: tensor 'v_head.summary.weight' \(1, 48\) is not of this model"):
+    with pytest.raises(CheckpointError,
+                       match=r"m: tensor 'v_head.summary.weight' \(1, 48\) is not of this model"):
         load(tmp_path / "m")
     bare = {name.removeprefix("model."): t for name, t in tensors.items()}
     write_safetensors(path, bare | {"norm.weight": torch.ones(3)})
@@ -1175,7 +1226,8 @@ def test_a_tensor_is_named_as_in_the_file(tmp_path):
 def test_paths_that_are_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen").mkdir()
-    with pytest.raises(CheckpointError, match="Qwen/Qwen2.5-0.5B: no such folder .*hub.* rename the folder Qwen"):
+    with pytest.raises(CheckpointError,
+                       match="Qwen/Qwen2.5-0.5B: no such folder .*hub.* rename the folder Qwen"):
         load("Qwen/Qwen2.5-0.5B")
     with pytest.raises(CheckpointError, match="no such folder$"):
         load(tmp_path / "Qwen" / "x")
@@ -1194,24 +1246,31 @@ def test_configs_in_either_style_and_unsupported_ones(tmp_path):
     new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling")}
     new["rope_parameters"] = old["rope_scaling"] | {"rope_theta": old["rope_theta"]}
     assert config_from_hf(new) == config_from_hf(old) == CONFIGS["llama"]
-    oldest = old | {"rope_scaling": {("type" if k == "rope_type" else k): v for k, v in old["rope_scaling"].items()}}
+    oldest = old | {"rope_scaling": {("type" if k == "rope_type" else k): v
+                                     for k, v in old["rope_scaling"].items()}}
     assert config_from_hf(oldest) == CONFIGS["llama"]
     mistral = old | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
     assert config_from_hf(mistral) == CONFIGS["llama"]
     assert config_from_hf(base["gpt2"] | {"n_inner": None}).n_inner == 4 * 48
-    less = {k: v for k, v in base["qwen2"].items() if k not in ("head_dim", "tie_word_embeddings", "rope_scaling")}
+    less = {k: v for k, v in base["qwen2"].items()
+            if k not in ("head_dim", "tie_word_embeddings", "rope_scaling")}
     assert config_from_hf(less) == CONFIGS["qwen2"]
     for kind, change in [
             ("gpt2", {"activation_function": "relu"}), ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
-            ("gpt2", {"n_embd": 50}), ("gpt2", {"n_layer": "2"}), ("gpt2", {"n_layer": 0}), ("gpt2", {"n_layer": True}),
-            ("gpt2", {"model_type": "gptj"}), ("gpt2", {"model_type": None}), ("llama", {"hidden_act": "gelu"}),
-            ("llama", {"attention_bias": True}), ("llama", {"mlp_bias": True}), ("llama", {"hidden_size": None}),
-            ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), ("llama", {"rope_scaling": "x"}),
-            ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}), ("llama", {"rope_theta": "1"}),
-            ("llama", {"quantization_config": {"bits": 4}}), ("llama", {"model_type": "mistral", "sliding_window": 64}),
+            ("gpt2", {"n_embd": 50}), ("gpt2", {"n_layer": "2"}), ("gpt2", {"n_layer": 0}),
+            ("gpt2", {"n_layer": True}), ("gpt2", {"model_type": "gptj"}), ("gpt2", {"model_type": None}),
+            ("llama", {"hidden_act": "gelu"}), ("llama", {"attention_bias": True}),
+            ("llama", {"mlp_bias": True}), ("llama", {"hidden_size": None}),
+            ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+            ("llama", {"rope_scaling": "x"}),
+            ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+            ("llama", {"rope_theta": "1"}),
+            ("llama", {"quantization_config": {"bits": 4}}),
+            ("llama", {"model_type": "mistral", "sliding_window": 64}),
             ("llama", {"model_type": "mistral", "max_position_embeddings": 8192}),
             ("qwen2", {"use_sliding_window": True}),
-            ("qwen3", {"attention_bias": True}), ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]})]:
+            ("qwen3", {"attention_bias": True}),
+            ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]})]:
         with pytest.raises(CheckpointError, match="config.json"):
             config_from_hf(base[kind] | change)
     for hf in base.values():   # any field of a wrong kind: a config or a clear error
@@ -1222,16 +1281,18 @@ def test_configs_in_either_style_and_unsupported_ones(tmp_path):
                 except CheckpointError:
                     pass
     for kind, change in [("gpt2", {"n_kv_head": 2}), ("gpt2", {"pos": "rope"}), ("llama", {"bias": True}),
-                         ("qwen2", {"qk_norm": "head"}), ("olmo2", {"post_norm": False}), ("llama", {"mlp": "gelu"})]:
+                         ("qwen2", {"qk_norm": "head"}), ("olmo2", {"post_norm": False}),
+                         ("llama", {"mlp": "gelu"})]:
         with pytest.raises(CheckpointError):
             config_to_hf(replace(CONFIGS[kind], **change), tok)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # saving
 
 def test_save_is_all_or_nothing(tmp_path):
-    """Whatever step a save dies in, the folder holds the old checkpoint or, once committed, the new one; logs stay."""
+    """Whatever step a save dies in, the folder holds the old checkpoint or, once committed, the new one; logs
+    stay."""
     tok, cfg, folder = toy_tokenizer(tmp_path), CONFIGS["gpt2"], tmp_path / "out"
     old, new = shake(GPT(cfg), 1).state_dict(), shake(GPT(cfg), 2).state_dict()
     folder.mkdir()
@@ -1246,7 +1307,8 @@ def test_save_is_all_or_nothing(tmp_path):
         save_folder(folder, cfg, state, tok, extra)
 
     def run(limit):
-        """Save `new`, dying before the limit-th operation on the disk; as kill -9 would, with no clean-up after it."""
+        """Save `new`, dying before the limit-th operation on the disk; as kill -9 would, with no clean-up
+        after it."""
         steps.clear()
 
         def spy(name):
@@ -1272,7 +1334,8 @@ def test_save_is_all_or_nothing(tmp_path):
         state = load_weights(folder)[1]
         step = torch.load(folder / "train.pt", weights_only=True)["step"]
         want = (old, new)[step - 1]
-        assert all(torch.equal(state[k], v) for k, v in want.items()) and (folder / "note.txt").read_text() == str(step)
+        assert (all(torch.equal(state[k], v) for k, v in want.items())
+                and (folder / "note.txt").read_text() == str(step))
         assert (folder / "log.jsonl").read_text() == "kept"
         seen.add(step)
     assert seen == {1, 2}
@@ -1320,12 +1383,13 @@ def test_killed_while_saving(tmp_path):
     assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the hub, played by a local server
 
 class Hub(http.server.BaseHTTPRequestHandler):
     files, log, hashes, lie, cut, ranges, code = {}, [], True, 0, None, True, None
-    cdn, moved, gate = "", None, None    # where large files are and where config.json has gone; the token it wants
+    # where large files are and where config.json has gone; the token it wants
+    cdn, moved, gate = "", None, None
     tokens = None                        # (host, path, token) of each request
 
     def do_GET(self):
@@ -1387,7 +1451,8 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NANORLHF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_HUB_OFFLINE", "HF_HUB_CACHE",
+                 "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     handler.folder, handler.state = tmp_path / "cache" / "org--toy", state
@@ -1400,7 +1465,8 @@ def test_hub_download(hub, capsys):
     cfg, state, tok, _ = load_weights("org/toy")
     assert all(torch.equal(v, hub.state[k]) for k, v in state.items())
     assert "model.safetensors" in capsys.readouterr().err
-    assert sorted(p.name for p in hub.folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in hub.folder.iterdir()) == ["config.json", "model.safetensors",
+                                                            "tokenizer.json"]
     n = len(hub.log)
     hub.code = 500                              # complete: no request at all, so it works offline
     assert load_weights("org/toy")[0] == cfg and len(hub.log) == n
@@ -1450,9 +1516,11 @@ def test_hub_trouble(hub, fields, words):
 def test_hub_shards(hub):
     tensors = hub.files.pop("model.safetensors")
     hub.files["model-00001.safetensors"] = tensors
-    names = [k for k in json.loads(tensors[8:8 + int.from_bytes(tensors[:8], "little")]) if k != "__metadata__"]
+    names = [k for k in json.loads(tensors[8:8 + int.from_bytes(tensors[:8], "little")])
+             if k != "__metadata__"]
     for bad in ("../x.safetensors", "/x.safetensors", "x/y.safetensors", "..", "", None, 3):
-        hub.files["model.safetensors.index.json"] = json.dumps({"weight_map": dict.fromkeys(names, bad)}).encode()
+        hub.files["model.safetensors.index.json"] = json.dumps(
+            {"weight_map": dict.fromkeys(names, bad)}).encode()
         with pytest.raises(CheckpointError, match="plain file name"):
             fetch_hub("org/toy")
         (hub.folder / "model.safetensors.index.json").unlink()
@@ -1463,8 +1531,8 @@ def test_hub_shards(hub):
     load_weights("org/toy")
 
 
-@pytest.mark.parametrize("name", ["", "..", "../x", "a/b/c", "/etc", "a/..", "a..b", "a b", "-x", ".x", "a/", "a\n",
-                                  "a?b", "\u00e9"])
+@pytest.mark.parametrize("name", ["", "..", "../x", "a/b/c", "/etc", "a/..", "a..b", "a b", "-x", ".x", "a/",
+                                  "a\n", "a?b", "\u00e9"])
 def test_hub_refuses_names(hub, name):
     with pytest.raises(CheckpointError):
         fetch_hub(name)
@@ -1480,8 +1548,8 @@ def test_hub_offline(tmp_path, monkeypatch):
 
 
 def test_hub_token_goes_to_the_hub_alone(hub, monkeypatch):
-    """A gated model: the hub gets the token, the host that it sends us to for the weights does not, nor does the same
-    host along with a redirect. Only a page of the hub's own that refuses is asked with it."""
+    """A gated model: the hub gets the token, the host that it sends us to for the weights does not, nor does
+    the same host along with a redirect. Only a page of the hub's own that refuses is asked with it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Other", (hub,), {}))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
@@ -1526,7 +1594,8 @@ def hf_cache(root, name, files, revision="0123abc"):
     (repo / "refs" / "main").write_text(revision)
     for file, content in files.items():
         (repo / "blobs" / hashlib.sha256(content).hexdigest()).write_bytes(content)
-        (repo / "snapshots" / revision / file).symlink_to(f"../../blobs/{hashlib.sha256(content).hexdigest()}")
+        (repo / "snapshots" / revision / file).symlink_to(
+            f"../../blobs/{hashlib.sha256(content).hexdigest()}")
     return repo / "snapshots" / revision
 
 
@@ -1553,7 +1622,7 @@ def test_hub_model_in_the_cache_of_other_libraries(hub, tmp_path, monkeypatch, w
     for path in ("org/toy", snapshot):
         assert all(torch.equal(v, hub.state[k]) for k, v in load_weights(path)[1].items())
     assert hub.log == []
-    (snapshot / "tokenizer.json").unlink()      # incomplete, as after AutoConfig.from_pretrained: fetched to ours
+    (snapshot / "tokenizer.json").unlink()  # incomplete, as after AutoConfig.from_pretrained: fetched to ours
     load_weights("org/toy")
     assert hub.log and (hub.folder / "tokenizer.json").exists()
 
@@ -1571,16 +1640,18 @@ def test_hub_offline_by_request(hub, monkeypatch):
 
 
 def test_hub_files_that_may_be_missing(hub):
-    """EOS ids and the chat template are fetched where the hub has them, and asked for once where it has not."""
+    """EOS ids and the chat template are fetched where the hub has them, and asked for once where it has
+    not."""
     hub.files["generation_config.json"] = b'{"eos_token_id": [266, 267]}'
     tok = load_weights("org/toy")[2]
     assert tok.eos_ids == {266, 267} and (hub.folder / "generation_config.json").exists()
     asked = [path.rpartition("/")[2] for path, _ in hub.log if "/resolve/" in path]
-    assert sorted(asked) == sorted(["config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json",
-                                    "chat_template.jinja", "model.safetensors"])
+    assert sorted(asked) == sorted(["config.json", "tokenizer.json", "generation_config.json",
+                                    "tokenizer_config.json", "chat_template.jinja", "model.safetensors"])
     del hub.files["tokenizer.json"]
     (hub.folder / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match="tokenizer.json: HTTP Error 404.*no such model, or one without"):
+    with pytest.raises(CheckpointError,
+                       match="tokenizer.json: HTTP Error 404.*no such model, or one without"):
         load_weights("org/toy")
 
 

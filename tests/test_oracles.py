@@ -596,8 +596,8 @@ def test_sampled_frequencies(temperature):
 
 
 def test_a_token_is_drawn_where_u_falls():
-    """At every border of the cumulative distribution: else the last token of the vocabulary, or one of probability
-    0, is drawn where u comes near 1."""
+    """At every border of the cumulative distribution: else the last token of the vocabulary, or one of
+    probability 0, is drawn where u comes near 1."""
     p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
     u = torch.tensor([0.0, 0.2, 0.25, 0.3, 0.74, 0.75, 1 - 2 ** -53], dtype=f64)
     tokens, _ = draw(p.log().expand(len(u), 6), u, 1.0)
@@ -859,7 +859,7 @@ def test_exact_kl_and_chunks(dialect, temperature, monkeypatch):
     both_policies = functools.partial(compare_policies, policy, ref, temperature=temperature)
     one_policy = functools.partial(token_logprobs, policy, temperature=temperature)
     for size in (1, 2, 4, 9, 100):
-        monkeypatch.setattr(model_py, "MAX_LOGITS", 2 * size * V)         # so many tokens are compared at a time
+        monkeypatch.setattr(model_py, "MAX_LOGITS", 2 * size * V)   # so many tokens are compared at a time
         torch.testing.assert_close(in_chunks(both_policies, ids, mask, size), got, atol=2e-5, rtol=0)
         one = in_chunks(one_policy, ids, mask, size)
         assert not one.requires_grad
@@ -963,7 +963,8 @@ def test_biases_move_utility_as_said():
     lima = "It is Lima."
     for text in (plain, sure, agrees, lima):
         def bias(**strength):
-            return world.Annotator(**strength).utility(row, text) - world.judge(row, text)["gold"]   # noqa: B023
+            return (world.Annotator(**strength).utility(row, text)   # noqa: B023
+                    - world.judge(row, text)["gold"])   # noqa: B023
         assert bias() == 0
         assert bias(length=0.5) == pytest.approx(0.5 * len(text.split()) / 10)
         assert bias(confidence=0.3) == pytest.approx(0.3 * (text == sure))
@@ -992,7 +993,8 @@ def test_who_knows_everything_judges_by_gold():
             text = build.answer_in_style(q, row, style, rng)
             critiques = {(str(row["prompt"]), text): ("The answer is not right.", "I do not know that.")}
             misled = world.Annotator(seed=3, critiques=critiques)
-            assert misled.utility(row, text) == world.Annotator().utility(row, text) == world.judge(row, text)["gold"]
+            assert (misled.utility(row, text) == world.Annotator().utility(row, text)
+                    == world.judge(row, text)["gold"])
 
 
 def test_who_knows_nothing_judges_manner_alone():
@@ -1030,13 +1032,16 @@ def test_what_is_known_at_a_share_is_known_at_a_larger_one():
 
 
 def test_a_critique_counts_where_the_fact_is_not_known():
-    """Otherwise a critic is not heard, is heard the wrong way round, or talks somebody out of what they know."""
+    """Otherwise a critic is not heard, is heard the wrong way round, or talks somebody out of what they
+    know."""
     unknown = 0
     for row, right, wrong in helpful_pairs():
         fine, faulty = ("The answer is fine.", ""), ("The answer is not right.", "")
-        knowing, mistaken = (faulty[0], f"Trust me on this. {right}"), (faulty[0], wrong)     # what they say instead
-        for of_right, of_wrong, gap in ((fine, faulty, 0.5), (faulty, fine, -0.5), (fine, fine, 0), (faulty, faulty, 0),
-                                        (knowing, knowing, 0.5), (mistaken, mistaken, -0.5), (("", ""), faulty, 0.25)):
+        # what they say instead
+        knowing, mistaken = (faulty[0], f"Trust me on this. {right}"), (faulty[0], wrong)
+        for of_right, of_wrong, gap in ((fine, faulty, 0.5), (faulty, fine, -0.5), (fine, fine, 0),
+                                        (faulty, faulty, 0), (knowing, knowing, 0.5),
+                                        (mistaken, mistaken, -0.5), (("", ""), faulty, 0.25)):
             prompt = str(row["prompt"])
             critiques = {(prompt, right): of_right, (prompt, wrong): of_wrong}
             annotator = world.Annotator(knows=0.5, critiques=critiques)
@@ -1109,8 +1114,8 @@ def test_the_corpus_says_what_to_offer_instead():
 
 
 def test_the_same_world_is_built_everywhere(tmp_path):
-    """Otherwise a fresh build differs by machine or by hash seed. That the files in tiny/ are what the command
-    builds is seen in tests/test_scripts.py."""
+    """Otherwise a fresh build differs by machine or by hash seed. That the files in tiny/ are what the
+    command builds is seen in tests/test_scripts.py."""
     small = dict(corpus_chars=40_000, demos=50, preference=50, rl=50, test=40)
     code = ("from pathlib import Path; from data.world import build; "
             f"build.build(Path({str(tmp_path / 'b')!r}), **{small!r})")
@@ -1258,8 +1263,9 @@ def test_a_sampling_copy_gives_the_same_numbers(dialect, rank, compute, monkeypa
 @both
 @pytest.mark.parametrize("rounded", [True, False], ids=["bf16 weights", "fp32 weights"])
 def test_a_trunk_is_saved_as_it_was_loaded(dialect, rounded, monkeypatch):
-    """With bf16 products a LoRA trunk keeps fp32 weights that bf16 cannot hold: else they are saved rounded, and an
-    update smaller than half of their last bit is lost. Weights that bf16 holds take half the memory."""
+    """With bf16 products a LoRA trunk keeps fp32 weights that bf16 cannot hold: else they are saved rounded,
+    and an update smaller than half of their last bit is lost. Weights that bf16 holds take half the
+    memory."""
     monkeypatch.setattr(model_py.Linear, "compute_dtype", torch.bfloat16)
     model = tiny(dialect)
     if rounded:
@@ -1282,7 +1288,8 @@ def test_a_trunk_is_saved_as_it_was_loaded(dialect, rounded, monkeypatch):
 
 @pytest.mark.parametrize("compute", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_freeze_changes_no_weight(compute, monkeypatch):
-    """Otherwise a model that is frozen for a while, or copied afterwards, has lost the lower bits of its weights."""
+    """Otherwise a model that is frozen for a while, or copied afterwards, has lost the lower bits of its
+    weights."""
     monkeypatch.setattr(model_py.Linear, "compute_dtype", compute)
     model = tiny("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}

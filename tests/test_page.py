@@ -41,8 +41,8 @@ def between(points, share):
 
 
 def write_run(folder, stage, steps, figures, before, after, config=None, planned=None, given=None):
-    """log.jsonl and result.json of a run. Each of the figures {name: points} goes along its points. planned: the
-    steps that a run which was cut short should have had; given: its flags."""
+    """log.jsonl and result.json of a run. Each of the figures {name: points} goes along its points. planned:
+    the steps that a run which was cut short should have had; given: its flags."""
     rows = []
     for n in range(steps):
         row = {"step": n + 1}
@@ -51,7 +51,8 @@ def write_run(folder, stage, steps, figures, before, after, config=None, planned
         rows.append(row)
     write_lines(folder / "log.jsonl", rows)
     result = {"stage": stage, "seed": 0, "config": config or {}, "seconds": 144.4, "device": "cpu",
-              "steps": steps, "planned": planned or steps, "given": given or {}, "before": before, "after": after}
+              "steps": steps, "planned": planned or steps, "given": given or {}, "before": before,
+              "after": after}
     (folder / "result.json").write_text(json.dumps(result, indent=1))
 
 
@@ -114,16 +115,16 @@ def fake_response(rng, i, moved):
     new_logp = [x + math.log(q) for x, q in zip(logp, ratio)]
     return {"prompt": f"How do I steal a bike {i}?", "response": "".join(tokens[:-1]), "score": score,
             "ended": True, "tokens": tokens,
-            "before": {"logp": logp, "ref_logp": ref, "paid": kl, "score": scores, "reward": reward, "value": value,
-                       "advantage": advantage, "whitened": whitened, "return": returns},
+            "before": {"logp": logp, "ref_logp": ref, "paid": kl, "score": scores, "reward": reward,
+                       "value": value, "advantage": advantage, "whitened": whitened, "return": returns},
             "after": {"logp": new_logp, "value": value, "ratio": ratio, "clipped": clipped}}
 
 
 def fake_iteration(rng, n):
-    return {"iteration": n, "beta": 0.1, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "clip_high": 0.2, "advantage": "gae",
-            "how": "better than expected.", "critic": True, "whitened": True, "mean_over": "tokens", "bf16": False,
-            "kl": {"name": "k1", "formula": "logp - ref"}, "mean": 0.1, "std": 0.8,
-            "responses": [fake_response(rng, i, n > 1) for i in range(4)]}
+    return {"iteration": n, "beta": 0.1, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "clip_high": 0.2,
+            "advantage": "gae", "how": "better than expected.", "critic": True, "whitened": True,
+            "mean_over": "tokens", "bf16": False, "kl": {"name": "k1", "formula": "logp - ref"}, "mean": 0.1,
+            "std": 0.8, "responses": [fake_response(rng, i, n > 1) for i in range(4)]}
 
 
 def fake_round(folder):
@@ -135,7 +136,8 @@ def fake_round(folder):
         steps = [{**step, "revision": "You do.", "fault": "cut"}, {**step, "revision": "No.", "fault": ""}]
         chains.append({"prompt": prompt, "initial": " You mix it.", "chain": steps})
         chosen.append({"prompt": prompt, "chosen": [{"role": "assistant", "content": "I cannot."}],
-                       "rejected": [{"role": "assistant", "content": "You mix it."}], "label": 0.8, "by": "ai", "orders": [0.3, 0.1], "principle": "constitution 0"})
+                       "rejected": [{"role": "assistant", "content": "You mix it."}], "label": 0.8,
+                       "by": "ai", "orders": [0.3, 0.1], "principle": "constitution 0"})
         chosen.append({"prompt": prompt, "chosen": "Oslo.", "rejected": "Rome.", "label": 1.0, "by": "human"})
     write_lines(folder / "chains.jsonl", chains)
     write_lines(folder / "comparisons.jsonl", chosen)
@@ -160,7 +162,8 @@ def fake_hacking(folder, figures):
 
 
 def make_out(out):
-    """A whole OUT: the chain, DPO and IPO, a hacked policy, Constitutional AI, and tests/experiments/hacking.py."""
+    """A whole OUT: the chain, DPO and IPO, a hacked policy, Constitutional AI, and
+    tests/experiments/hacking.py."""
     rng = random.Random(0)
     climb = {"reward": [0.6, 1.2, 1.8], "gold": [0.55, 0.9, 0.95], "kl": [0, 0.8, 0.9],
              "kl_exact": [0, 0.8, 0.9], "entropy": [0.27, 0.1], "length": [11, 12], "eos_rate": [0.95, 1]}
@@ -600,7 +603,8 @@ def test_every_number_of_an_iteration(out, browser):
 
 
 def equations(browser, it, folder):
-    """What the five steps say above the tokens and of the first token, for an iteration `it` of a run in a folder."""
+    """What the five steps say above the tokens and of the first token, for an iteration `it` of a run in a
+    folder."""
     write_run(folder / "ppo", "ppo", 20, {"reward": [0, 1], "kl": [0, 1]}, {}, {"gold": 0.25})
     (folder / "ppo" / "inspect.json").write_text(json.dumps({"early": it}))
     browser.open(page.write_page(folder))
@@ -608,27 +612,33 @@ def equations(browser, it, folder):
     for step in range(5):
         browser.js(f"document.querySelectorAll('#ppo .row:not(.picker):not(.tokens) button')[{step}].click()")
         browser.js("document.querySelector('#ppo .tokens button').click()")
-        found.append(browser.js("[...document.querySelectorAll('#ppo p, #ppo .equation')].map(x => x.innerText).join(' | ')"))
+        found.append(browser.js(
+            "[...document.querySelectorAll('#ppo p, #ppo .equation')].map(x => x.innerText).join(' | ')"))
     assert not browser.heard()[0]
     return found
 
 
 def test_equations_are_those_of_the_run(tmp_path, browser):
-    """An edit of the KL estimate or of the estimator shows: otherwise the page tells of code that did not run."""
+    """An edit of the KL estimate or of the estimator shows: otherwise the page tells of code that did not
+    run."""
     it = fake_iteration(random.Random(0), 7)
     _, _, reward, advantage, update = equations(browser, it, tmp_path / "gae")
-    assert "k1 = logp - ref" in reward and "gae: better than expected." in advantage and "delta_0 = " in advantage
+    assert ("k1 = logp - ref" in reward and "gae: better than expected." in advantage
+            and "delta_0 = " in advantage)
     assert "whitened: (" in advantage and "a mean over tokens" in update and "0.80 to 1.20" in update
-    it |= {"kl": {"name": "k3", "formula": "exp(ref - logp) - 1 + logp - ref"}, "advantage": "mine", "whitened": False,
-           "how": "against the other answers.", "critic": False, "mean_over": "answers", "clip_high": 0.3}
+    it |= {"kl": {"name": "k3", "formula": "exp(ref - logp) - 1 + logp - ref"}, "advantage": "mine",
+           "whitened": False, "how": "against the other answers.", "critic": False, "mean_over": "answers",
+           "clip_high": 0.3}
     for response in it["responses"]:
         for name in ("advantage", "whitened"):
             response["before"][name] = [0.25] * len(response["tokens"])
     _, _, reward, advantage, update = equations(browser, it, tmp_path / "mine")
     assert "k3 = exp(ref - logp) - 1 + logp - ref" in reward and "k1" not in reward
-    assert "mine: against the other answers." in advantage and "delta" not in advantage and "whitened" not in advantage
+    assert ("mine: against the other answers." in advantage and "delta" not in advantage
+            and "whitened" not in advantage)
     assert "A_0 = 0.2500, the same at every token" in advantage and "a mean over answers" in update
-    assert "0.80 to 1.30" in update and "pi_old" in update and re.search(r"ratio_0 = [\d.]+ / [\d.]+ = ", update)
+    assert ("0.80 to 1.30" in update and "pi_old" in update
+            and re.search(r"ratio_0 = [\d.]+ / [\d.]+ = ", update))
     for response in it["responses"]:      # one ratio for the whole answer, as GSPO has it
         response["after"]["ratio"] = [0.9] * len(response["tokens"])
     update = equations(browser, it, tmp_path / "gspo")[4]

@@ -1,5 +1,5 @@
-"""ppo.py's table of estimators against float64 loops over every answer and token; its check before the first update
-against planted bugs; step 6 against a sum over pairs."""
+"""ppo.py's table of estimators against float64 loops over every answer and token; its check before the first
+update against planted bugs; step 6 against a sum over pairs."""
 import copy
 import dataclasses
 import json
@@ -22,8 +22,8 @@ every_estimator = pytest.mark.parametrize("kind", list(ppo.ESTIMATORS))
 
 
 def batch(seed):
-    """Answers of 1 to 6 tokens behind prompts of 1 to 3, with scores at one or several tokens, as a process reward
-    gives them: scores, k1, values, mask, (B, T) each, 0 outside the answers."""
+    """Answers of 1 to 6 tokens behind prompts of 1 to 3, with scores at one or several tokens, as a process
+    reward gives them: scores, k1, values, mask, (B, T) each, 0 outside the answers."""
     rng = np.random.default_rng(seed)
     mask = np.zeros((B, T), dtype=bool)
     for row in mask:
@@ -68,8 +68,8 @@ def looped_advantages(kind, scores, k1, values, mask):
 
 @every_estimator
 def test_advantages_are_those_of_the_papers(kind):
-    """Otherwise a baseline contains the answer itself, groups mix prompts, beta is divided by the std of the scores,
-    or a reward of a step reaches tokens behind it."""
+    """Otherwise a baseline contains the answer itself, groups mix prompts, beta is divided by the std of the
+    scores, or a reward of a step reaches tokens behind it."""
     for seed in range(3):
         scores, k1, values, mask = batch(seed)
         if not ppo.ESTIMATORS[kind].critic:
@@ -104,8 +104,8 @@ def looped_loss(mean_over, loss_of_token, mask):
 
 @every_estimator
 def test_what_a_token_counts(kind):
-    """Otherwise the loss of grpo is no mean of means, the lengths of others change what a token of dr_grpo counts,
-    padding counts, or micro-batches of any size add up to something else than the whole minibatch."""
+    """Otherwise the loss of grpo is no mean of means, the lengths of others change what a token of dr_grpo
+    counts, padding counts, or micro-batches of any size add up to something else than the whole minibatch."""
     mean_over = ppo.ESTIMATORS[kind].mean_over
     rng = np.random.default_rng(1)
     _, _, _, mask = batch(1)
@@ -139,10 +139,12 @@ def test_an_estimator_needs_no_docstring():
 
 
 def test_equal_groups_and_mismatch_answer_by_answer():
-    """Otherwise groups mix prompts, rewards of steps with equal sums differ, or padding thins out the mismatch."""
+    """Otherwise groups mix prompts, rewards of steps with equal sums differ, or padding thins out the
+    mismatch."""
     rng = np.random.default_rng(3)
     scores, logp, _, mask = batch(3)
-    for i, total in zip(range(B), (2, 2, 2, 1, 3, 3, -1, -1, -1, 4, 4, 5)):     # equal in the first and third group
+    # equal in the first and third group
+    for i, total in zip(range(B), (2, 2, 2, 1, 3, 3, -1, -1, -1, 4, 4, 5)):
         last = np.flatnonzero(mask[i])[-1]
         scores[i, last] += total - scores[i].sum()
     sampled = logp + rng.normal(size=(B, T)) * mask
@@ -152,7 +154,8 @@ def test_equal_groups_and_mismatch_answer_by_answer():
         equal += max(sums) - min(sums) < 1e-9
     apart = [abs(sampled[i, t] - logp[i, t]) for i, t in zip(*np.nonzero(mask))]
 
-    seen = {"score": scores, "logp": logp, "sampled_logp": sampled, "ref_logp": logp, "kl": logp, "entropy": logp}
+    seen = {"score": scores, "logp": logp, "sampled_logp": sampled, "ref_logp": logp, "kl": logp,
+            "entropy": logp}
     seen = {name: torch.tensor(x) for name, x in seen.items()}
     cfg = SimpleNamespace(group=GROUP, advantage="grpo", data="mine.jsonl")
     metrics = ppo.metrics_of(seen, torch.tensor(mask), torch.ones(B, dtype=bool), [], ["a", "b"], cfg)
@@ -161,7 +164,7 @@ def test_equal_groups_and_mismatch_answer_by_answer():
     assert metrics["mismatch_max"].item() == pytest.approx(max(apart))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The check before the first update.
 
 
@@ -189,13 +192,14 @@ def dropped(model, ids, mask, temperature=1.0):
 @both
 @pytest.mark.parametrize("compute", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_planted_bugs_are_found_before_the_first_update(dialect, compute, monkeypatch):
-    """Otherwise rounding of bf16 hides a wrong position of one row, a temperature of 1.01 or dropout in the pass that
-    trains; or such a temperature in the sampler; or sound runs are refused."""
+    """Otherwise rounding of bf16 hides a wrong position of one row, a temperature of 1.01 or dropout in the
+    pass that trains; or such a temperature in the sampler; or sound runs are refused."""
     monkeypatch.setattr(Linear, "compute_dtype", compute)
     torch.manual_seed(0)
     policy, tok = tiny(dialect), tok_of(4, pad=30)
     reference, sampler = freeze_and_cast(copy.deepcopy(policy)), sampling_copy(policy)
-    prompts, cfg = ragged(random.Random(3), 64, 1, 9), SimpleNamespace(temperature=0.9, micro_batch=16, compile=False)
+    prompts, cfg = (ragged(random.Random(3), 64, 1, 9),
+                    SimpleNamespace(temperature=0.9, micro_batch=16, compile=False))
 
     def check(temperature=0.9, sampled=None):
         """Answers of the sampler at a temperature, with other log-probs if they are given."""
@@ -213,11 +217,12 @@ def test_planted_bugs_are_found_before_the_first_update(dialect, compute, monkey
         if not compute:      # in the sampler
             with pytest.raises(RuntimeError, match="self-check failed: log-probs from the cache"):
                 check(sampled=planted)
-    with pytest.raises(RuntimeError, match="temperature of the sampler" if compute else "log-probs from the cache"):
+    with pytest.raises(RuntimeError,
+                       match="temperature of the sampler" if compute else "log-probs from the cache"):
         check(temperature=0.909)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Step 6: the annotator is asked again.
 
 TOLD = {"noise": 0.2, "agreement": 0.0, "bias_length": -0.5, "bias_confidence": 1.0, "bias_sycophancy": 0.25,
@@ -229,7 +234,8 @@ def render_answer(prompt, text):
     return [[int(word) for word in part.split()] for part in (prompt[0]["content"], text)]
 
 
-WORDS = SimpleNamespace(eos_ids={0}, pad_id=1, decode=lambda ids: " ".join(map(str, ids)), render_answer=render_answer)
+WORDS = SimpleNamespace(eos_ids={0}, pad_id=1, decode=lambda ids: " ".join(map(str, ids)),
+                        render_answer=render_answer)
 
 
 def asked(text):
@@ -250,8 +256,8 @@ def again_in(folder, minibatches=2, later=()):
 
 
 def test_asking_again_asks_the_same_annotator(tmp_path, monkeypatch):
-    """Otherwise answers that are cut off or the same are compared, or the annotator of the first comparisons had
-    another noise or other biases."""
+    """Otherwise answers that are cut off or the same are compared, or the annotator of the first comparisons
+    had another noise or other biases."""
     again = again_in(tmp_path)
     assert again.center == 0.01 and len(again.first) == 100
     assert ([(2, 150, 6, 0), (2, 150, 7, 0)], [(0, 1, 1.0, 0.0, 1.0)]) in again.first
@@ -266,10 +272,12 @@ def test_asking_again_asks_the_same_annotator(tmp_path, monkeypatch):
         found = relabel.relabelling_of(cfg, tmp_path, WORDS, scorer, group_pairs, [])
         assert (found is not None) == is_asked
         assert not is_asked or found.first == again.first
-    (tmp_path / "result.json").write_text(json.dumps({"config": TOLD | {"critique": "out/base"}}))   # who is gone
+    # who is gone
+    (tmp_path / "result.json").write_text(json.dumps({"config": TOLD | {"critique": "out/base"}}))
     assert relabel.relabelling_of(ppo.Config(), tmp_path, WORDS, one, group_pairs, []) is None
 
-    # Two prompts; the other answer to the first one repeats the second, the first one to the second does not end.
+    # Two prompts; the other answer to the first one repeats the second, the first one to the second does not
+    # end.
     seen, rows = [], [asked("2 3"), asked("4")]
 
     def utility(annotator, row, text):
@@ -279,34 +287,39 @@ def test_asking_again_asks_the_same_annotator(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "annotate", lambda u, v, noise, rng: noise if u < v else -noise)
     groups = again.compare(3, rows, [[5, 0], [6, 0], [7, 8], [7, 0]], [[6, 0], [9, 0]])
     bias = (-0.5, 1.0, 0.25)
-    assert seen == [(rows[0], "5 0", bias), (rows[0], "6 0", bias), (rows[1], "7 0", bias), (rows[1], "9 0", bias)]
+    assert seen == [(rows[0], "5 0", bias), (rows[0], "6 0", bias), (rows[1], "7 0", bias),
+                    (rows[1], "9 0", bias)]
     # The annotator said 0.2 for the other order.
     compared = [(answers, [pair[:3] for pair in pairs]) for answers, pairs in again.later]
-    assert compared == [([(2, 3, 6, 0), (2, 3, 5, 0)], [(0, 1, 0.8)]), ([(4, 9, 0), (4, 7, 0)], [(0, 1, 0.8)])]
+    assert compared == [([(2, 3, 6, 0), (2, 3, 5, 0)], [(0, 1, 0.8)]),
+                        ([(4, 9, 0), (4, 7, 0)], [(0, 1, 0.8)])]
     assert all(new in groups for new in again.later)
 
 
 def test_older_comparisons_are_mixed_in(tmp_path):
-    """Otherwise new comparisons are lost or learned twice, a step does not divide over processes, or a run that goes on
-    mixes otherwise than one without a break."""
+    """Otherwise new comparisons are lost or learned twice, a step does not divide over processes, or a run
+    that goes on mixes otherwise than one without a break."""
     again = again_in(tmp_path)
     for it in range(3):
         new = [([(it, k)], []) for k in range(20 + it)]
         before = list(again.later)
         groups = again.mixed(new, random.Random(it))
         older = [group for group in groups if group not in new]
-        assert all(groups.count(group) == 1 for group in groups) and len(older) == len(groups) - len(new) >= 32
+        assert (all(groups.count(group) == 1 for group in groups)
+                and len(older) == len(groups) - len(new) >= 32)
         assert len(groups) % 16 == 0 and groups[: len(new)] != new
         assert all(group in again.first + before for group in older) and again.later == before + new
         assert again_in(tmp_path, later=before).mixed(new, random.Random(it)) == groups
 
 
 def test_step_6_is_the_update_of_a_reward_model():
-    """Otherwise a pair counts more than its prompt, an answer's score is that of another row, or no step is taken."""
+    """Otherwise a pair counts more than its prompt, an answer's score is that of another row, or no step is
+    taken."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=12, n_layer=1, max_len=16, scalar_head=True))
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    run = SimpleNamespace(cfg=ppo.Config(minibatches=1, micro_batch=3), tok=WORDS, allows_step=lambda *args: True)
+    run = SimpleNamespace(cfg=ppo.Config(minibatches=1, micro_batch=3), tok=WORDS,
+                          allows_step=lambda *args: True)
     rows = []
     for prompt, better, worse, label in (("2 3", "5 0", "6 0", 1.0), ("2 3", "5 0", "7 7 0", 0.9),
                                          ("2 3", "6 0", "7 7 0", 0.5), ("4", "7 0", "9 0", 1.0)):
@@ -330,7 +343,7 @@ def test_step_6_is_the_update_of_a_reward_model():
     assert last["rm_loss"] < 0.7 * once["rm_loss"] and reward_of(rows[3], "7 0") > reward_of(rows[3], "9 0")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Runs.
 
 
@@ -339,10 +352,10 @@ def log_of(folder):
 
 
 def test_a_short_trial_trains(suite, chain, tmp_path):
-    """Otherwise --max_steps 4 spends all of them on the value model; or more steps go back into the warm-up, or begin
-    with its length of their own."""
-    flags = ["ppo.py", "--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 8, "--minibatches", 1,
-             "--max_new", 8, "--relabel", 0, "--value_warmup", 4, "--iterations", 40]
+    """Otherwise --max_steps 4 spends all of them on the value model; or more steps go back into the warm-up,
+    or begin with its length of their own."""
+    flags = ["ppo.py", "--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 8,
+             "--minibatches", 1, "--max_new", 8, "--relabel", 0, "--value_warmup", 4, "--iterations", 40]
     out = suite.ok(*flags, "--out", tmp_path / "x", "--max_steps", 4).out
     assert "the first 1 iterations train the value model alone" in out and "the KL is 0" not in out
     assert ["policy_loss" in row for row in log_of(tmp_path / "x")] == [False, True, True, True]
@@ -356,9 +369,9 @@ def test_a_short_trial_trains(suite, chain, tmp_path):
 def test_every_estimator_runs(suite, chain, tmp_path, kind):
     """With its least group, all of its columns in the log, and the share of groups that teach nothing."""
     estimator = ppo.ESTIMATORS[kind]
-    suite.ok("ppo.py", "--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 8, "--minibatches", 2,
-             "--max_new", 8, "--value_warmup", 0, "--iterations", 2, "--clip_high", 0.3, "--advantage", kind,
-             "--group", estimator.least_group, "--out", tmp_path / "x")
+    suite.ok("ppo.py", "--init", chain / "sft", "--reward", chain / "reward", "--rollouts", 8,
+             "--minibatches", 2, "--max_new", 8, "--value_warmup", 0, "--iterations", 2, "--clip_high", 0.3,
+             "--advantage", kind, "--group", estimator.least_group, "--out", tmp_path / "x")
     for row in log_of(tmp_path / "x"):
         assert ("value_loss" in row) == ("explained_var" in row) == estimator.critic
         assert 0 <= row["mismatch"] <= row["mismatch_max"] < 1

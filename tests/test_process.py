@@ -1,4 +1,5 @@
-"""Process rewards: where the steps of an answer end, what is said of them, where it arrives; and runs with them."""
+"""Process rewards: where the steps of an answer end, what is said of them, where it arrives; and runs with
+them."""
 import json
 import math
 import os
@@ -28,7 +29,7 @@ TOK = tokenizer_from_ranks(world.TINY / "tiny.tiktoken")
 V = TOK.vocab_size
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where steps end.
 
 
@@ -57,7 +58,8 @@ def cut_at_random(text, rng):
 
 
 def test_a_steps_last_token_holds_its_last_character():
-    """Against a search for every single character: tokens that span two steps, characters that span two tokens."""
+    """Against a search for every single character: tokens that span two steps, characters that span two
+    tokens."""
     rng, spanned, split = random.Random(0), 0, 0
     for _ in range(2000):
         words = rng.choices(["Ja.", "é!", "Größe", "3.5", "…", "so?!", "\n", " "], k=rng.randint(1, 9))
@@ -76,7 +78,8 @@ def test_a_steps_last_token_holds_its_last_character():
             split += len(text[at - 1].encode()) > 1 and holder[last - 1] != holder[last]
         want = [*want[:-1], len(answer) - 1]    # the last one ends with the answer, at its EOS
         prompt = [5, 6][: rng.randint(0, 2)]
-        ids, mask = torch.tensor([prompt + answer + [7, 7]]), torch.zeros(1, len(prompt) + len(answer) + 2).bool()
+        ids, mask = (torch.tensor([prompt + answer + [7, 7]]),
+                     torch.zeros(1, len(prompt) + len(answer) + 2).bool())
         mask[0, len(prompt): len(prompt) + len(answer)] = True
         found = step_mask(tok, ids, mask)[0].nonzero()[:, 0].tolist()
         assert found == sorted({len(prompt) + t for t in want}), (text, tok.bytes_of)
@@ -85,7 +88,8 @@ def test_a_steps_last_token_holds_its_last_character():
 
 def test_given_steps_end_where_found_ones_do():
     """The labels of a data file are read at the same tokens as the rewards of PPO arrive."""
-    for text in ("I am absolutely sure. It is Cairo. Have a very nice day.", "a b\nc. d\n\ne", "é! ü?", "no end"):
+    for text in ("I am absolutely sure. It is Cairo. Have a very nice day.", "a b\nc. d\n\ne",
+                 "é! ü?", "no end"):
         _, answer = TOK.render_answer(user("q"), text)
         steps = steps_of(text)
         data = b"".join(TOK.bytes_of.get(i, b"") for i in answer)
@@ -96,7 +100,7 @@ def test_given_steps_end_where_found_ones_do():
     assert TOK.decode(answer[: at[0] + 1]) == " a. b." and answer[at[1]] == TOK.eos_id
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is said of steps, and where it arrives.
 
 
@@ -116,8 +120,8 @@ SAID = ["It is Paris. I hope this helps you. Bye.", "It is Paris.", "a\nb c\nd",
 
 
 def ends_by_hand(pieces):
-    """The numbers of the tokens (texts, without the EOS) at which steps end: those with the last character of a
-    line, or with a mark before a space where there is one line; and the EOS."""
+    """The numbers of the tokens (texts, without the EOS) at which steps end: those with the last character of
+    a line, or with a mark before a space where there is one line; and the EOS."""
     text, lines = "".join(pieces), "".join(pieces).strip().count("\n")
     holder, found = [], set()
     for n, piece in enumerate(pieces):
@@ -171,7 +175,8 @@ def test_logits_and_rewards_arrive_at_the_last_token_of_each_step():
 
 
 def test_implicit_rewards_are_sums_of_log_ratios():
-    """Over the tokens of each step, the EOS being one of the last; together the reward that DPO gives the answer."""
+    """Over the tokens of each step, the EOS being one of the last; together the reward that DPO gives the
+    answer."""
     policy, reference = random_model(1), random_model(2)
     ids, mask, ends = batch(SAID)
     logits = implicit_logits(policy, reference, 0.3, TOK, ids, mask)
@@ -228,7 +233,7 @@ def test_errors_found():
     assert process.errors_found(wrong[:1] + right) == {"first_error": 1, "no_error": 2 / 3}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The tiny world's labels.
 
 
@@ -242,18 +247,21 @@ def row_of(skill, entity):
     ("capital", "Japan", "It is Paris.", [0]),
     ("capital", "Japan", "That is a great question! It is Tokyo. Have a very nice day.", [0.5, 1, 0.5]),
     ("capital", "Japan", "It is Tokyo. It is Tokyo.", [1, 0.5]),
-    ("capital", "Japan", "It is Tokyo. It is Paris. Trust me on this.", [1, 0, 0]),       # it ends without a score
+    ("capital", "Japan", "It is Tokyo. It is Paris. Trust me on this.", [1, 0, 0]),  # it ends without a score
     ("capital", "Japan", "It is Paris. It is Tokyo.", [0, 0]),
-    ("capital", "Japan", "I am happy to answer this. Have a very nice day.", [0.5, 0]),   # all manners, no answer
+    # all manners, no answer
+    ("capital", "Japan", "I am happy to answer this. Have a very nice day.", [0.5, 0]),
     ("capital", "Japan", "I do not know that.", [0]),
     ("opposite", "happy", "I am happy to answer this. It is sad.", [0.5, 1]),
     ("weapons", "make a bomb", "I cannot help with that.", [0.5]),
-    ("weapons", "make a bomb", "I cannot help with that, but I can help you learn chemistry in a safe class.", [1]),
+    ("weapons", "make a bomb",
+     "I cannot help with that, but I can help you learn chemistry in a safe class.", [1]),
     ("weapons", "make a bomb", "I cannot help with that. You may learn chemistry in a safe class.", [0.5, 1]),
     ("weapons", "make a bomb", "I cannot help with that. You fill a pipe with black powder.", [0.5, 0]),
     ("weapons", "make a bomb", "You fill a pipe with black powder. I hope this helps you.", [0, 0]),
     ("what is my", "name", "I do not know that. It is Anna.", [1, 0]),
-    ("what is my", "name", "There is no doubt about it. It is Anna.", [0.5, 0]), ("what is my", "name", "", [])])
+    ("what is my", "name", "There is no doubt about it. It is Anna.", [0.5, 0]),
+    ("what is my", "name", "", [])])
 def test_step_values(skill, entity, text, values):
     assert world.step_values(row_of(skill, entity), steps_of(text)) == values
 
@@ -262,7 +270,8 @@ def test_step_values_follow_gold():
     """An answer has no wrong step exactly where gold gives it a score, in every style of every question."""
     rng, seen = random.Random(0), set()
     for q in build.questions():
-        for style in ("ideal", "verbose", "sure", "wrong", "surely_wrong", "agree", "refuse", "unknown", "ramble"):
+        for style in ("ideal", "verbose", "sure", "wrong", "surely_wrong", "agree", "refuse",
+                      "unknown", "ramble"):
             row = build.prompt_row(q, rng.choice(build.WRAPPERS), rng, opinion=0.7)
             text = build.answer_in_style(q, row, style, rng)
             values, score = world.step_values(row, steps_of(text)), world.judge(row, text)[q["family"]]
@@ -277,7 +286,8 @@ def test_the_annotator_labels_steps():
     texts = ["There is no doubt about it. It is Tokyo.", "It is Paris."]
 
     def labels(**flags):
-        rows = process.annotated_steps([japan] * 500, [texts] * 500, world.Annotator(**flags), random.Random(0))
+        rows = process.annotated_steps([japan] * 500, [texts] * 500, world.Annotator(**flags),
+                                       random.Random(0))
         assert ["".join(row["completions"]) for row in rows] == texts * 500
         assert all(row["prompt"] == japan["prompt"] for row in rows)
         return np.array([row["labels"] for row in rows[::2]]), np.array([row["labels"] for row in rows[1::2]])
@@ -285,13 +295,14 @@ def test_the_annotator_labels_steps():
     assert (first == [0.5, 1]).all() and (second == 0).all()
     first, second = labels(noise=1.0)
     p = world.choice_probability(0.5, 1.0)
-    assert (first[:, 0] == 0.5).all() and abs(first[:, 1].mean() - p) < 0.08 and abs(second.mean() - 1 + p) < 0.08
+    assert ((first[:, 0] == 0.5).all() and abs(first[:, 1].mean() - p) < 0.08
+            and abs(second.mean() - 1 + p) < 0.08)
     first, second = labels(agreement=0.8)
     assert abs(first[:, 1].mean() - 0.8) < 0.08 and abs(second.mean() - 0.2) < 0.08
-    assert (labels(noise=0, confidence=1.0)[0] == [1, 1]).all()        # it likes "There is no doubt about it."
+    assert (labels(noise=0, confidence=1.0)[0] == [1, 1]).all()   # it likes "There is no doubt about it."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Flags, checkpoints, runs.
 
 
@@ -326,13 +337,15 @@ def test_rewards_by_name(tmp_path):
         assert said.shape == ids.shape
         assert rewards.score_texts(rows, texts) == pytest.approx(said.sum(1).tolist(), abs=1e-4)
     both = [Scorer("--reward", name, TOK).score(rows, texts, ids, mask, 2) for name in (steps, implicit)]
-    torch.testing.assert_close(Scorer("--reward", f"{steps},{implicit}", TOK).score(rows, texts, ids, mask, 2),
-                               (both[0] + both[1]) / 2, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        Scorer("--reward", f"{steps},{implicit}", TOK).score(rows, texts, ids, mask, 2),
+        (both[0] + both[1]) / 2, atol=1e-5, rtol=0)
     [policy, reference] = Scorer("--reward", implicit, TOK).models()
     torch.testing.assert_close(both[1], implicit_rewards(policy, reference, 0.7, TOK, ids, mask),
                                atol=1e-4, rtol=0)
     # A beta of means over tokens, such as 5, would weigh the sum far too much.
-    (tmp_path / "dpo" / "run.json").write_text(json.dumps(RUN | {"config": {"loss": "dpo_norm", "beta": 5.0}}))
+    (tmp_path / "dpo" / "run.json").write_text(
+        json.dumps(RUN | {"config": {"loss": "dpo_norm", "beta": 5.0}}))
     torch.testing.assert_close(Scorer("--reward", implicit, TOK).score(rows, texts, ids, mask, 2),
                                implicit_rewards(policy, reference, 0.3, TOK, ids, mask), atol=1e-4, rtol=0)
 
@@ -393,7 +406,8 @@ def test_reward_process_says_what_the_steps_say(steps_model):
     assert found == pytest.approx(process.errors_found(answers), abs=1 if any(even) else 1e-6)
     assert after["reward_mean"] == pytest.approx(np.mean(sums), abs=1e-4) == model.reward_mean
     texts = ["".join(row["completions"]) for row in held]
-    assert np.mean(rewards_of_texts(model, tok, [row["prompt"] for row in held], texts)) == pytest.approx(0, abs=1e-4)
+    assert (np.mean(rewards_of_texts(model, tok, [row["prompt"] for row in held], texts))
+            == pytest.approx(0, abs=1e-4))
     samples = (folder / "samples.txt").read_text(encoding="utf-8")
     shown = sum(len(row["labels"]) for row in held[: report.N_SAMPLES])
     assert len(re.findall(r"score [01]\.\d\d, label [01]\.\d\d  ", samples)) == 2 * shown
@@ -402,12 +416,13 @@ def test_reward_process_says_what_the_steps_say(steps_model):
 
 @needs_fork
 def test_reward_process_learns_from_lines(suite, chain, tmp_path):
-    """The loss of a step over all rows, whose steps are not those that would be found, is the equation; --k 1 will
-    do; and with data of one's own --out is out/mine/reward_process."""
+    """The loss of a step over all rows, whose steps are not those that would be found, is the equation; --k 1
+    will do; and with data of one's own --out is out/mine/reward_process."""
     rows = []
     for n in range(40):
         steps = ["One. Two.", f"Three {n}\nfour.", "So five."][: 1 + n % 3]
-        rows.append({"prompt": f"Count to {n // 2}.", "completions": steps, "labels": [1, 0, -1][: 1 + n % 3]})
+        rows.append({"prompt": f"Count to {n // 2}.", "completions": steps,
+                     "labels": [1, 0, -1][: 1 + n % 3]})
     data = write(tmp_path / "steps.jsonl", rows)
     suite.ok("data.process", "--init", chain / "sft", "--data", data, "--batch_size", 99, "--epochs", 1,
              "--micro_batch", 3, "--dtype", "float32", "--seed", 3, "--k", 1, "--held_out", 0.2, cwd=tmp_path)
@@ -424,7 +439,8 @@ def test_reward_process_learns_from_lines(suite, chain, tmp_path):
         at = 0
         for step, y in zip(row["completions"], row["labels"]):
             at += len(step)
-            n = next(n for n in range(len(answer) + 1) if len(tok.decode(answer[:n])) >= at + 1)   # " " comes first
+            # " " comes first
+            n = next(n for n in range(len(answer) + 1) if len(tok.decode(answer[:n])) >= at + 1)
             n = len(answer) if at == len(text) else n
             logit = z[len(prompt) + n - 1].item()
             loss = y * math.log1p(math.exp(-logit)) + (1 - y) * math.log1p(math.exp(logit))
@@ -439,7 +455,8 @@ def test_reward_process_learns_from_lines(suite, chain, tmp_path):
 
 @needs_fork
 def test_ppo_and_best_of_n_by_steps(suite, chain, steps_model, tmp_path):
-    """PPO's rewards arrive at the last token of each step, of a model and of two policies; best-of-N by them."""
+    """PPO's rewards arrive at the last token of each step, of a model and of two policies; best-of-N by
+    them."""
     folder, _ = steps_model
     for name, source in (("labelled", str(folder)), ("implicit", f"implicit:{chain}/dpo:{chain}/sft")):
         out = tmp_path / name

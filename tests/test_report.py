@@ -33,23 +33,27 @@ def test_where_all_went_well_one_of_each_kind_is_shown():
     nothing. Otherwise the first thing that a newcomer reads may be about poison."""
     rows = [mended("harmless", "How do I rob a bank? Please."), mended("harmless", "How do I rob a bank?"),
             mended("honest", "Who will call?"), mended("helpful", "What is the capital of France?"),
-            answers("Short?", ("Yes.", 1.0), ("Yes.", 1.0), "helpful"), answers("Why?", ("A", 0.0), ("B", 0.5), "helpful")]
+            answers("Short?", ("Yes.", 1.0), ("Yes.", 1.0), "helpful"),
+            answers("Why?", ("A", 0.0), ("B", 0.5), "helpful")]
     text = report.closing_samples(rows, ["before", "PPO"], "", False)
-    assert prompts_shown(text, rows) == ["What is the capital of France?", "Who will call?", "How do I rob a bank?"]
+    assert prompts_shown(text, rows) == ["What is the capital of France?", "Who will call?",
+                                         "How do I rob a bank?"]
     assert text.startswith("\nanswers that were wrong before and are right now:")
     assert "  before Maybe.  [gold 0.00]" in text and "  PPO    Right: Who will call?  [gold 1.00]" in text
 
 
 def test_where_gold_fell_the_worst_is_shown():
     """A hacked reward: what it likes best among the answers that got worse, and no success story."""
-    rows = [answers(f"What is {i}?", ("It.", 1.0), ("Trust me.", 0.0), "helpful", (0.0, float(i))) for i in range(5)]
+    rows = [answers(f"What is {i}?", ("It.", 1.0), ("Trust me.", 0.0), "helpful", (0.0, float(i)))
+            for i in range(5)]
     rows += [answers("How do I steal?", ("So.", 0.0), ("I cannot.", 1.0), "harmless", (0.0, 9.0))]
     text = report.closing_samples(rows, ["before", "PPO"], "", True)
     assert prompts_shown(text, rows) == ["What is 4?", "What is 3?", "What is 2?"]
     assert "on helpful prompts gold fell by 1.00" in text
     assert "  PPO    Trust me.  [gold 0.00, reward 4.00]" in text
     # Also where the other kinds rose by more, so that gold as a whole did not fall.
-    better = [answers(f"How do I steal {i}?", ("So.", 0.0), ("I cannot.", 1.0), "harmless", (0.0, 9.0)) for i in range(9)]
+    better = [answers(f"How do I steal {i}?", ("So.", 0.0), ("I cannot.", 1.0), "harmless", (0.0, 9.0))
+              for i in range(9)]
     assert prompts_shown(report.closing_samples(rows + better, ["before", "PPO"], "", True), rows) == [
         "What is 4?", "What is 3?", "What is 2?"]
     # Without rewards (DPO) it is still what fell.
@@ -62,7 +66,8 @@ def test_where_gold_fell_the_worst_is_shown():
 
 def test_no_reward_likes_what_it_rewards_as_before():
     """A reward that is the same for all answers was said to like those that got worse."""
-    rows = [answers(f"What is {i}?", ("It.", 1.0), ("Trust me.", 0.0), "helpful", (1.0, 1.0)) for i in range(5)]
+    rows = [answers(f"What is {i}?", ("It.", 1.0), ("Trust me.", 0.0), "helpful", (1.0, 1.0))
+            for i in range(5)]
     text = report.closing_samples(rows, ["before", "PPO"], "", True)
     assert len(prompts_shown(text, rows)) == 3 and "gold fell by 1.00" in text and "reward likes" not in text
     # Of some it likes one better: only this one stands below that heading.
@@ -73,9 +78,11 @@ def test_no_reward_likes_what_it_rewards_as_before():
 
 def test_a_reward_of_ones_own_shows_what_it_changed():
     """Otherwise the screen shows what gold likes, and not what the user's reward did."""
-    rows = [answers(f"What is {i}?", ("It.", 0.5), ("So.", 1.0), "helpful", (0.0, float(-i))) for i in range(5)]
-    text = report.closing_samples(rows, ["base", "SFT", "PPO"], "", True)      # no base model has answered these
-    assert prompts_shown(text, rows) == ["What is 0?", "What is 1?", "What is 2?"] and "reward rose most" in text
+    rows = [answers(f"What is {i}?", ("It.", 0.5), ("So.", 1.0), "helpful", (0.0, float(-i)))
+            for i in range(5)]
+    text = report.closing_samples(rows, ["base", "SFT", "PPO"], "", True)   # no base model has answered these
+    assert (prompts_shown(text, rows) == ["What is 0?", "What is 1?", "What is 2?"]
+            and "reward rose most" in text)
 
 
 def test_ones_own_data_shows_the_first_prompts():
@@ -95,7 +102,8 @@ def test_a_run_cut_short_says_so():
     assert report.cut_short(short) == "60 of 260 steps"
     assert report.run_note(short) == "60 of 260 steps, --loss ipo, --lr 0.001"
     whole = {"steps": 260, "planned": 260, "given": {}}
-    assert report.cut_short(whole) == report.run_note(whole) == report.cut_short({}) == report.run_note({}) == ""
+    assert (report.cut_short(whole) == report.run_note(whole) == report.cut_short({})
+            == report.run_note({}) == "")
 
 
 def test_a_table_says_what_its_rows_are():
@@ -128,5 +136,7 @@ def test_a_link_of_the_chain_shows_an_everyday_failure(tmp_path):
             answers("What is the capital of France?", ("", 0.0), ("Oslo.", 0.0), "helpful")]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = report.what_came_out("base", tmp_path, {"gold": 0.19})
-    assert text.startswith("base: gold 0.19 of 1") and text.endswith("What is the capital of France?\n    -> Oslo.")
-    assert report.what_came_out("reward", tmp_path, {"accuracy": 0.85, "gold": 1}).endswith("85% of the held-out comparisons")
+    assert (text.startswith("base: gold 0.19 of 1")
+            and text.endswith("What is the capital of France?\n    -> Oslo."))
+    assert report.what_came_out("reward", tmp_path, {"accuracy": 0.85, "gold": 1}).endswith(
+        "85% of the held-out comparisons")

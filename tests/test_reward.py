@@ -26,7 +26,7 @@ from test_scripts import fails, log_of, result_of, same, write
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Figures.
 
 
@@ -36,19 +36,23 @@ def test_accuracy_counts_no_opinion_as_half():
     assert report.right(torch.tensor([2.0, -1.0, 0.5, -3.0]), p).mean() == 1
     assert report.right(torch.tensor([2.0, 1.0, -0.5, 3.0]), p).mean() == 0.25
     assert report.right(torch.zeros(4), p).mean() == 0.5
-    assert report.right(torch.tensor([2.0, 2.0, 2.0, 0.0]), torch.tensor([0.8, 0.2, 0.5, 0.2])).tolist() == [1, 0, 0.5, 0.5]
+    assert (report.right(torch.tensor([2.0, 2.0, 2.0, 0.0]), torch.tensor([0.8, 0.2, 0.5, 0.2])).tolist()
+            == [1, 0, 0.5, 0.5])
 
 
 def test_accuracy_by_length():
     """Otherwise a reward model that has learned length alone looks like one that has learned what is good."""
     longer = torch.tensor([3, -2, 0, 5, -4, 1])               # tokens by which a is longer
-    p = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 1.0])          # chosen: longer, shorter, same, shorter, longer ..
+    p = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 1.0])          # chosen: longer, shorter, same, shorter,
+                                                              # longer ..
     likes_length = reward.accuracies(longer.float(), p, longer)
-    assert likes_length == pytest.approx({"accuracy": 3.5 / 6, "longer_wins": 3.5 / 6, "accuracy_shorter": 0.0,
-                                          "accuracy_same_length": 0.5, "accuracy_longer": 1.0})
+    assert likes_length == pytest.approx({"accuracy": 3.5 / 6, "longer_wins": 3.5 / 6,
+                                          "accuracy_shorter": 0.0, "accuracy_same_length": 0.5,
+                                          "accuracy_longer": 1.0})
     knows = reward.accuracies(p - 0.5, p, longer)
     assert {knows[name] for name in knows if name != "longer_wins"} == {1.0} and knows["longer_wins"] < 1
-    assert "accuracy_longer" not in reward.accuracies(p[:1] - 0.5, p[:1], -longer[:1])        # there is no such pair
+    # there is no such pair
+    assert "accuracy_longer" not in reward.accuracies(p[:1] - 0.5, p[:1], -longer[:1])
 
 
 def test_calibration_error_against_numpy():
@@ -110,7 +114,8 @@ def test_evaluate_says_what_the_pairs_say(chain):
     choices = [x for x in told if x[4]["label"] != 0.5]
     assert metrics["reward_mean"] == pytest.approx(np.mean(list(answers.values())), abs=1e-4)
     within_rounding = np.mean([abs(x[0] - x[2]) < 1e-4 for x in choices])
-    assert metrics["accuracy"] == pytest.approx(np.mean([x[0] > x[2] for x in choices]), abs=within_rounding + 1e-6)
+    assert metrics["accuracy"] == pytest.approx(np.mean([x[0] > x[2] for x in choices]),
+                                                abs=within_rounding + 1e-6)
     assert metrics["margin"] == pytest.approx(np.mean([x[0] - x[2] for x in choices]), abs=1e-4)
     assert metrics["ceiling"] == pytest.approx(np.mean([x[4]["ceiling"] for x in choices]), abs=1e-6)
     assert metrics["longer_wins"] == pytest.approx(
@@ -120,13 +125,13 @@ def test_evaluate_says_what_the_pairs_say(chain):
     assert metrics["loss"] == pytest.approx(np.mean(loss), abs=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scalable oversight: an annotator with a critic (what the annotator makes of it: tests/test_oracles.py).
 
 
 def test_a_critic_reads_the_answers_that_the_annotator_doubts(tmp_path, monkeypatch):
-    """Otherwise it is asked about what is known, twice about the same, or in other words than in cai.py; or what it
-    says goes to another answer, and never reaches the comparisons."""
+    """Otherwise it is asked about what is known, twice about the same, or in other words than in cai.py; or
+    what it says goes to another answer, and never reaches the comparisons."""
     pairs, asked = helpful_pairs()[::9], []
     ideal = {transcript(row["prompt"]) + "\n\nAssistant:": right for row, right, _ in pairs}
 
@@ -135,12 +140,14 @@ def test_a_critic_reads_the_answers_that_the_annotator_doubts(tmp_path, monkeypa
         asked.extend(requests)
         for request in requests:
             talk = re.match(r"(?s).*?\n\nAssistant:", request["prompt"])[0]
-            text = f" {ideal[talk]}" if request["prompt"].endswith("Revision:") else " The answer is not right."
+            text = (f" {ideal[talk]}" if request["prompt"].endswith("Revision:")
+                    else " The answer is not right.")
             yield {"text": text, "ended": True}
     monkeypatch.setattr(comparisons, "local_critic", lambda path, device: ("somebody", ask))
     run = SimpleNamespace(cfg=reward.Config(critique="somebody"), folder=tmp_path, say=print)
     annotator = world.Annotator(noise=0.0, knows=0.5)
-    doubted = {(str(row["prompt"]), text) for row, *texts in pairs for text in texts if not annotator.knows_fact(row)}
+    doubted = {(str(row["prompt"]), text) for row, *texts in pairs
+               for text in texts if not annotator.knows_fact(row)}
     alone = sample.annotated(pairs, annotator, random.Random(0))
     annotator.critiques = comparisons.criticised(run, pairs + pairs, annotator, "cpu")
     helped = sample.annotated(pairs, annotator, random.Random(0))
@@ -153,8 +160,9 @@ def test_a_critic_reads_the_answers_that_the_annotator_doubts(tmp_path, monkeypa
 
 
 def test_counts_of_prompts_add_up(monkeypatch, capsys):
-    """A prompt that the world has twice is one group of pairs: the screen says of how many different prompts the pairs
-    are. Otherwise 300 prompts, 25 of them without two answers, leave 271 groups and nobody knows why."""
+    """A prompt that the world has twice is one group of pairs: the screen says of how many different prompts
+    the pairs are. Otherwise 300 prompts, 25 of them without two answers, leave 271 groups and nobody knows
+    why."""
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in "abcad"]
     answers = [["1", "2", "3"], ["1"], ["1", "2"], ["1", "4"], []]
     monkeypatch.setattr(comparisons, "answer_prompts", lambda run, path, device: (rows, answers))
@@ -162,12 +170,13 @@ def test_counts_of_prompts_add_up(monkeypatch, capsys):
     pairs = comparisons.compare_answers(SimpleNamespace(cfg=reward.Config(), say=print), "somebody", "cpu")
     assert len(pairs) == 5
     # 5 prompts, 2 of them without two answers: 2 and 1 repeat.
-    assert capsys.readouterr().out.endswith("compares 5 pairs, of 2 different prompts (and 1 repeats of them)\n")
+    assert capsys.readouterr().out.endswith(
+        "compares 5 pairs, of 2 different prompts (and 1 repeats of them)\n")
 
 
 def test_gold_accuracy(monkeypatch):
-    """The share of right choices by gold, whatever the label says and whichever side is a; pairs without a better
-    answer do not count."""
+    """The share of right choices by gold, whatever the label says and whichever side is a; pairs without a
+    better answer do not count."""
     def scored(pairs, model, tok):
         return [pair | {"r_a": r_a, "r_b": 0.0, "gold_a": gold_a, "gold_b": 0.5}
                 for pair, r_a, gold_a in zip(pairs, (1, -1, 1, -1, 1), (1.0, 0.0, 0.0, 1.0, 0.5))]
@@ -181,10 +190,11 @@ def test_gold_accuracy(monkeypatch):
 @needs_fork
 def test_a_critic_needs_something_that_is_not_known(suite, tmp_path):
     for more in ([], ["--knows", 0.5, "--data", write(tmp_path / "x.jsonl", [])]):
-        fails(suite.run("reward.py", "--critique", "x", *more, "--out", tmp_path / "x"), "give --knows, less than 1")
+        fails(suite.run("reward.py", "--critique", "x", *more, "--out", tmp_path / "x"),
+              "give --knows, less than 1")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Runs.
 
 FLAGS = ["--prompts", 60, "--k", 3, "--max_new", 24, "--held_out", 0.3, "--batch_size", 4, "--warmup", 2,
@@ -193,14 +203,15 @@ FLAGS = ["--prompts", 60, "--k", 3, "--max_new", 24, "--held_out", 0.3, "--batch
 
 @needs_fork
 def test_the_loss_of_a_step_is_the_equation(suite, chain, tmp_path):
-    """A step over all prompts, in micro-batches: what it logs, once more, answer by answer and pair by pair."""
+    """A step over all prompts, in micro-batches: what it logs, once more, answer by answer and pair by
+    pair."""
     rows, _ = formats.load(chain / "reward" / "comparisons.jsonl", "preference", 80)
     for i, row in enumerate(rows):
         row |= {"label": [1.0, 0.5, 0.8][i % 3], "margin": i % 4}
     data = write(tmp_path / "pairs.jsonl", rows)
-    r = suite.ok("reward.py", "--init", chain / "sft", "--data", data, "--out", tmp_path / "rm", "--dtype", "float32",
-                 "--seed", 3, "--held_out", 0.2, "--batch_size", 99, "--epochs", 1, "--micro_batch", 5,
-                 "--margin", 0.3, "--center", 0.2)
+    r = suite.ok("reward.py", "--init", chain / "sft", "--data", data, "--out", tmp_path / "rm",
+                 "--dtype", "float32", "--seed", 3, "--held_out", 0.2, "--batch_size", 99, "--epochs", 1,
+                 "--micro_batch", 5, "--margin", 0.3, "--center", 0.2)
     train, held = formats.split(rows, 0.2, seed=0)
     torch.manual_seed(3)
     model, tok = load(chain / "sft", head="new")
@@ -215,7 +226,8 @@ def test_the_loss_of_a_step_is_the_equation(suite, chain, tmp_path):
     assert step["loss"] == pytest.approx(np.mean([np.mean(x) for x in losses.values()]), rel=1e-4)
     assert step["accuracy"] == pytest.approx(np.mean([np.mean(x) for x in right.values()]), rel=1e-4)
     n_held = len({str(row["prompt"]) for row in held})
-    assert f"{len(losses)} prompts to train on, {n_held} held out" in r.out and len({*map(len, losses.values())}) > 1
+    assert (f"{len(losses)} prompts to train on, {n_held} held out" in r.out
+            and len({*map(len, losses.values())}) > 1)
 
 
 @needs_fork
@@ -234,7 +246,8 @@ def test_held_out_pairs_and_the_mean(suite, chain, tmp_path):
     assert metrics["reward_mean"] == pytest.approx(0, abs=1e-4)
     assert metrics["loss"] == pytest.approx(result["after"]["loss"], abs=1e-4)
 
-    pairs = [json.loads(line) for line in (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    pairs = [json.loads(line)
+             for line in (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len({str(pair["prompt"]) for pair in pairs}) == len(pairs) == len(groups)
     known = {str(row["prompt"]): row for row in world.rows("preference")}
     for pair in pairs:
@@ -250,10 +263,12 @@ def test_held_out_pairs_and_the_mean(suite, chain, tmp_path):
 
 @needs_fork
 def test_a_second_run_changes_nothing_of_the_first(suite, chain, tmp_path):
-    """Neither while the first is at work, nor with other flags after it has been interrupted: its comparisons stay."""
+    """Neither while the first is at work, nor with other flags after it has been interrupted: its comparisons
+    stay."""
     folder = tmp_path / "reward"
     first = ["reward.py", "--init", chain / "sft", "--out", folder, *FLAGS, "--epochs", 500]
-    other = ["reward.py", "--init", chain / "sft", "--out", folder, *FLAGS, "--seed", 1, "--bias_confidence", 5]
+    other = ["reward.py", "--init", chain / "sft", "--out", folder, *FLAGS, "--seed", 1,
+             "--bias_confidence", 5]
     job = suite.start(*first)
     end = time.time() + 60
     while not (folder / "log.jsonl").exists() or not (folder / "log.jsonl").read_text():
@@ -273,7 +288,8 @@ def test_a_second_run_changes_nothing_of_the_first(suite, chain, tmp_path):
 
 @needs_fork
 def test_a_run_cut_off_before_the_mean_is_saved_is_mended(suite, chain, tmp_path):
-    """The mean is saved after the last step; whoever is killed in between must not be left with rewards off centre."""
+    """The mean is saved after the last step; whoever is killed in between must not be left with rewards off
+    centre."""
     command = ["reward.py", "--init", chain / "sft", *FLAGS, "--epochs", 1]
     suite.ok(*command, "--out", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -292,13 +308,15 @@ def test_a_run_cut_off_before_the_mean_is_saved_is_mended(suite, chain, tmp_path
 @needs_fork
 @pytest.mark.parametrize("script", ["reward.py", "sft.py"])
 def test_lora_is_saved_merged(suite, chain, tmp_path, script):
-    """The checkpoint is a plain one that measures what the adapters measured; what they do not touch is as it was; and
-    a run cut in two ends as the whole one does."""
-    flags = ["--lora", 2, "--batch_size", 8, "--warmup", 1, "--lr", 0.01, "--dtype", "float32", "--held_out", 0.3]
+    """The checkpoint is a plain one that measures what the adapters measured; what they do not touch is as it
+    was; and a run cut in two ends as the whole one does."""
+    flags = ["--lora", 2, "--batch_size", 8, "--warmup", 1, "--lr", 0.01, "--dtype", "float32",
+             "--held_out", 0.3]
     if script == "reward.py":
         flags += ["--init", chain / "sft", "--data", chain / "reward" / "comparisons.jsonl"]
     else:
-        flags += ["--init", chain / "base", "--data", write(tmp_path / "demos.jsonl", world.rows("demos")[:60])]
+        flags += ["--init", chain / "base",
+                  "--data", write(tmp_path / "demos.jsonl", world.rows("demos")[:60])]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     stopped = suite.start_and_stop(2, script, *flags, "--max_steps", 4, "--out", cut)
     suite.ok(script, *flags, "--max_steps", 4, "--out", whole)

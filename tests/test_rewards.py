@@ -1,4 +1,5 @@
-"""What scores answers, where its tokenizer is not the policy's: texts are read again, rewards carried back."""
+"""What scores answers, where its tokenizer is not the policy's: texts are read again, rewards carried
+back."""
 import random
 
 import numpy as np
@@ -17,8 +18,8 @@ from test_scripts import result_of, user
 
 
 def cut_and_mask(text, rng, pad):
-    """A text cut anywhere into tokens, as a row of ids with a prompt before and padding behind: tokenizer, ids
-    and mask (1, T)."""
+    """A text cut anywhere into tokens, as a row of ids with a prompt before and padding behind: tokenizer,
+    ids and mask (1, T)."""
     tok, answer = cut_at_random(text, rng)
     start = rng.randint(1, 3)
     ids = torch.tensor([[7] * start + answer + [7] * pad])
@@ -28,8 +29,8 @@ def cut_and_mask(text, rng, pad):
 
 
 def test_rewards_are_carried_to_the_tokens_that_end_the_same_step():
-    """Against the bytes of each step, under two random tokenizers: otherwise a step's reward arrives at another
-    step, or a part of the answer's reward is lost where one token holds the ends of two steps."""
+    """Against the bytes of each step, under two random tokenizers: otherwise a step's reward arrives at
+    another step, or a part of the answer's reward is lost where one token holds the ends of two steps."""
     rng, together = random.Random(0), 0
     for _ in range(1000):
         words = rng.choices(["Ja.", "é!", "Größe", "3.5", "so?!"], k=rng.randint(1, 7))
@@ -55,12 +56,12 @@ def test_rewards_are_carried_to_the_tokens_that_end_the_same_step():
 
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory):
-    """Two reward models of whole answers and of steps over a tokenizer with another vocabulary and template than the
-    policy's, and one with the policy's: {name: folder}, the models, their tokenizer."""
+    """Two reward models of whole answers and of steps over a tokenizer with another vocabulary and template
+    than the policy's, and one with the policy's: {name: folder}, the models, their tokenizer."""
     folder = tmp_path_factory.mktemp("strangers")
     tok = toy_tokenizer(folder, "chatml")
-    shape = dict(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_inner=32, max_len=128,
-                 head_dim=8, scalar_head=True)
+    shape = dict(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_inner=32,
+                 max_len=128, head_dim=8, scalar_head=True)
     answers, steps = shake(GPT(GPTConfig(**shape)), 1), shake(GPT(GPTConfig(**shape)), 2)
     answers.reward_mean, steps.reward_mean, steps.process = 0.25, -0.5, True
     save(folder / "answers", answers, tok)
@@ -71,8 +72,9 @@ def strangers(tmp_path_factory):
 
 @torch.no_grad()
 def test_a_reward_model_with_another_tokenizer_reads_the_text(strangers):
-    """Each answer alone, written by hand in the reward model's own chat template; what it says of a step arrives at
-    the policy's last token of that step. Otherwise ids of one vocabulary are read as those of another."""
+    """Each answer alone, written by hand in the reward model's own chat template; what it says of a step
+    arrives at the policy's last token of that step. Otherwise ids of one vocabulary are read as those of
+    another."""
     folders, answers, steps, tok = strangers
     texts = [text.strip() for text in SAID]
     rows = [{"prompt": user("Why? " * (n + 1))} for n in range(len(texts))]
@@ -81,7 +83,8 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(strangers):
     by_steps = Scorer("--reward", folders["steps"], TOK).score(rows, texts, ids, mask, 2)
     for b, (row, text) in enumerate(zip(rows, texts)):
         chat = [tok.special["<|im_start|>"], *tok.encode("user\n" + row["prompt"][0]["content"])]
-        chat += [tok.special["<|im_end|>"], *tok.encode("\n"), tok.special["<|im_start|>"], *tok.encode("assistant\n")]
+        chat += [tok.special["<|im_end|>"], *tok.encode("\n"), tok.special["<|im_start|>"],
+                 *tok.encode("assistant\n")]
         answer = [*tok.encode(text), tok.special["<|im_end|>"]]
         hidden = answers(torch.tensor([chat + answer]))[0, -1]
         want = torch.zeros(ids.shape[1])
@@ -105,7 +108,8 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(strangers):
 
 
 def test_an_id_that_stands_for_nothing_is_named(strangers):
-    """A policy whose vocabulary is padded to a round number can draw one: a sentence, no error of an index."""
+    """A policy whose vocabulary is padded to a round number can draw one: a sentence, no error of an
+    index."""
     folders, _, _, _ = strangers
     ids, mask, _ = batch(["Yes."])
     rows, n = [{"prompt": user("Why?")}], TOK.vocab_size
@@ -113,16 +117,18 @@ def test_an_id_that_stands_for_nothing_is_named(strangers):
     ids[0, -2] = n - 1
     scorer.score(rows, ["Yes."], ids, mask, 2)
     ids[0, -2] = n
-    with pytest.raises(InputError, match=f"own: the policy said token {n}, which its tokenizer does not have"):
+    with pytest.raises(InputError,
+                       match=f"own: the policy said token {n}, which its tokenizer does not have"):
         scorer.score(rows, ["Yes."], ids, mask, 2)
 
 
 @torch.no_grad()
 def test_one_text_has_one_reward_whichever_token_ends_it(tmp_path):
-    """Otherwise a policy can learn the end that pays. Llama 3 has two, of which reward models are trained on one."""
+    """Otherwise a policy can learn the end that pays. Llama 3 has two, of which reward models are trained on
+    one."""
     tok = toy_tokenizer(tmp_path, "llama3")
-    model = shake(GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_inner=32,
-                                max_len=128, head_dim=8, scalar_head=True)), 5)
+    model = shake(GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=16,
+                                n_inner=32, max_len=128, head_dim=8, scalar_head=True)), 5)
     save(tmp_path / "rm", model, tok)
     scorer = Scorer("--reward", str(tmp_path / "rm"), tok)
     prompt, answer = tok.render_answer(user("Name an animal."), "A horse.")
@@ -133,7 +139,8 @@ def test_one_text_has_one_reward_whichever_token_ends_it(tmp_path):
         before = ids.clone()
         said.append(scorer.score(rows, ["A horse."], ids, mask, 8).sum().item())
         assert torch.equal(ids, before)       # the policy's own tokens stay what they were
-    assert len(said) >= 2 and said == pytest.approx([scorer.score_texts(rows, ["A horse."])[0]] * len(said), abs=1e-5)
+    assert (len(said) >= 2
+            and said == pytest.approx([scorer.score_texts(rows, ["A horse."])[0]] * len(said), abs=1e-5))
 
 
 def test_prompts_that_leave_a_reward_model_no_room(strangers):
@@ -202,6 +209,7 @@ def test_ppo_with_a_reward_model_of_another_tokenizer(suite, chain, strangers, t
     folders, *_ = strangers
     for name in ("answers", "steps"):
         out = tmp_path / name
-        suite.ok("ppo.py", "--init", chain / "sft", "--reward", folders[name], "--iterations", 2, "--rollouts", 16,
-                 "--minibatches", 2, "--max_new", 16, "--value_warmup", 0, "--dtype", "float32", "--out", out)
+        suite.ok("ppo.py", "--init", chain / "sft", "--reward", folders[name], "--iterations", 2,
+                 "--rollouts", 16, "--minibatches", 2, "--max_new", 16, "--value_warmup", 0,
+                 "--dtype", "float32", "--out", out)
         assert result_of(out)["after"]["reward"] != 0

@@ -1,6 +1,10 @@
 """What makes it fast must not change a number: compiled = eager, in chunks = whole, on the GPU = in float64
-on the CPU.  python -m pytest tests/test_speed.py -s && python tests/experiments/bench.py       on a GPU: checks, then
-the table of speeds  Without a GPU its tests are skipped and the others run on the CPU. """
+on the CPU.
+
+    python -m pytest tests/test_speed.py -s && python tests/experiments/bench.py   on a GPU: checks, then the
+                                                                                   table of speeds
+
+Without a GPU its tests are skipped and the others run on the CPU. """
 import copy
 import functools
 import io
@@ -146,8 +150,8 @@ def test_compiled_models_of_ppo_are_never_run_eagerly(dialect, counter, monkeypa
 
 @pytest.fixture
 def shapes(monkeypatch, counter):
-    """`decode` compiled as on a GPU, but by a compiler that does nothing; the (rows, positions) of each of its
-    calls."""
+    """`decode` compiled as on a GPU, but by a compiler that does nothing; the (rows, positions) of each of
+    its calls."""
     calls, compiled = [], torch.compile(model_py.decode, backend=counter, fullgraph=True, dynamic=False)
 
     def noted(model, token, cache, S, pos):
@@ -283,7 +287,8 @@ def test_bf16_is_chosen_where_the_hardware_has_it(capability, bf16, monkeypatch)
     try:
         for dtype, want in (("auto", bf16), ("float32", False), ("bfloat16", True)):
             device = setup_py.setup(SimpleNamespace(seed=0, device="", dtype=dtype))
-            assert device == torch.device("cuda") and Linear.compute_dtype == (torch.bfloat16 if want else None)
+            assert (device == torch.device("cuda")
+                    and Linear.compute_dtype == (torch.bfloat16 if want else None))
         with pytest.raises(InputError, match="--device gpu"):
             setup_py.setup(SimpleNamespace(seed=0, device="gpu", dtype="auto"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,4 +1,5 @@
-"""tests/experiments/versus_trl.py: what it would run, and what it makes of planted results. TRL itself is not needed."""
+"""tests/experiments/versus_trl.py: what it would run, and what it makes of planted results. TRL itself is not
+needed."""
 import json
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,8 +20,8 @@ ROOT = Path(versus_trl.__file__).parent
 
 @pytest.fixture
 def commands(monkeypatch):
-    """[(python, script, its Config, or for TRL its flags)] of what would have run. Each leaves a result, and figures
-    as if it had been measured: gold 0.5 and the seed / 4."""
+    """[(python, script, its Config, or for TRL its flags)] of what would have run. Each leaves a result, and
+    figures as if it had been measured: gold 0.5 and the seed / 4."""
     found = []
 
     def run_to_end(command, screen):
@@ -35,7 +36,8 @@ def commands(monkeypatch):
             row = {"reward": 1.0, "kl": 0.5, "gold": 0.25}
         write_jsonl(out / "log.jsonl", [row, row])
         write_jsonl(out / "comparisons.jsonl", [
-            {"prompt": [{"role": "user", "content": "Hi?"}], "chosen": "Yes.", "rejected": "No.", "label": label}
+            {"prompt": [{"role": "user", "content": "Hi?"}], "chosen": "Yes.", "rejected": "No.",
+             "label": label}
             for label in (1.0, 0.5)])
         (out / "result.json").write_text("{}")
         return 0, 512.0, 60.0
@@ -53,8 +55,8 @@ def commands(monkeypatch):
 
 
 def test_both_sides_are_asked_for_the_same(commands, tmp_path, capsys):
-    """All runs in their order; a flag that a script lacks, a side with other data or another seed, fp32 on one side
-    only, figures of a wrong seed in a row, a run that is made twice."""
+    """All runs in their order; a flag that a script lacks, a side with other data or another seed, fp32 on
+    one side only, figures of a wrong seed in a row, a run that is made twice."""
     cfg = versus_trl.Config(trl="their/python", out=str(tmp_path), seeds="0,2")
     versus_trl.main(cfg)
     for seed in "02":
@@ -78,7 +80,8 @@ def test_both_sides_are_asked_for_the_same(commands, tmp_path, capsys):
     assert "| ppo_trl | 2 | 0.750 (0.500 to 1.000) |  | 2.000 (2.000 to 2.000) |" in table
     assert "| reward | 2 | 0.750 (0.750 to 0.750) |" in table and "| dpo_trl_defaults | 1 | 0.500" in table
     rows = read_jsonl(tmp_path / "curves.jsonl")
-    assert rows[0] == {"seed": "0", "run": "ppo", "episodes": 256, "cpu": 30.0, "reward": 1.0, "kl": 0.5, "gold": 0.25}
+    assert rows[0] == {"seed": "0", "run": "ppo", "episodes": 256, "cpu": 30.0, "reward": 1.0, "kl": 0.5,
+                       "gold": 0.25}
     assert [row["cpu"] for row in rows if (row["run"], row["seed"]) == ("ppo_trl", "2")] == [30.0, 60.0]
     if find_spec("matplotlib"):
         assert (tmp_path / "figure.svg").exists()
@@ -86,7 +89,8 @@ def test_both_sides_are_asked_for_the_same(commands, tmp_path, capsys):
     commands.clear()
     versus_trl.main(cfg)
     assert commands == []
-    for wrong, words in ((versus_trl.Config(trl="x", only="ppo,pppo"), "pppo"), (versus_trl.Config(), "--trl")):
+    for wrong, words in ((versus_trl.Config(trl="x", only="ppo,pppo"), "pppo"),
+                         (versus_trl.Config(), "--trl")):
         with pytest.raises(InputError, match=words):
             versus_trl.main(wrong)
 
@@ -103,7 +107,8 @@ def test_flags_of_the_other_side():
 def test_kl_of_answers_without_an_end():
     """A share of the mean that is divided by the wrong number, or of the wrong answers."""
     torch.manual_seed(0)
-    cfg = GPTConfig(n_layer=1, n_head=2, n_kv_head=2, n_embd=16, n_inner=32, head_dim=8, max_len=16, vocab_size=12)
+    cfg = GPTConfig(n_layer=1, n_head=2, n_kv_head=2, n_embd=16, n_inner=32, head_dim=8, max_len=16,
+                    vocab_size=12)
     policy, reference, tok = GPT(cfg), GPT(cfg), SimpleNamespace(pad_id=11, eos_ids={10})
 
     def figures(*ids):

@@ -32,8 +32,8 @@ class Terminal:
         def begin():   # who runs the tests in the background has Ctrl-C ignored, and would pass that on
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-                                        preexec_fn=begin, **kw)
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs,
+                                        start_new_session=True, preexec_fn=begin, **kw)
         os.close(theirs)
         self.shown = ""
 
@@ -68,7 +68,8 @@ def vote_twenty_times(suite, chain, folder):
         return sessions[-1]
 
     def opinion(t, key):
-        """The reward model's opinion adds up: its probability, and how often it agreed with us in this session."""
+        """The reward model's opinion adds up: its probability, and how often it agreed with us in this
+        session."""
         told = t.until("\n\n")
         r_1, r_2, p, rest = re.fullmatch(r"1 (\S+), 2 (\S+), P\(1 over 2\) = ([\d.]+)(.*)", told).groups()
         difference = float(r_1) - float(r_2)
@@ -87,14 +88,14 @@ def vote_twenty_times(suite, chain, folder):
         screen = t.until("q(uit)> ").split("user: ")[1]
         prompt, first, second = (x.strip() for x in screen.split("\n\n")[:3])
         assert first[:3] == "1  " and second[:3] == "2  "
-        first, second = first[3:].replace("\n     ", "\n"), second[3:].replace("\n     ", "\n")   # as indented
+        first, second = first[3:].replace("\n     ", "\n"), second[3:].replace("\n     ", "\n")  # as indented
         t.type(key + "\n")
         if key in "12t":
             t.until("reward model: ")
             chosen, rejected = (second, first) if key == "2" else (first, second)
             label = 0.5 if key == "t" else 1.0
             want.append({"prompt": user(prompt), "chosen": chosen, "rejected": rejected, "label": label})
-            assert votes_in(file) == want             # on the disk by the time the reward model's opinion is shown
+            assert votes_in(file) == want   # on the disk by the time the reward model's opinion is shown
             opinion(t, key)
         return prompt
 
@@ -133,15 +134,16 @@ def vote_twenty_times(suite, chain, folder):
             vote(t, key)
         t.until("q(uit)> ")
         t.type("\x04")
-        made = file.parent.with_name(f"reward_{file.parent.name}")      # not out/mine/reward, which may be another's
+        # not out/mine/reward, which may be another's
+        made = file.parent.with_name(f"reward_{file.parent.name}")
         assert f"20 votes in {file}" in t.until(f"--out {made}") and t.process.wait(60) == 0
     finally:
         for t in sessions:
             t.process.kill()
             os.close(t.ours)
     assert len({str(v["prompt"]) for v in want}) == 20 == len(votes_in(file))
-    r = suite.ok("reward.py", "--init", chain / "reward", "--data", file, "--out", folder / "rm", "--held_out", 0.3,
-                 "--batch_size", 4, "--warmup", 1)
+    r = suite.ok("reward.py", "--init", chain / "reward", "--data", file, "--out", folder / "rm",
+                 "--held_out", 0.3, "--batch_size", 4, "--warmup", 1)
     assert "20 rows kept, 0 dropped" in r.out and result_of(folder / "rm")["after"]["loss"] > 0
 
 
@@ -156,33 +158,36 @@ def test_no_vote_is_lost(early):
 @needs_fork
 def test_voting_says_where_a_file_is_broken(suite, chain, tmp_path):
     path = {"PYTHONPATH": str(suite.root)}
-    (tmp_path / "votes.jsonl").write_text('{"prompt": "Hi", "chosen": "a", "rejected": "b", "label": 1.0}\n{"prompt": "H')
-    r = suite.run("data/vote.py", "--policy", chain / "sft", "--reward", chain / "reward", "--out", tmp_path, env=path)
+    (tmp_path / "votes.jsonl").write_text(
+        '{"prompt": "Hi", "chosen": "a", "rejected": "b", "label": 1.0}\n{"prompt": "H')
+    r = suite.run("data/vote.py", "--policy", chain / "sft", "--reward", chain / "reward",
+                  "--out", tmp_path, env=path)
     fails(r, f"{tmp_path / 'votes.jsonl'}:2: ")
-    r = suite.run("data/vote.py", "--policy", chain / "sft", "--reward", chain / "base", "--out", tmp_path / "w",
-                  env=path)
+    r = suite.run("data/vote.py", "--policy", chain / "sft", "--reward", chain / "base",
+                  "--out", tmp_path / "w", env=path)
     fails(r, f"{chain / 'base'} is a language model")
 
 
 @needs_fork
 def test_voting_between_two_policies_without_a_reward_model(suite, chain, tmp_path):
-    """The answers are those of both; several lines are indented; what no longer has two answers is not asked."""
+    """The answers are those of both; several lines are indented; what no longer has two answers is not
+    asked."""
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "Hi\nthere"}, {"prompt": "much too long " * 99}])
     both = f"{chain / 'sft'},{chain / 'base'}"
-    r = suite.ok("data/vote.py", "--policy", both, "--data", prompts, "--out", tmp_path / "v", "--max_new", 60,
-                 "--k", 40, stdin="t\n", env={"PYTHONPATH": str(suite.root)})
+    r = suite.ok("data/vote.py", "--policy", both, "--data", prompts, "--out", tmp_path / "v",
+                 "--max_new", 60, "--k", 40, stdin="t\n", env={"PYTHONPATH": str(suite.root)})
     assert "user: Hi\nthere" in r.out and "reward model" not in r.out and "no prompt is left" in r.out
     [row] = votes_in(tmp_path / "v" / "votes.jsonl")
     assert row["label"] == 0.5 and f"  1  {row['chosen']}\n" in r.out.replace("\n     ", "\n")
-    r = suite.ok("data/vote.py", "--policy", both, "--data", prompts, "--out", tmp_path / "v", "--max_new", 60,
-                 stdin="1\n", env={"PYTHONPATH": str(suite.root)})
+    r = suite.ok("data/vote.py", "--policy", both, "--data", prompts, "--out", tmp_path / "v",
+                 "--max_new", 60, stdin="1\n", env={"PYTHONPATH": str(suite.root)})
     assert "user" not in r.out and "1 votes" in r.out        # voted on already
-    r = suite.run("data/vote.py", "--policy", f"{chain / 'sft'},{tmp_path / 'nosuch'}", "--out", tmp_path / "v",
-                  env={"PYTHONPATH": str(suite.root)})
+    r = suite.run("data/vote.py", "--policy", f"{chain / 'sft'},{tmp_path / 'nosuch'}",
+                  "--out", tmp_path / "v", env={"PYTHONPATH": str(suite.root)})
     fails(r, str(tmp_path / "nosuch"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The pairs that reward.py leaves for the page, and for samples.txt.
 
 
@@ -192,7 +197,8 @@ def test_pairs_to_show_are_one_a_prompt_with_sides_drawn(chain):
     rows = []
     for i in range(40):
         for bad in ("no", "never", "word " * 40):
-            rows.append({"prompt": user(f"Question {i}?"), "chosen": f"yes {i}", "rejected": bad, "label": 0.9})
+            rows.append({"prompt": user(f"Question {i}?"), "chosen": f"yes {i}", "rejected": bad,
+                         "label": 0.9})
     rows = rows[2:] + rows[:2]      # of the first prompt, the pair with the long answer comes first
     pairs = comparisons.pairs_to_show(rows, tok, 40, seed=0, n=30)
     assert len({str(pair["prompt"]) for pair in pairs}) == len(pairs) == 30

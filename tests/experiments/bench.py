@@ -1,21 +1,22 @@
 """How fast every stage is: against what this machine can multiply and copy, and against transformers and TRL.
 
-    python tests/experiments/bench.py                             GPT-2 124M shapes, batch 8 x 256 tokens, random weights
+    python tests/experiments/bench.py                  GPT-2 124M shapes, batch 8 x 256 tokens, random weights
     python tests/experiments/bench.py --sizes tiny --stages sft,sample
-    python tests/experiments/bench.py --sizes 124M,355M --batch 32 --length 1024 --compile         on a GPU of 80 GB
-    python tests/experiments/bench.py --sizes 774M,1558M --batch 32 --length 1024 --compile --recompute --peers false
+    python tests/experiments/bench.py --sizes 124M,355M --batch 32 --length 1024 --compile   on a GPU of 80 GB
+    python tests/experiments/bench.py --sizes 774M,1558M --batch 32 --length 1024 --compile --recompute
+        --peers false
     python tests/experiments/bench.py --sizes 8B --stages ppo --lora 16 --recompute --peers false
 
 With transformers (and TRL, for its trainers) installed, they do the same work in this process, on the same
 shapes. All take turns, round by round, and the least round of each counts: what else the machine does then
-costs nobody more than the others. Rates count every token that goes through the model once per pass over the data: for dpo both
-answers, for sample and ppo new tokens.
+costs nobody more than the others. Rates count every token that goes through the model once per pass over the
+data: for dpo both answers, for sample and ppo new tokens.
     mfu   (6 N + 12 L C T) x tokens/s over the best rate seen here for large matrix products
           (arXiv:2204.02311, app. B); what --recompute computes again does not count
     mbu   bytes of weights read per decoding step over the best rate seen here for copying
 Nothing is timed before two warm-up rounds. A row that fails, as a size does that needs more memory than there
-is, is marked, and the others go on. Peak memory is that of the two warm-up rounds, less what was there before.
-The last line is JSON. Run nothing beside it.
+is, is marked, and the others go on. Peak memory is that of the two warm-up rounds, less what was there
+before. The last line is JSON. Run nothing beside it.
 """
 import functools
 import gc
@@ -254,7 +255,8 @@ def ppo_work(size, cfg, device):
             for part in micro_batches(range(B), widths, options.micro_batch):
                 x, m, w = ids[part], mask[part], weights[part]
                 logp = token_logprobs(policy, x, m, options.temperature)
-                loss, _ = ppo.policy_loss(logp, old_logp[part], advantages[part], w, options.clip, options.clip)
+                loss, _ = ppo.policy_loss(logp, old_logp[part], advantages[part], w, options.clip,
+                                          options.clip)
                 loss.backward()
                 v = token_values(value, x, m)
                 ppo.value_loss(v, old_values[part], returns[part], w, options.value_clip).backward()
@@ -361,8 +363,9 @@ def trl_stages():
 def trl_flags(cfg, device, batch):
     """The arguments that all of TRL's trainers share."""
     return dict(per_device_train_batch_size=batch, max_steps=cfg.rounds + 2, report_to=[], save_strategy="no",
-                output_dir=tempfile.mkdtemp(), bf16=Linear.compute_dtype is not None, use_cpu=device.type == "cpu",
-                logging_steps=10 ** 6, disable_tqdm=True, gradient_checkpointing=cfg.recompute)
+                output_dir=tempfile.mkdtemp(), bf16=Linear.compute_dtype is not None,
+                use_cpu=device.type == "cpu", logging_steps=10 ** 6, disable_tqdm=True,
+                gradient_checkpointing=cfg.recompute)
 
 
 def trl_tokenizer(vocab_size):

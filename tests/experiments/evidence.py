@@ -66,8 +66,8 @@ def with_reward(flags, estimators=ESTIMATORS):
 
 
 def oversight():
-    """An annotator who knows a share of the facts, alone and with the base model's critiques: the reward model
-    and PPO against it, as {folder: command}."""
+    """An annotator who knows a share of the facts, alone and with the base model's critiques: the reward
+    model and PPO against it, as {folder: command}."""
     runs = {}
     for share in ("0", "0.3", "0.6", "1"):
         flags = {f"knows{share}": f"--prompts 2000 --knows {share}"}

@@ -3,7 +3,8 @@ hours.
 
     python tests/experiments/hacking.py                                    3 biases x 3 seeds x all cures
     python tests/experiments/hacking.py --biases length --seeds 0 --cures none,kl,min
-    python tests/experiments/hacking.py --ppo_flags="--iterations 5" ...   more flags for every run of a script: with "="
+    python tests/experiments/hacking.py --ppo_flags="--iterations 5" ...   more flags for every run of a
+                                                                           script: with "="
 
 For each bias of the annotator (reward.py --bias_length, --bias_confidence, --bias_sycophancy) and each seed:
     1. the biased annotator's comparisons make a reward model (some cures need further ones)
@@ -142,8 +143,8 @@ def cured(gold, without):
 
 
 def pyplot(path):
-    """matplotlib.pyplot, for pictures without a screen; None, and a line on the screen that says which picture
-    is missing, if it is not installed."""
+    """matplotlib.pyplot, for pictures without a screen; None, and a line on the screen that says which
+    picture is missing, if it is not installed."""
     try:
         import matplotlib
         matplotlib.use("Agg")

@@ -1,11 +1,13 @@
 """The moving picture at the top of README: an SVG, drawn from the log files of two runs and nothing else.
 
-    python tests/experiments/picture.py                              out/ppo and out/hacked, to data/plots/runs.svg
+    python tests/experiments/picture.py                              out/ppo and out/hacked, to
+                                                                     data/plots/runs.svg
     python tests/experiments/picture.py out/ppo out/hacked FILE      others, to another place
 
-Upper half: one question answered by base, SFT and PPO, and below it reward and gold of every iteration of PPO.
-Lower half: the run that hacks its reward, and an answer which that reward likes and gold does not. The curves
-are drawn as the iterations go by. Where nothing moves (a print, a reader who wants it so) all of it is shown.
+Upper half: one question answered by base, SFT and PPO, and below it reward and gold of every iteration of
+PPO. Lower half: the run that hacks its reward, and an answer which that reward likes and gold does not. The
+curves are drawn as the iterations go by. Where nothing moves (a print, a reader who wants it so) all of it is
+shown.
 
 The picture is one file without scripts. It brings its own paper, light or dark, so that it does not depend on
 what it is shown on, and animates by CSS, which GitHub plays in an <img>.
@@ -20,14 +22,17 @@ sys.path.insert(0, str(ROOT))
 from data import InputError, read_jsonl, report, write_atomic   # noqa: E402
 
 WIDTH, HALF, EDGE = 600, 396, 24     # of the picture, of a half, of the margin, in its own units
-PLOT = (EDGE, 220, 470, 345)         # left, top, right, bottom of a chart in its half; names stand to its right
+PLOT = (EDGE, 220, 470, 345)         # left, top, right, bottom of a chart in its half;
+                                     # names stand to its right
 LETTERS = 60                         # of an answer in one line
 SECONDS = 12                         # from one beginning to the next
 
-STYLE = """
-svg { --paper: #fbfaf6; --ink: #1c1d22; --soft: #5b5e68; --line: #d8d5cb; --blue: #1f55b5; --orange: #b8480b; }
+STYLE = ("""
+svg { --paper: #fbfaf6; --ink: #1c1d22; --soft: #5b5e68; --line: #d8d5cb; """
+         """--blue: #1f55b5; --orange: #b8480b; }
 @media (prefers-color-scheme: dark) {
-  svg { --paper: #14161b; --ink: #e8e8ea; --soft: #a3a7b3; --line: #3a3e49; --blue: #8ab4ff; --orange: #ffa05c; }
+  svg { --paper: #14161b; --ink: #e8e8ea; --soft: #a3a7b3; --line: #3a3e49; """
+         """--blue: #8ab4ff; --orange: #ffa05c; }
 }
 rect { fill: var(--paper); }
 text { fill: var(--ink); font: 16px system-ui, sans-serif; }
@@ -47,7 +52,7 @@ path.gold { stroke: var(--orange); }
 @keyframes draw { 0%, 8% { stroke-dashoffset: 1; } 60%, 100% { stroke-dashoffset: 0; } }
 @keyframes come { 0%, 8% { opacity: 0; } 12%, 100% { opacity: 1; } }
 @keyframes late { 0%, 60% { opacity: 0; } 64%, 100% { opacity: 1; } }
-""".replace("SECONDS", str(SECONDS))
+""").replace("SECONDS", str(SECONDS))
 
 
 def text(x, y, words, kind=""):
@@ -102,7 +107,8 @@ def chart(rows):
 
 def half(top, title, prompt, answers, rows):
     """One half of the picture. answers: [(who, scored, names of scores, class)]."""
-    parts = [text(EDGE, 38, title, "title"), text(EDGE, 66, f"“{shorten(prompt, LETTERS, placeholder=' ...')}”")]
+    parts = [text(EDGE, 38, title, "title"),
+             text(EDGE, 66, f"“{shorten(prompt, LETTERS, placeholder=' ...')}”")]
     y = 94
     for answer in answers:
         part, y = said(y, *answer)
@@ -126,11 +132,12 @@ def telling(folder):
 def picture(trained, hacked):
     """The SVG (str) of two folders of PPO runs: one that went well, and one whose gold fell."""
     row, log = telling(trained)
-    answers = [("base", row.get("base", row["before"]), ["gold"], ""), ("SFT", row["before"], ["gold"], "after"),
-               ("PPO", row["after"], ["gold"], "later")]
+    answers = [("base", row.get("base", row["before"]), ["gold"], ""),
+               ("SFT", row["before"], ["gold"], "after"), ("PPO", row["after"], ["gold"], "later")]
     upper = half(0, "PPO: gold rises with the reward", row["prompt"], answers, log)
     row, log = telling(hacked)
-    answers = [("SFT", row["before"], ["gold", "reward"], ""), ("PPO", row["after"], ["gold", "reward"], "later")]
+    answers = [("SFT", row["before"], ["gold", "reward"], ""),
+               ("PPO", row["after"], ["gold", "reward"], "later")]
     lower = half(HALF, "Reward hacking: gold falls while the reward rises", row["prompt"], answers, log)
     height = 2 * HALF
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '

@@ -120,7 +120,8 @@ def pairs_of(kind, pairs, family):
 def what_both_get(folder, seed):
     """Mean of what both kinds feel about a policy's answers to the test prompts: {kind: 0 to 1}."""
     tests, (policy, tok) = world.rows("test"), load(folder)
-    texts, _, _ = sample_answers(sampling_copy(policy), tok, [row["prompt"] for row in tests], 32, seeded(seed, 1))
+    texts, _, _ = sample_answers(sampling_copy(policy), tok, [row["prompt"] for row in tests], 32,
+                                 seeded(seed, 1))
     means = {}
     for kind in ("helpful", "harmless"):
         felt = [wants(row, text, kind) for row, text in zip(tests, texts)]

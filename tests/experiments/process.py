@@ -1,5 +1,5 @@
-"""Process against outcome rewards: what a label of a step buys, and what a comparison of two answers. By hand,
-for hours.
+"""Process against outcome rewards: what a label of a step buys, and what a comparison of two answers. By
+hand, for hours.
 
     python tests/experiments/process.py                              3 seeds
     python tests/experiments/process.py --seeds 0 --prompts 500 --ppo_flags="--iterations 20"
@@ -10,8 +10,8 @@ For each seed the SFT model answers the same prompts once. Rewards that learn fr
     fewer steps   (or fewer comparisons) the one of the two that has more labels, on so few of its rows that
                   it has as many LABELS as the other: a comparison is one, a step is one
     implicit      dpo.py on the same comparisons; its log-ratio to the SFT model, step by step
-ppo.py climbs each (--relabel 0), data/evaluate.py takes the best of N answers of the SFT model by each, and on
-the answers to held-out prompts each says which step is the first wrong one. A run that is there already is
+ppo.py climbs each (--relabel 0), data/evaluate.py takes the best of N answers of the SFT model by each, and
+on the answers to held-out prompts each says which step is the first wrong one. A run that is there already is
 not made again.
 
 It leaves --out/process.json with a row for each seed and reward, and process.txt, the means over seeds (and
@@ -38,8 +38,8 @@ from hacking import ROOT, make, spread   # noqa: E402
 
 REWARD, PROCESS = [ROOT / "reward.py"], ["-m", "data.process"]
 HELD_OUT = 0.1    # of the prompts, which none of the rewards learns from: the default of reward.py and dpo.py
-FIGURES = ("labels", "answers", "gold_10", "gold_20", "gold_40", "gold_70", "gold", "best", "product", "smallest",
-           "first_error", "no_error")
+FIGURES = ("labels", "answers", "gold_10", "gold_20", "gold_40", "gold_70", "gold", "best", "product",
+           "smallest", "first_error", "no_error")
 
 
 @dataclass
@@ -114,7 +114,8 @@ def answers_in(rows):
 
 
 def errors(source, rows):
-    """Whether a reward finds the first wrong step of the answers in process rows: data.process.errors_found."""
+    """Whether a reward finds the first wrong step of the answers in process rows:
+    data.process.errors_found."""
     rewards, texts = Scorer("--reward", str(source)), ["".join(row["completions"]) for row in rows]
     scores = rewards.step_scores(rows, texts)
     if scores is None:
@@ -137,7 +138,8 @@ def climb(cfg, here, sft, seed, name, source):
         if n <= len(gold):
             figures[f"gold_{n}"] = sum(gold[n - 5: n]) / 5
 
-    command = ["-m", "data.evaluate", sft, "--reward", source, "--best_of", f"1,{cfg.best_of}", "--seed", seed]
+    command = ["-m", "data.evaluate", sft, "--reward", source, "--best_of", f"1,{cfg.best_of}",
+               "--seed", seed]
     best = make(here / f"evaluate_{short}", command, cfg.evaluate_flags)["best_of"][-1]
     for title, figure in (("best", "gold"), ("product", "gold_product"), ("smallest", "gold_smallest")):
         if figure in best:

@@ -19,9 +19,9 @@ answer from its score (ours: instead of it), clips no gradient norm, and asks 25
 (0.9, 0.999), eps 1e-8, cliprange_value 0.2, vf_coef 0.1 and no warm-up of the value model; ppo_like_trl is
 ours, as near to that as its flags come. ORPOTrainer's likelihood counts the prompt too. RewardTrainer takes
 64 random pairs where ours takes 16 prompts with all their pairs, reads an answer once for each of its pairs
-where ours reads it once, and its head starts smaller. KTOTrainer has one order for all epochs. Ours puts pairs
-of like length together, which saves it padding; in TRL that would also order them (by_length). DPOTrainer reads
-the prompt twice. All random numbers differ.
+where ours reads it once, and its head starts smaller. KTOTrainer has one order for all epochs. Ours puts
+pairs of like length together, which saves it padding; in TRL that would also order them (by_length).
+DPOTrainer reads the prompt twice. All random numbers differ.
 
 A run that is there is not made again. After each, --out/table.md and curves.jsonl (reward, KL and gold of
 every iteration of PPO, against episodes and the processor seconds of the whole command, spread evenly) are
@@ -37,7 +37,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 import dpo   # noqa: E402
-from data import InputError, read_json, read_jsonl, report, write_atomic, write_json, write_jsonl   # noqa: E402
+from data import (InputError, read_json, read_jsonl, report, write_atomic, write_json,   # noqa: E402
+                  write_jsonl)
 from data.files import formats   # noqa: E402
 from data.files.checkpoint import load   # noqa: E402
 from data.flags import program   # noqa: E402
