@@ -344,7 +344,7 @@ def test_tokens_of_hh(tmp_path, name):
         tok = tokenizer_from_json(SMOL_JSON)
     rewritten = name != "smollm2"
     path.write_text(json.dumps(tokenizer_to_json(tok)) if rewritten else SMOL_JSON.read_text())
-    assert_same_tokens(tok, plain_oracle(tokenizers, path), NASTY + hh_lines())
+    assert_same_tokens(tok, plain_oracle(tokenizers, path), NASTY + hh_lines()[::4])
     if rewritten:
         again = tokenizer_from_json(path)
         assert all(again.encode(t) == tok.encode(t) for t in NASTY)
