@@ -140,16 +140,16 @@ FAMILY = {
     "orpo": "dpo.py --loss orpo --lr 1e-3", "kto": "dpo.py --loss kto",
     "online": "dpo.py --online --sft_coef 0", "ppo": "ppo.py"}
 # Equal numbers of sampled answers: the comparisons behind reward and dpo are of 4,000 x 4 = 16,000, best-of-N
-# samples 2,000 x 8 = 16,000, PPO 62 x 256 = 15,872. Best-of-N and PPO have the reward model besides;
-# the last two ask for new labels.
+# samples 2,000 x 8 = 16,000, PPO 62 x 256 = 15,872. Best-of-N and PPO have the reward model besides; ppo and
+# online ask for new labels.
 LADDER = {
     "any": "-m data.best_of --prompts 2000 --n 8 --pick random",
     "best": "-m data.best_of --prompts 2000 --n 8",
     "any_sft": "sft.py --init {run}/sft --data {run}/any/demos.jsonl --lr 2e-4",
     "best_sft": "sft.py --init {run}/sft --data {run}/best/demos.jsonl --lr 2e-4",
     "dpo": "dpo.py", "ppo_still": "ppo.py --relabel 0 --iterations 62", "ppo": "ppo.py",
-    "online": "dpo.py --online --sft_coef 0"}
-RUNGS = ("{run}/sft {run}/any_sft {run}/best_sft {run}/dpo {run}/ppo_still {run}/ppo {run}/online "
+    "online": "dpo.py --online --sft_coef 0"} | PASSES
+RUNGS = ("{run}/sft {run}/any_sft {run}/best_sft {run}/dpo {run}/ppo_still {run}/ppo_6 {run}/ppo {run}/online "
          "--reference {run}/sft")
 STAGES = {"ppo": "ppo.py", "ptx": "ppo.py --ptx_coef 0.5", "dpo": "dpo.py", "kto": "dpo.py --loss kto",
           "cai": "cai.py"}
