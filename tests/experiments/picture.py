@@ -153,6 +153,9 @@ def main(trained="out/ppo", hacked="out/hacked", to=ROOT / "data" / "plots" / "r
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        sys.exit()
     try:
         main(*sys.argv[1:])
     except (InputError, OSError) as error:
