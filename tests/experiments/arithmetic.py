@@ -45,6 +45,8 @@ def problems(n, seed=0):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     with open(sys.argv[1], "x", encoding="utf-8") as f:      # "x": a file that is there stays
         for row in problems(600):
             f.write(json.dumps(row) + "\n")
