@@ -43,8 +43,8 @@ import numpy, tiktoken, torch
 # optimizers import the first
 import torch._dynamo, torch.distributed.checkpoint.state_dict, torch.distributed.fsdp
 sys.modules["matplotlib"] = None                # as if it were not installed: no script needs it
-os.fsync = lambda file: None                    # tests end processes, not the machine, and
-                                                # wait long for a disk
+# tests end processes, not the machine, and wait long for a disk
+os.fsync = lambda file: None
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)          # nobody waits for the forks below
 for line in sys.stdin:
     job = json.loads(line)
@@ -67,8 +67,8 @@ for line in sys.stdin:
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
     sys.argv, script = job["argv"], job["argv"][0]
-    is_file = script.endswith(".py")                     # else a module, as `python -m` runs it in
-                                                         # the suite's folder
+    # else a module, as `python -m` runs it in the suite's folder
+    is_file = script.endswith(".py")
     sys.path[0:0] = [os.path.dirname(script) if is_file else job["root"],
                      *filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep))]
     code = 0
@@ -342,8 +342,8 @@ def chain(suite, request, tmp_path_factory):
     for item in items:
         begin = getattr(item.module, "EARLY", {}).get(item.originalname)
         if begin:
-            own, params = (tmp_path_factory.mktemp("early"),
-                           getattr(item, "callspec", SimpleNamespace(params={})).params)
+            own = tmp_path_factory.mktemp("early")
+            params = getattr(item, "callspec", SimpleNamespace(params={})).params
             suite.early[item.nodeid] = own, suite.background.submit(begin, suite, folder, own, **params)
     return folder
 

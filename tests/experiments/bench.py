@@ -3,7 +3,7 @@
     python tests/experiments/bench.py                  GPT-2 124M shapes, batch 8 x 256 tokens, random weights
     python tests/experiments/bench.py --sizes tiny --stages sft,sample
     python tests/experiments/bench.py --sizes 124M,355M --batch 32 --length 1024 --compile   on a GPU of 80 GB
-    python tests/experiments/bench.py --sizes 774M,1558M --batch 32 --length 1024 --compile --recompute
+    python tests/experiments/bench.py --sizes 774M,1558M --batch 32 --length 1024 --compile --recompute \\
         --peers false
     python tests/experiments/bench.py --sizes 8B --stages ppo --lora 16 --recompute --peers false
 

@@ -147,8 +147,7 @@ LADDER = {
     "best": "-m data.best_of --prompts 2000 --n 8",
     "any_sft": "sft.py --init {run}/sft --data {run}/any/demos.jsonl --lr 2e-4",
     "best_sft": "sft.py --init {run}/sft --data {run}/best/demos.jsonl --lr 2e-4",
-    "dpo": "dpo.py", "ppo_still": "ppo.py --relabel 0 --iterations 62", "ppo": "ppo.py",
-    "online": "dpo.py --online --sft_coef 0"} | PASSES
+    "dpo": "dpo.py", "ppo": "ppo.py", "online": "dpo.py --online --sft_coef 0"} | PASSES
 RUNGS = ("{run}/sft {run}/any_sft {run}/best_sft {run}/dpo {run}/ppo_still {run}/ppo_6 {run}/ppo {run}/online "
          "--reference {run}/sft")
 STAGES = {"ppo": "ppo.py", "ptx": "ppo.py --ptx_coef 0.5", "dpo": "dpo.py", "kto": "dpo.py --loss kto",

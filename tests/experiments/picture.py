@@ -27,12 +27,12 @@ PLOT = (EDGE, 220, 470, 345)         # left, top, right, bottom of a chart in it
 LETTERS = 60                         # of an answer in one line
 SECONDS = 12                         # from one beginning to the next
 
-STYLE = ("""
-svg { --paper: #fbfaf6; --ink: #1c1d22; --soft: #5b5e68; --line: #d8d5cb; """
-         """--blue: #1f55b5; --orange: #b8480b; }
+STYLE = """
+svg { --paper: #fbfaf6; --ink: #1c1d22; --soft: #5b5e68; --line: #d8d5cb;
+      --blue: #1f55b5; --orange: #b8480b; }
 @media (prefers-color-scheme: dark) {
-  svg { --paper: #14161b; --ink: #e8e8ea; --soft: #a3a7b3; --line: #3a3e49; """
-         """--blue: #8ab4ff; --orange: #ffa05c; }
+  svg { --paper: #14161b; --ink: #e8e8ea; --soft: #a3a7b3; --line: #3a3e49;
+        --blue: #8ab4ff; --orange: #ffa05c; }
 }
 rect { fill: var(--paper); }
 text { fill: var(--ink); font: 16px system-ui, sans-serif; }
@@ -52,7 +52,7 @@ path.gold { stroke: var(--orange); }
 @keyframes draw { 0%, 8% { stroke-dashoffset: 1; } 60%, 100% { stroke-dashoffset: 0; } }
 @keyframes come { 0%, 8% { opacity: 0; } 12%, 100% { opacity: 1; } }
 @keyframes late { 0%, 60% { opacity: 0; } 64%, 100% { opacity: 1; } }
-""").replace("SECONDS", str(SECONDS))
+""".replace("SECONDS", str(SECONDS))
 
 
 def text(x, y, words, kind=""):
