@@ -9,8 +9,9 @@ A run that is there (a result.json) is not made again, one that was cut off goes
 the same command again. Each seed has a folder, in which the links of its chain are made once. Tables that
 need more than a row of metrics have drivers of their own, which work in the same way (DRIVERS).
 
-The tables real, steps and arithmetic read a folder --files: smollm2/ (SmolLM2-135M-Instruct from the hub),
-harmless-base.jsonl.gz (of hh-rlhf), alpaca-eval-pairs.jsonl.gz (AlpacaEval's annotations as JSON lines).
+The tables real, steps, arithmetic and critic read a folder --files: smollm2/ (SmolLM2-135M-Instruct from
+the hub), harmless-base.jsonl.gz (of hh-rlhf), alpaca-eval-pairs.jsonl.gz (AlpacaEval's annotations as JSON
+lines), 438HHHEvaluations.jsonl.gz (of Constitutional AI).
 """
 import random
 import shlex
@@ -148,8 +149,8 @@ LADDER = {
     "any_sft": "sft.py --init {run}/sft --data {run}/any/demos.jsonl --lr 2e-4",
     "best_sft": "sft.py --init {run}/sft --data {run}/best/demos.jsonl --lr 2e-4",
     "dpo": "dpo.py", "ppo": "ppo.py", "online": "dpo.py --online --sft_coef 0"} | PASSES
-RUNGS = ("{run}/sft {run}/any_sft {run}/best_sft {run}/dpo {run}/ppo_still {run}/ppo_6 {run}/ppo {run}/online "
-         "--reference {run}/sft")
+RUNGS = ("{run}/sft {run}/any_sft {run}/best_sft {run}/dpo {run}/ppo_still {run}/ppo_6 {run}/ppo "
+         "{run}/online --reference {run}/sft")
 STAGES = {"ppo": "ppo.py", "ptx": "ppo.py --ptx_coef 0.5", "dpo": "dpo.py", "kto": "dpo.py --loss kto",
           "cai": "cai.py"}
 # Of hh-rlhf's 1,161 pairs within 192 tokens 581 are held out (standard error 0.020), of AlpacaEval's 1,916
@@ -202,14 +203,19 @@ TABLES = {
                         files=problems, before=True),
 }
 CHAINS = ["--links", "{out}/{seed}", "--seeds", "{seeds}"]      # {seed} is filled in by the driver itself
-STILL = "--ppo_flags=--relabel 0 --iterations 60"
+STILL = "--ppo_flags=--relabel 0 --iterations 40"      # as gao.py, whose runs are half of the frontier
+HERE = "tests/experiments/"
 DRIVERS = {   # {name: (command, a file that it leaves when it has ended)}
-    "gao": (["gao.py", *CHAINS], "gao.json"),
-    "process": (["process.py", *CHAINS], "process.txt"),
-    "hacking": (["hacking.py", *CHAINS, "--cures", "none,relabel,budget,kl"], "cures.txt"),
-    "frontier": (["preferences.py", "--frontier", *CHAINS, STILL], "frontier.json"),
-    "pareto": (["preferences.py", "--pareto", *CHAINS, STILL + " --kl_coef 0.2"], "pareto.json"),
-    "growth": (["growth.py"], "growth.json"),
+    "kl_estimates": ([HERE + "kl_estimates.py", "--links", "{out}/{seed}", "--seeds", TABLES["chain"].seeds],
+                     "kl_estimates.json"),
+    "gao": ([HERE + "gao.py", *CHAINS], "gao.json"),
+    "process": ([HERE + "process.py", *CHAINS], "process.txt"),
+    "hacking": ([HERE + "hacking.py", *CHAINS, "--cures", "none,relabel,budget,kl"], "cures.txt"),
+    "frontier": ([HERE + "preferences.py", "--frontier", *CHAINS, STILL], "frontier.json"),
+    "pareto": ([HERE + "preferences.py", "--pareto", *CHAINS, STILL + " --kl_coef 0.2"], "pareto.json"),
+    "growth": ([HERE + "growth.py"], "growth.json"),
+    "critic": (["cai.py", "--critic", "{files}/smollm2", "--critic_test",
+                "{files}/438HHHEvaluations.jsonl.gz"], "critic.json"),
 }
 
 
@@ -273,9 +279,9 @@ def driver_of(name, cfg):
     has not ended."""
     (script, *flags), last = DRIVERS[name]
     folder = Path(cfg.out) / name
-    command = [str(ROOT / "tests" / "experiments" / script)]
+    command = [str(ROOT / script)]
     for flag in flags:
-        command.append(flag.format(out=cfg.out, seeds=cfg.seeds or "0,1,2", seed="{seed}"))
+        command.append(flag.format(out=cfg.out, files=cfg.files, seeds=cfg.seeds or "0,1,2", seed="{seed}"))
     command += ["--out", str(folder)]
     if not cfg.rows and not (folder / last).exists():
         print(shlex.join(command), flush=True)

@@ -90,10 +90,11 @@ def points_of(rows):
 def runs_of(cfg, seed):
     """{name: points} of each KL weight and of best-of-N, for one seed."""
     links, found = Path((cfg.links or f"{cfg.out}/links{{seed}}").format(seed=seed)), {}
+    # preferences.py --frontier has the runs of PPO, too.
     for weight in cfg.kl_coefs.split(","):
         command = [ROOT / "ppo.py", "--seed", seed, "--relabel", 0, "--kl_coef", weight]
-        make(links / f"gao_{weight}", command, cfg.ppo_flags)
-        found[f"beta {weight}"] = points_of(curve(links / f"gao_{weight}")[BEFORE - 1:])
+        make(links / f"ppo_kl_coef{weight}", command, cfg.ppo_flags)
+        found[f"beta {weight}"] = points_of(curve(links / f"ppo_kl_coef{weight}")[BEFORE - 1:])
     command = ["-m", "data.evaluate", links / "sft", "--reference", links / "sft", "--seed", seed]
     command += ["--reward", links / "reward", "--best_of", cfg.best_of]
     best = make(links / "gao_best_of", command, cfg.evaluate_flags)["best_of"]

@@ -28,7 +28,7 @@ from model import sampling_copy   # noqa: E402
 
 WEIGHTS = (0, 0.25, 0.5, 0.75, 1)   # of the helpful reward model; the harmless one has the rest
 PULLS = {"dpo.py": ("--beta", (0.05, 0.1, 0.3, 1.0, 3.0)),     # to the reference
-         "ppo.py": ("--kl_coef", (0.02, 0.05, 0.1, 0.3, 1.0))}
+         "ppo.py": ("--kl_coef", (0.01, 0.03, 0.1, 0.3, 1.0))}
 
 
 @dataclass
@@ -56,8 +56,8 @@ def frontier(cfg, seeds, folder_of):
         for script, (flag, values) in PULLS.items():
             line = []
             for value in values:
-                command = [ROOT / script, "--seed", seed, flag, value]
-                after = make(links / f"{script[:3]}_{value:g}", command, more[script])["after"]
+                folder = links / f"{script[:3]}_{flag[2:]}{value:g}"
+                after = make(folder, [ROOT / script, "--seed", seed, flag, value], more[script])["after"]
                 points.append({"script": script, "seed": seed, "beta": value, "kl": after["kl"],
                                "gold": after["gold"]})
                 line.append((after["kl"], after["gold"], value))
