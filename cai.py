@@ -386,7 +386,8 @@ SECONDS = {"start": 5, "stage 1": 45, "stage 2": 100}   # about, on two cores: f
 
 def measure_critic(cfg, setting):
     """--critic_test: how often a critic is right about comparisons, on the screen and in critic.json."""
-    take(cfg, "critic_test", ["critic.json"])
+    inputs = [cfg.critic, cfg.critic_test, cfg.constitution]
+    take(cfg, "critic_test", ["critic.json"], filter(None, inputs))
     rows, dropped = formats.load(cfg.critic_test, "preference")
     print(formats.describe(rows, dropped, cfg.critic_test))
     critic = make_critic(cfg.critic or need(cfg, "base"), cfg, setting.device)

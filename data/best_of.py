@@ -6,9 +6,9 @@
 
 The rung between SFT and PPO: a reward, and no reinforcement learning (arXiv:2112.09332; Llama 2,
 arXiv:2307.09288, section 3.2.3). The policy answers each prompt N times; the answer with the largest reward
-becomes a demonstration for sft.py. However much the reward likes it, the best of N is at most
-KL = log N - (N - 1) / N away from the policy (arXiv:2009.01325, appendix G.3); PPO can go further, for better
-and for worse.
+becomes a demonstration for sft.py. However much the reward likes it, the best of N is at most a KL of
+log N - (N - 1) / N nats away from the policy (arXiv:2009.01325, appendix G.3), and "kl" in its result is
+that bound; PPO can go further, for better and for worse.
 
 The control tells selection apart from training on one's own answers: --pick random keeps as many
 demonstrations, of the same answers, and its reward only measures.

@@ -9,7 +9,7 @@ Every model answers the same prompts once. What is measured:
     gold, families   the tiny world's exact judge (data/world/judge.py); skill: the share of right answers of
                      the helpful family, however long
     kl               sum_t KL(model(. | y_<t) || reference(. | y_<t)) over the model's own answers, in nats
-                     per answer
+                     per answer, both at temperature 1
     distinct_n       different n-grams / all n-grams over all answers (arXiv:1510.03055); unique: of answers
     bits_per_byte    on the last 2 % of the corpus, which pretraining did not see: the alignment tax
                      (arXiv:2203.02155)
@@ -17,12 +17,14 @@ Every model answers the same prompts once. What is measured:
                      one half, with a 95 % interval from a bootstrap over prompts
     length-controlled win rate (arXiv:2404.04475):  P(a over b) = sigmoid(theta + phi tanh(dlen / std(dlen)))
                      fitted to the preferences, read at dlen = 0: what it would be if both answers were
-                     equally long (where one model is always the longer one this is an extrapolation)
-    best-of-N        mean over prompts of the best of N answers by reward, at KL = log N - (N - 1) / N
-                     (arXiv:2009.01325, appendix G.3), estimated without bias from one set of S >= N answers:
-                     the i-th smallest of S is the best of N of them with probability
-                     C(i - 1, N - 1) / C(S, N). A reward of steps also chooses by the product and by the
-                     smallest of an answer's step scores (arXiv:2305.20050)
+                     equally long (where one model is always the longer one this is an extrapolation). The
+                     paper's third term, how hard each instruction is, needs many models and is left out
+    best-of-N        mean over prompts of the best of N of the reference's answers by reward, at a KL of at
+                     most log N - (N - 1) / N (arXiv:2009.01325, appendix G.3; less where answers come
+                     twice), estimated without bias from one set of S >= N answers: the i-th smallest of S is
+                     the best of N of them with probability C(i - 1, N - 1) / C(S, N). A reward of steps also
+                     chooses by the product and by the smallest of an answer's step scores
+                     (arXiv:2305.20050). An answer that --max_new cut off may be the best, too
 At the bottom stands a control that says the same polite nothing to every prompt. A judge it wins with is
 broken.
 
@@ -107,7 +109,7 @@ def best_of_n(proxy, values, n):
     """Mean over prompts of `values` (P, S) at the best by `proxy` (P, S) of n answers, over all choices of n
     from S."""
     S = proxy.shape[1]
-    # weights[i]: the chance that the i-th smallest of S is the best of n, so that all others are below it.
+    # weights[i]: the chance that the one with i below it is the best of n: the others are n - 1 of the i.
     weights = np.array([math.comb(i, n - 1) / math.comb(S, n) for i in range(S)])
     order = proxy.argsort(1, kind="stable")
     return float((np.take_along_axis(values, order, 1) @ weights).mean())
@@ -396,7 +398,8 @@ def main(cfg):
     loaded, rows = load_all([reference, *paths], scorers.values(), rows, data, cfg, device)
 
     # The folder is taken here, so that what was refused so far has left none.
-    take(cfg, "evaluate", ["result.json", "generations.jsonl"], [*paths, cfg.judge, cfg.reward, cfg.data])
+    inputs = [*paths, reference, cfg.judge, cfg.reward, cfg.data, cfg.corpus]
+    take(cfg, "evaluate", ["result.json", "generations.jsonl"], filter(None, inputs))
 
     # Every model answers; the control says the same to everybody.
     texts, metrics = {}, {}

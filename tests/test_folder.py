@@ -298,6 +298,10 @@ def test_an_evaluation_is_replaced_by_the_same_or_when_asked(suite, chain, tmp_p
     suite.ok(*flags, "--seed", 1, "--overwrite")
     assert result_of(tmp_path / "e")["seed"] == 1
     fails(suite.run(*command_for("data.evaluate", chain), "--out", chain / "ppo"), "ppo made it")
+    before = hashes(chain / "dpo")
+    fails(suite.run(*command_for("data.evaluate", chain), "--reference", chain / "dpo", "--out",
+                    chain / "dpo", "--overwrite"), chain / "dpo", "is read by this run")
+    assert hashes(chain / "dpo") == before
 
 
 @needs_fork

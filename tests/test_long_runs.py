@@ -4,6 +4,7 @@ what these hold."""
 import json
 import resource
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -56,7 +57,7 @@ def commands(monkeypatch):
             names = [Path(path).name for path in cfg.models.split(",")]
             result["models"] = {name: {"reward": 1.0, "gold": 0.5, "kl": 2.0} for name in names}
             result["wins"] = {name: {names[0]: {"win_rate": 0.25}} for name in names[1:]}
-            result["best_of"] = [{"n": n, "kl": n / 2, "reward": n, "gold": n} for n in (1, 2, 4)]
+            result["best_of"] = [{"n": n, "kl": (n - 1) / 2, "reward": n, "gold": n} for n in (1, 2, 4)]
         (out / "result.json").write_text(json.dumps(result))
         return 0, 512.0, 60.0
     monkeypatch.setattr(hacking, "run_to_end", run_to_end)
@@ -126,17 +127,19 @@ x = bytearray(200_000_000)
 pathlib.Path(sys.argv[-1], "result.json").write_text(json.dumps({"flags": sys.argv[1:3]}))
 """)
     result = hacking.make(tmp_path / "b", [script, "--n", 1])
+    assert result == hacking.make(tmp_path / "b", ["elsewhere/script.py"], "--n=1")
+    with pytest.raises(InputError, match="b is of another command: .*script.py --n 1; .*script.py --n 2"):
+        hacking.make(tmp_path / "b", [script, "--n", 2])
     # Linux counts what the process that starts a command held, too: these tests may hold gigabytes by now.
     ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert result["flags"] == ["--n", "1"] and 0 < result["seconds"] and 190 < result["mb"] < 600 + ours
 
 
 def test_the_frontier(commands, tmp_path):
-    preferences.main(preferences.Config(out=str(tmp_path), seeds="1,0", frontier=True,
-                                        ppo_flags="--relabel 0"))
+    preferences.main(preferences.Config(out=str(tmp_path), seeds="1,0", frontier=True))
     assert [c.beta for c in configs_of("dpo.py", commands)] == [0.05, 0.1, 0.3, 1.0, 3.0] * 2
-    assert {(c.kl_coef, c.relabel) for c in configs_of("ppo.py", commands)} == {
-        (beta, 0) for beta in (0.02, 0.05, 0.1, 0.3, 1.0)}
+    assert {(c.kl_coef, c.relabel, c.iterations) for c in configs_of("ppo.py", commands)} == {
+        (beta, 0, 40) for beta in (0.01, 0.03, 0.1, 0.3, 1.0)}
     points = json.loads((tmp_path / "frontier.json").read_text())
     first = {"script": "dpo.py", "seed": 1, "beta": 0.05, "kl": 2.0, "gold": 0.875}
     assert len(points) == 20 and points[0] == first
@@ -157,13 +160,13 @@ def test_annotators_with_two_minds(commands, tmp_path, monkeypatch):
     assert wants(harmful, method, "helpful") == 1 and wants(harmful, refusal, "helpful") == 0
     assert wants(harmful, method, "harmless") < wants(harmful, refusal, "harmless")
     assert wants(question, refusal, "harmless") is None
-    family = {row["prompt"][-1]["content"]: row for row in (harmful, question)}
+    row_of = {row["prompt"][-1]["content"]: row for row in (harmful, question)}
     pairs = [{"prompt": harmful["prompt"], "chosen": refusal, "rejected": method},
              {"prompt": harmful["prompt"], "chosen": refusal, "rejected": refusal},
              {"prompt": question["prompt"], "chosen": question["answer"], "rejected": refusal}]
     turned = {"prompt": harmful["prompt"], "chosen": method, "rejected": refusal}
-    assert preferences.pairs_of("helpful", pairs, family) == [turned, pairs[2]]
-    assert preferences.pairs_of("harmless", pairs, family) == [pairs[0]]
+    assert preferences.pairs_of("helpful", pairs, row_of) == [turned, pairs[2]]
+    assert preferences.pairs_of("harmless", pairs, row_of) == [pairs[0]]
 
     monkeypatch.setattr(preferences, "what_both_get", lambda folder, seed: {"helpful": 0.5, "harmless": 0.25})
     reward = tmp_path / "links0" / "reward"
@@ -245,21 +248,33 @@ def test_the_drivers_have_their_flags(links, monkeypatch, capsys):
     """What is missing is said with its command, in which the driver fills in the seed; what is there is
     printed and not run."""
     ran = []
-    monkeypatch.setattr(evidence, "run_to_end", lambda command, screen: ran.append(command))
-    for name, (_, last) in evidence.DRIVERS.items():
-        cfg = evidence.Config(out=str(links), only=name)
+
+    def run_to_end(command, screen):
+        ran.append(command)
+        (screen.parent / last).write_text("")
+        screen.write_text("its table")
+        return status, 512.0, 60.0
+    monkeypatch.setattr(evidence, "run_to_end", run_to_end)
+    for name, (seeds, _, last) in evidence.DRIVERS.items():
+        status, cfg = 0, evidence.Config(out=str(links), only=name)
+        evidence.main(replace(cfg, rows=True))
+        assert not ran and name in capsys.readouterr().out.split("missing:")[1]
         evidence.main(cfg)
+        assert "its table" in capsys.readouterr().out
         script, *flags = ran.pop()[1:]
-        module = import_module(Path(script).stem)
-        driver = parse_flags(module.Config, "", flags)
+        driver = parse_flags(import_module(Path(script).stem).Config, "", flags)
         assert driver.out == str(links / name)
-        if name != "growth":        # which needs no run
-            assert driver.seeds == "0,1,2" and driver.links == f"{links}/{{seed}}"
-        assert script in capsys.readouterr().out.split("missing:")[1]
-        (links / name / last).write_text("")
-        (links / name / "screen.txt").write_text("its table")
         evidence.main(cfg)
         assert not ran and "its table" in capsys.readouterr().out
+        if seeds:
+            assert driver.seeds == seeds and driver.links == f"{links}/{{seed}}"
+            evidence.main(replace(cfg, seeds="1"))     # what is there has other seeds
+            assert len(ran) == 1 and "--seeds 1" in " ".join(ran.pop())
+        status = 256
+        (links / name / last).unlink()
+        with pytest.raises(InputError, match=f"{Path(script).name} failed, see .*screen.txt"):
+            evidence.main(cfg)
+        ran.clear()
 
 
 def test_what_grows():
@@ -285,6 +300,13 @@ def test_the_laws_of_over_optimisation():
     assert gao.difference(d, 2 * d + 0.1, other, 2 * other) == pytest.approx(0.1, abs=1e-10)
     assert gao.difference(d, d, d + 5, d) is None
 
+    # What is gained is gained over the mean of all rows of the SFT model.
+    rows = np.array([[0, 0.5, 0.5], [0, 0.7, 0.7], [4, 1.0, 0.9], [0.25, 0.8, 0.4]])
+    np.testing.assert_allclose(gao.points_of(rows), [[2, 0.4, 0.3], [0.5, 0.2, -0.2]])
+    for broken in (rows[2:], rows[:2]):
+        with pytest.raises(InputError, match="SFT model"):
+            gao.points_of(broken)
+
 
 def test_the_driver_of_these_laws(commands, tmp_path, capsys):
     cfg = gao.Config(out=str(tmp_path), seeds="0,1", kl_coefs="0,0.1")
@@ -297,4 +319,7 @@ def test_the_driver_of_these_laws(commands, tmp_path, capsys):
     assert "| beta 0.1 | 0.000 (0.000 to 0.000) | 0.000 (0.000 to 0.000) | no |" in text
     points = json.loads((tmp_path / "gao.json").read_text())
     assert [point["name"] for point in points] == ["beta 0", "beta 0.1", "best of N"] * 2
+    # 30 iterations, of which the first is the SFT model; the second has KL 0.1, reward 0.2, gold 0.54.
+    assert len(points[0]["d_proxy_gold"]) == 29
+    assert points[0]["d_proxy_gold"][0] == pytest.approx([0.1 ** 0.5, 0.2, 0.04])
     assert (tmp_path / "gao.png").exists() == bool(find_spec("matplotlib"))

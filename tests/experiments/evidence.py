@@ -22,10 +22,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 import arithmetic   # noqa: E402
-from data import InputError, read_json, read_jsonl, write_jsonl   # noqa: E402
+from data import InputError, read_json, read_jsonl, write_json, write_jsonl   # noqa: E402
 from data.files import formats   # noqa: E402
 from data.flags import program   # noqa: E402
-from hacking import ROOT, make, run_to_end, spread   # noqa: E402
+from hacking import ROOT, asked, make, run_to_end, spread   # noqa: E402
 
 ESTIMATORS = ("gae", "rloo", "grpo", "dr_grpo", "reinforce++")
 
@@ -51,12 +51,12 @@ class Table:
     runs: dict                    # {run, a folder of the seed: script and flags}
     metrics: tuple                # of `after` in result.json, or of data.evaluate's models
     first: dict = field(default_factory=dict)   # runs that the others need, which are no lines
-    files: typing.Callable | None = None        # (folder of the seed, seed): writes what the runs read
+    prepare: typing.Callable | None = None      # (folder of the seed, seed): writes what the runs read
     before: bool = False          # a line for the metrics before training, too
     apart: bool = False           # a line for each seed, too
 
 
-def with_reward(flags, estimators=ESTIMATORS):
+def with_each_estimator(flags, estimators=ESTIMATORS):
     """PPO with each of some estimators and these flags, as {folder: command}."""
     runs = {}
     for name in estimators:
@@ -82,7 +82,8 @@ def oversight():
 
 def cut(run, seed):
     """Files with fewer comparisons of a seed's reward.py: the first so many of those it trains on, and all
-    that it holds out. Which are held out depends on the prompt alone: the same ones of each file."""
+    that it holds out. Which are held out depends on the prompt alone: the same ones of each file. A quarter
+    are ties, from which reward.py learns, too, and dpo.py does not."""
     make(run / "reward", [ROOT / "reward.py", "--seed", seed])
     rows = read_jsonl(run / "reward" / "comparisons.jsonl")
     train, held_out = formats.split(rows, 0.1, seed=0)      # as reward.py and dpo.py do
@@ -122,7 +123,7 @@ def sums(run, seed):
     write_jsonl(run / "sums.jsonl", rows)
 
 
-# Comparisons, and passes over them: few need more than two, for 40 steps or more.
+# Comparisons, and passes over them: so few need more than two, to get 40 steps or more.
 SIZES = {100: 20, 300: 10, 1000: 4, 3000: 2, 10000: 2}
 SIZED = {"reward": "reward.py", "dpo": "dpo.py"}
 for n, epochs in SIZES.items():
@@ -179,14 +180,14 @@ def judged(name, flags, metrics=OVER):
 TABLES = {
     "chain": Table("0,1,2,3,4,5,6,7,8,9", CHAIN, (*POLICY, "reward"), apart=True),
     "reward": Table("0,1,2,3,4,5,6,7,8,9", {"reward": "reward.py"}, ("accuracy", "ceiling", "loss")),
-    "dpo": Table("0,1,2", FAMILY, (*POLICY, "accuracy", "win_rate")),
+    "dpo": Table("0,1,2", FAMILY, (*POLICY, "accuracy")),
     "ladder": Table("0,1,2", {"ladder": f"-m data.evaluate {RUNGS} --reward {{run}}/reward --best_of 8"},
                     ("gold", "kl", "reward", "words", "unique", "over sft"), first=LADDER),
-    "sizes": Table("0,1,2", SIZED, ("accuracy", "loss"), files=cut),
+    "sizes": Table("0,1,2", SIZED, ("accuracy", "loss"), prepare=cut),
     "passes": Table("0,1,2", PASSES, ("accuracy", "loss", "calibration_error", *POLICY)),
-    "estimators": Table("0,1,2", {"ppo": "ppo.py"} | with_reward("", ESTIMATORS[1:]), POLICY),
-    "checkable": Table("0,1,2", with_reward(" --reward gold --iterations 30")
-                       | with_reward(" --reward gold --iterations 30 --kl_coef 0"), POLICY),
+    "estimators": Table("0,1,2", {"ppo": "ppo.py"} | with_each_estimator("", ESTIMATORS[1:]), POLICY),
+    "checkable": Table("0,1,2", with_each_estimator(" --reward gold --iterations 30")
+                       | with_each_estimator(" --reward gold --iterations 30 --kl_coef 0"), POLICY),
     "cai": Table("0,1,2,3,4", {"cai": "cai.py", "rlhf": "cai.py --labels human"},
                  ("harmless_rate", "gold", "helpful", "harmless", "honest")),
     "oversight": Table("0,1,2", oversight(), ("gold_accuracy", "accuracy", *POLICY)),
@@ -197,25 +198,23 @@ TABLES = {
     "judge_ai": judged("judge_ai", "--judge ai:{run}/base"),
     "real": Table("0,1,2", REAL, ("accuracy", "longer_wins", "accuracy_shorter", "accuracy_longer", "loss"),
                   before=True),
-    "steps": Table("0,1,2", {"steps": STEPS}, ("accuracy", "first_error", "no_error", "loss"), files=sums,
+    "steps": Table("0,1,2", {"steps": STEPS}, ("accuracy", "first_error", "no_error", "loss"), prepare=sums,
                    before=True),
     "arithmetic": Table("0", {"arithmetic": ARITHMETIC}, ("reward", "length", "eos_rate", "kl"),
-                        files=problems, before=True),
+                        prepare=problems, before=True),
 }
 CHAINS = ["--links", "{out}/{seed}", "--seeds", "{seeds}"]      # {seed} is filled in by the driver itself
-STILL = "--ppo_flags=--relabel 0 --iterations 40"      # as gao.py, whose runs are half of the frontier
 HERE = "tests/experiments/"
-DRIVERS = {   # {name: (command, a file that it leaves when it has ended)}
-    "kl_estimates": ([HERE + "kl_estimates.py", "--links", "{out}/{seed}", "--seeds", TABLES["chain"].seeds],
-                     "kl_estimates.json"),
-    "gao": ([HERE + "gao.py", *CHAINS], "gao.json"),
-    "process": ([HERE + "process.py", *CHAINS], "process.txt"),
-    "hacking": ([HERE + "hacking.py", *CHAINS, "--cures", "none,relabel,budget,kl"], "cures.txt"),
-    "frontier": ([HERE + "preferences.py", "--frontier", *CHAINS, STILL], "frontier.json"),
-    "pareto": ([HERE + "preferences.py", "--pareto", *CHAINS, STILL + " --kl_coef 0.2"], "pareto.json"),
-    "growth": ([HERE + "growth.py"], "growth.json"),
-    "critic": (["cai.py", "--critic", "{files}/smollm2", "--critic_test",
-                "{files}/438HHHEvaluations.jsonl.gz"], "critic.json"),
+DRIVERS = {   # {name: (seeds, command, a file that it leaves when it has ended)}
+    "kl_estimates": (TABLES["chain"].seeds, [HERE + "kl_estimates.py", *CHAINS], "kl_estimates.json"),
+    "gao": ("0,1,2", [HERE + "gao.py", *CHAINS], "gao.json"),
+    "process": ("0,1,2", [HERE + "process.py", *CHAINS], "process.txt"),
+    "hacking": ("0,1,2", [HERE + "hacking.py", *CHAINS, "--cures", "none,relabel,budget,kl"], "cures.txt"),
+    "frontier": ("0,1,2", [HERE + "preferences.py", "--frontier", *CHAINS], "frontier.json"),
+    "pareto": ("0,1,2", [HERE + "preferences.py", "--pareto", *CHAINS], "pareto.json"),
+    "growth": ("", [HERE + "growth.py"], "growth.json"),
+    "critic": ("", ["cai.py", "--critic", "{files}/smollm2", "--critic_test",
+                    "{files}/438HHHEvaluations.jsonl.gz"], "critic.json"),
 }
 
 
@@ -249,9 +248,9 @@ def table_of(name, table, seeds, cfg):
     missing, found, apart = [], {}, {}
     for seed in seeds:
         run = Path(cfg.out) / str(seed)
-        if table.files and not cfg.rows:
+        if table.prepare and not cfg.rows:
             run.mkdir(parents=True, exist_ok=True)
-            table.files(run, seed)
+            table.prepare(run, seed)
         for folder, text in (table.first | table.runs).items():
             command = [*command_of(text, run, cfg.files), "--seed", seed]
             if not cfg.rows:
@@ -269,25 +268,34 @@ def table_of(name, table, seeds, cfg):
     print(f"\n{name}\n| | seeds | " + " | ".join(table.metrics) + " |")
     print("|---" * (len(table.metrics) + 2) + "|")
     for line, results in (found | apart).items():
-        cells = [spread([metrics.get(metric) for metrics in results]) for metric in table.metrics]
+        cells = []
+        for metric in table.metrics:
+            cells.append(spread([metrics.get(metric) for metrics in results]))
         print(f"| {line} | {len(results)} | " + " | ".join(cells) + " |")
     return missing
 
 
 def driver_of(name, cfg):
-    """Run a driver to its end, unless --rows, and print what it said. Returns its command, in a list, if it
-    has not ended."""
-    (script, *flags), last = DRIVERS[name]
+    """Run a driver to its end, unless --rows or this command has ended before, and print what it said.
+    Returns its command, in a list, if it has not ended. InputError: it fails."""
+    seeds, (script, *flags), last = DRIVERS[name]
     folder = Path(cfg.out) / name
     command = [str(ROOT / script)]
     for flag in flags:
-        command.append(flag.format(out=cfg.out, files=cfg.files, seeds=cfg.seeds or "0,1,2", seed="{seed}"))
+        command.append(flag.format(out=cfg.out, files=cfg.files, seeds=cfg.seeds or seeds, seed="{seed}"))
     command += ["--out", str(folder)]
-    if not cfg.rows and not (folder / last).exists():
+    record = folder / "command.json"      # not there where it was run by hand
+    has_ended = (folder / last).exists() and (
+        not record.exists() or asked(read_json(record)) == asked(command))
+    if not cfg.rows and not has_ended:
         print(shlex.join(command), flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        run_to_end([sys.executable, *command], folder / "screen.txt")
-    if not (folder / last).exists():
+        status, _, _ = run_to_end([sys.executable, *command], folder / "screen.txt")
+        if status:
+            raise InputError(f"{script} failed, see {folder}/screen.txt")
+        write_json(record, command)
+        has_ended = True
+    if not has_ended:
         return [shlex.join(["python", *command])]
     said = folder / "screen.txt"      # not there where it was run by hand
     print(f"\n{name}\n" + (said.read_text() if said.exists() else f"see {folder / last}"))

@@ -3,16 +3,19 @@
     python tests/experiments/gao.py --links 'runs/{seed}'      5 KL weights x 3 seeds of ppo.py, and best-of-N
 
 A policy is pulled away from the SFT model, by PPO against a reward model that stands still or by taking the
-best of N answers. With R the reward it has gained, gold or proxy (the reward model's), they find
+best of N answers. With R the gold that it has gained, they find
 
     best of N   R = d (a - b d)           KL = log N - (N - 1) / N
     RL          R = d (a - b log d)
 
 and that a KL penalty in RL moves no frontier of gold: at equal d it has as much gold as without one, it only
-stops earlier. This fits both forms by least squares, and compares the weights at equal d.
+stops earlier. This fits both forms by least squares, also to the gain in proxy (what the reward model says),
+and compares the weights at equal d.
 
-PPO's points are on the training prompts, each the mean of five iterations; best-of-N's are on the test
-prompts. Leaves --out/gao.md (two tables), gao.png (if matplotlib is installed) and gao.json (all points).
+A point of PPO is one iteration, on its training prompts, less the mean of the iterations before the first
+update, whose answers are the SFT model's; its proxy has the penalty for answers that do not end. A point of
+best-of-N is on the test prompts, and its KL an upper bound (data/best_of.py). Leaves --out/gao.md (two
+tables), gao.png (if matplotlib is installed) and gao.json (all points).
 """
 import sys
 from dataclasses import dataclass
@@ -21,12 +24,12 @@ from pathlib import Path
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-from data import write_atomic, write_json   # noqa: E402
+from data import InputError, read_jsonl, write_atomic, write_json   # noqa: E402
 from data.flags import program   # noqa: E402
-from hacking import ROOT, curve, make, pyplot, spread   # noqa: E402
+from hacking import FIGURES, ROOT, make, pyplot, spread   # noqa: E402
 
-BEFORE = 5      # iterations of ppo.py that sample from the SFT model: the value model learns alone in four
-MEASURES = {"gold": 2, "proxy": 1}       # and their columns in a curve; column 0 is d
+MEASURES = {"gold": 2, "proxy": 1}       # and their columns in the points; column 0 is d
+BEST_OF_N = "best of N"                  # what is compared beside the KL weights
 
 
 @dataclass
@@ -80,40 +83,46 @@ def difference(d, gain, d_other, gain_other):
 
 
 def points_of(rows):
-    """(d, gain of the reward, gain of gold) of rows (N, 3) of KL, reward and gold, the first of which is the
-    SFT model: (N - 1, 3)."""
-    points = rows[1:] - rows[0]
-    points[:, 0] = np.sqrt(rows[1:, 0].clip(min=0))
+    """(d, gain of the reward, gain of gold) of rows (N, 3) of KL, reward and gold, the first of which, with a
+    KL of 0, are the SFT model: (N - how many those are, 3). InputError: there are none, or no others."""
+    moved = rows[:, 0] > 0
+    n = int(moved.argmax())
+    if n == 0:
+        raise InputError("the first point has to be the SFT model, with a KL of 0, and another one to follow")
+    points = rows[n:] - rows[:n].mean(0)
+    points[:, 0] = np.sqrt(rows[n:, 0].clip(min=0))
     return points
 
 
 def runs_of(cfg, seed):
     """{name: points} of each KL weight and of best-of-N, for one seed."""
     links, found = Path((cfg.links or f"{cfg.out}/links{{seed}}").format(seed=seed)), {}
-    # preferences.py --frontier has the runs of PPO, too.
+    # The runs of PPO are those of preferences.py --frontier, where it has the same weights.
     for weight in cfg.kl_coefs.split(","):
         command = [ROOT / "ppo.py", "--seed", seed, "--relabel", 0, "--kl_coef", weight]
         make(links / f"ppo_kl_coef{weight}", command, cfg.ppo_flags)
-        found[f"beta {weight}"] = points_of(curve(links / f"ppo_kl_coef{weight}")[BEFORE - 1:])
+        log = read_jsonl(links / f"ppo_kl_coef{weight}" / "log.jsonl")
+        found[f"beta {weight}"] = points_of(np.array([[row[name] for name in FIGURES] for row in log]))
     command = ["-m", "data.evaluate", links / "sft", "--reference", links / "sft", "--seed", seed]
     command += ["--reward", links / "reward", "--best_of", cfg.best_of]
     best = make(links / "gao_best_of", command, cfg.evaluate_flags)["best_of"]
-    found["best of N"] = points_of(np.array([[point[x] for x in ("kl", "reward", "gold")] for point in best]))
+    found[BEST_OF_N] = points_of(np.array([[point[x] for x in ("kl", "reward", "gold")] for point in best]))
     return found
 
 
 def fits_table(runs):
     """Rows in Markdown: the coefficients of each measure, a fit a seed."""
-    lines = ["| | seeds | of | a | b | R squared | d at the end | gain, largest | gain at the end |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| | seeds | of | a | b | R squared | d at the end | gain at the end |",
+             "|---|---|---|---|---|---|---|---|"]
     for name in runs[0]:
-        terms = terms_of_best_of_n if name == "best of N" else terms_of_rl
+        # The end: the largest N, or PPO's last five iterations.
+        terms, n_last = (terms_of_best_of_n, 1) if name == BEST_OF_N else (terms_of_rl, 5)
         for measure, column in MEASURES.items():
             numbers = []
             for run in runs:
                 d, gain = run[name][:, 0], run[name][:, column]
-                numbers.append((*fit(terms(d), gain), d[-1], gain.max(), gain[-1]))
-            cells = [spread(column) for column in zip(*numbers)]
+                numbers.append((*fit(terms(d), gain), d[-n_last:].mean(), gain[-n_last:].mean()))
+            cells = [spread(values) for values in zip(*numbers)]
             lines.append(f"| {name} | {len(runs)} | {measure} | " + " | ".join(cells) + " |")
     return lines
 
@@ -126,9 +135,12 @@ def frontier_table(runs):
     for name in others:
         cells, one_sided = [], False
         for measure, column in MEASURES.items():
-            gaps = [difference(run[name][:, 0], run[name][:, column], run[first][:, 0], run[first][:, column])
-                    for run in runs]
-            gaps = [gap for gap in gaps if gap is not None]
+            gaps = []
+            for run in runs:
+                (d, gain), (d_first, gain_first) = run[name][:, [0, column]].T, run[first][:, [0, column]].T
+                gap = difference(d, gain, d_first, gain_first)
+                if gap is not None:
+                    gaps.append(gap)
             cells.append(spread(gaps))
             if measure == "gold":
                 one_sided = bool(gaps) and (min(gaps) > 0 or max(gaps) < 0)
@@ -137,19 +149,19 @@ def frontier_table(runs):
 
 
 def plot(path, runs):
-    """Gains against d: a line a seed, a colour a weight; best-of-N with its fit, dashed."""
+    """Gains against d: a dot an iteration, a colour a weight; best-of-N with its fit, dashed."""
     plt = pyplot(path)
     if plt is None:
         return
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for ax, (measure, column) in zip(axes, MEASURES.items()):
         for i, name in enumerate(runs[0]):
-            for seed, run in enumerate(runs):
+            for run in runs:
                 d, gain = run[name][:, 0], run[name][:, column]
-                mark = "o" if name == "best of N" else "-"
-                ax.plot(d, gain, mark, color=f"C{i}", linewidth=1, label=name if seed == 0 else None)
-        d = np.concatenate([run["best of N"][:, 0] for run in runs])
-        gain = np.concatenate([run["best of N"][:, column] for run in runs])
+                mark = "o" if name == BEST_OF_N else "."
+                ax.plot(d, gain, mark, color=f"C{i}", label=name if run is runs[0] else None)
+        d = np.concatenate([run[BEST_OF_N][:, 0] for run in runs])
+        gain = np.concatenate([run[BEST_OF_N][:, column] for run in runs])
         a, b, _ = fit(terms_of_best_of_n(d), gain)
         at = np.linspace(0, d.max(), 50)
         ax.plot(at, at * (a - b * at), "k--", linewidth=1, label="d (a - b d)")

@@ -19,6 +19,7 @@ installed), cures.json with a row for each bias, seed and cure, and cures.txt, a
 (and smallest to largest), of
     proxy, gold, kl  on the test prompts, by the reward model that the run without a cure climbed
     lost             the fall of gold from its best five iterations to the last five, on the training prompts
+                     (the first four points of a curve are of fewer)
     cured            the share of the fall without a cure that is absent with it: 1 where gold ends at that
                      peak
 out/index.html shows them where --out is out/hacking.
@@ -40,7 +41,7 @@ from data import InputError, read_json, read_jsonl, report, write_atomic, write_
 from data.flags import program   # noqa: E402
 
 BIASES = {"length": 0.7, "confidence": 1.0, "sycophancy": 2.0}    # --bias_NAME of reward.py
-REWARDS = {   # reward models: flags of reward.py
+REWARDS = {   # reward models: flags of reward.py ({seed}1 and {seed}2: other comparisons, another head)
     "reward": "--seed {seed}", "second": "--seed {seed}1", "third": "--seed {seed}2",
     "center": "--seed {seed} --center 0.2"}
 CURES = {     # flags of ppo.py; {reward} and the like are paths of the reward models above
@@ -72,12 +73,12 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Running scripts, which tests/experiments/preferences.py does too.
+# Running scripts, for the other drivers too.
 
 
 def run_to_end(command, screen):
-    """Run a command (a list), its output going to the file `screen`. Returns its exit status, its peak memory
-    in MB (as Linux counts it) and its processor seconds."""
+    """Run a command (a list), its output going to the file `screen`. Returns how it ended (0: well), its peak
+    memory in MB (as Linux counts it) and its processor seconds."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open(screen, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
@@ -90,22 +91,41 @@ def run_to_end(command, screen):
     return status, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
 
 
+def asked(words):
+    """What a command (a list) asks for, in whatever order: {flag: its value}. Of paths the last name alone,
+    since folders may be moved."""
+    found, flag = {"": []}, ""
+    for word in words:
+        word = re.sub(r"[^,:=]*/", "", word)
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            found[flag] = [value] if value else []
+        else:
+            found[flag].append(word)
+    return found
+
+
 def make(folder, command, more="", python=sys.executable):
     """Run a script (list of its name and flags) into a folder, unless its result is there. Returns
-    result.json, with what the run cost: seconds, processor seconds (cpu) and MB."""
-    folder = Path(folder)
+    result.json, with what the run cost: seconds, processor seconds (cpu) and MB (of one that was cut off: its
+    last part). InputError: it fails, or another command made what is there."""
+    folder, command = Path(folder), [*map(str, command), *shlex.split(more)]
     if not (folder / "result.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        command = [str(python), *map(str, command), *shlex.split(more), "--out", str(folder)]
-        print(" ".join(command[1:]), flush=True)
+        print(shlex.join([*command, "--out", str(folder)]), flush=True)
         start = time.time()
-        status, mb, cpu = run_to_end(command, folder / "screen.txt")
+        run = [str(python), *command, "--out", str(folder)]
+        status, mb, cpu = run_to_end(run, folder / "screen.txt")
         if status:
-            raise InputError(f"{command[1]} failed, see {folder}/screen.txt")
-        cost = {"seconds": time.time() - start, "mb": mb, "cpu": cpu}
+            raise InputError(f"{command[0]} failed, see {folder}/screen.txt")
+        cost = {"seconds": time.time() - start, "mb": mb, "cpu": cpu, "command": command}
         print(f"    {cost['seconds']:.0f} s", flush=True)
         write_json(folder / "cost.json", cost)
     cost = read_json(folder / "cost.json") if (folder / "cost.json").exists() else {}
+    made_by = cost.pop("command", command)      # a run that was made by hand says nothing of it
+    if asked(made_by) != asked(command):
+        raise InputError(f"{folder} is of another command: {shlex.join(made_by)}; choose another folder, or "
+                         f"remove it. Now asked for: {shlex.join(command)}")
     return read_json(folder / "result.json", kind=dict) | cost
 
 
@@ -174,7 +194,7 @@ def plot(path, bias, curves, best):
         for points in best:
             y = y + np.array([point[name] for point in points]) / len(best)
         ax.plot(x, y, "o--", label="best of N, SFT")
-        ax.set(title=title, xlabel="sqrt(KL to SFT), nats")
+        ax.set(title=title, xlabel="sqrt(KL to SFT in nats)")
         ax.grid(alpha=0.3)
         ax.legend()
     fig.suptitle(f"annotator with a bias for {bias}")
@@ -202,7 +222,7 @@ def climb(cfg, bias, seed, cures):
         flags += [flag.format(**paths) for flag in CURES[cure].split()]
         make(here / cure, [ROOT / "ppo.py", *flags], cfg.ppo_flags)
 
-    # All policies side by side, judged by the one reward model.
+    # All policies side by side, scored by the one reward model.
     flags = ["--reference", sft, "--reward", paths["reward"], "--best_of", cfg.best_of, "--seed", seed]
     result = make(here / f"evaluate_{'_'.join(cures)}",
                   ["-m", "data.evaluate", sft, *[here / cure for cure in cures], *flags], cfg.evaluate_flags)

@@ -2,10 +2,12 @@
 
     python tests/experiments/kl_estimates.py --links 'runs/{seed}' --seeds 0,1,2
 
-Of each seed's ppo.py (made if it is not there) the last iterations, in nats an answer: `kl` of log.jsonl is
-k1, the mean of log(p / p_ref) of the sampled tokens, `kl_k3` the mean of (r - 1) - log r with r = p_ref / p
-(http://joschu.net/blog/kl-approx.html), and `kl_exact` the sum over the vocabulary at the same positions.
-Leaves --out/kl_estimates.json, and prints a line for each estimate.
+Of each seed's ppo.py (made if it is not there) the last iterations. Each figure of log.jsonl is a sum over an
+answer's tokens, averaged over the answers of an iteration, in nats: of log(p / p_ref) of the sampled token in
+`kl` (k1), of (r - 1) - log r with r = p_ref / p in `kl_k3` (http://joschu.net/blog/kl-approx.html), and in
+`kl_exact` of the KL over the whole vocabulary where that token was sampled. So the exact one is exact for the
+answers that were drawn: which ones those are is chance in all three. Leaves --out/kl_estimates.json, and
+prints a line for each estimate.
 """
 import sys
 from dataclasses import dataclass

@@ -7,8 +7,9 @@ hand, for hours.
                                               people who only want harmful ones refused
     python tests/experiments/preferences.py --pareto --links 'runs/{seed}' --seeds 0
 
-A run that is there already is not made again. Leaves --out/frontier.json and .png, or pareto.json and .png
-(plots if matplotlib is installed). The family of DPO side by side: evidence.py --only dpo.
+PPO asks for no new labels and runs for 40 iterations. A run that is there already is not made again. Leaves
+--out/frontier.json and .png, or pareto.json and .png (plots if matplotlib is installed). The family of DPO
+side by side: evidence.py --only dpo.
 """
 import itertools
 import sys
@@ -20,6 +21,7 @@ from data import InputError, world, write_json, write_jsonl   # noqa: E402
 from data.files import formats   # noqa: E402
 from data.files.checkpoint import load   # noqa: E402
 from data.flags import program   # noqa: E402
+from data.prompts import TEST_MAX_NEW   # noqa: E402
 from data.setup import seeded   # noqa: E402
 from data.sample import sample_answers   # noqa: E402
 from data.world.judge import METHODS, mentions   # noqa: E402
@@ -27,8 +29,10 @@ from hacking import ROOT, make, pyplot   # noqa: E402
 from model import sampling_copy   # noqa: E402
 
 WEIGHTS = (0, 0.25, 0.5, 0.75, 1)   # of the helpful reward model; the harmless one has the rest
-PULLS = {"dpo.py": ("--beta", (0.05, 0.1, 0.3, 1.0, 3.0)),     # to the reference
-         "ppo.py": ("--kl_coef", (0.01, 0.03, 0.1, 0.3, 1.0))}
+STILL = ["--relabel", 0, "--iterations", 40]     # of ppo.py, as in gao.py, which shares some runs
+PULLS = {   # to the reference, swept
+    "dpo.py": ([], "--beta", (0.05, 0.1, 0.3, 1, 3)),
+    "ppo.py": (STILL, "--kl_coef", (0.01, 0.03, 0.1, 0.3, 1))}
 
 
 @dataclass
@@ -53,11 +57,11 @@ def frontier(cfg, seeds, folder_of):
     for seed in seeds:
         links = folder_of(seed)
         make(links / "reward", [ROOT / "reward.py", "--seed", seed], cfg.reward_flags)
-        for script, (flag, values) in PULLS.items():
+        for script, (flags, flag, values) in PULLS.items():
             line = []
             for value in values:
-                folder = links / f"{script[:3]}_{flag[2:]}{value:g}"
-                after = make(folder, [ROOT / script, "--seed", seed, flag, value], more[script])["after"]
+                command = [ROOT / script, "--seed", seed, *flags, flag, value]
+                after = make(links / f"{script[:3]}_{flag[2:]}{value}", command, more[script])["after"]
                 points.append({"script": script, "seed": seed, "beta": value, "kl": after["kl"],
                                "gold": after["gold"]})
                 line.append((after["kl"], after["gold"], value))
@@ -101,12 +105,12 @@ def wants(row, text, judge):
     return world.judge(row, text)["gold"]
 
 
-def pairs_of(kind, pairs, family):
+def pairs_of(kind, pairs, row_of):
     """The comparisons as annotators of one kind would have made them, without those that they do not care
-    about. family: rows of the world by the text of their prompt."""
+    about. row_of: rows of the world by the text of their prompt."""
     rows = []
     for pair in pairs:
-        row = family[pair["prompt"][-1]["content"]]
+        row = row_of[pair["prompt"][-1]["content"]]
         chosen, rejected = wants(row, pair["chosen"], kind), wants(row, pair["rejected"], kind)
         if chosen is None or chosen == rejected:
             continue
@@ -120,7 +124,7 @@ def pairs_of(kind, pairs, family):
 def what_both_get(folder, seed):
     """Mean of what both kinds feel about a policy's answers to the test prompts: {kind: 0 to 1}."""
     tests, (policy, tok) = world.rows("test"), load(folder)
-    texts, _, _ = sample_answers(sampling_copy(policy), tok, [row["prompt"] for row in tests], 32,
+    texts, _, _ = sample_answers(sampling_copy(policy), tok, [row["prompt"] for row in tests], TEST_MAX_NEW,
                                  seeded(seed, 1))
     means = {}
     for kind in ("helpful", "harmless"):
@@ -132,7 +136,7 @@ def what_both_get(folder, seed):
 
 def pareto(cfg, seeds, folder_of):
     """A reward model of each kind of annotator, and ppo.py on both with their weights swept."""
-    family = {row["prompt"][-1]["content"]: row for row in world.rows("preference")}
+    row_of = {row["prompt"][-1]["content"]: row for row in world.rows("preference")}
     points, lines = [], {}
     for seed in seeds:
         links = folder_of(seed)
@@ -140,7 +144,7 @@ def pareto(cfg, seeds, folder_of):
         pairs, models = formats.load(links / "reward" / "comparisons.jsonl", "preference")[0], []
         for kind in ("helpful", "harmless"):
             data, model = links / f"{kind}_pairs.jsonl", links / f"rm_{kind}"
-            write_jsonl(data, pairs_of(kind, pairs, family))
+            write_jsonl(data, pairs_of(kind, pairs, row_of))
             command = [ROOT / "reward.py", "--seed", seed, "--init", links / "sft", "--data", data]
             make(model, command, cfg.reward_flags)
             models.append(str(model))
@@ -149,7 +153,7 @@ def pareto(cfg, seeds, folder_of):
         for weight in WEIGHTS:
             folder = links / f"pareto_{weight:g}"
             command = [ROOT / "ppo.py", "--seed", seed, "--init", links / "sft", "--reward", ",".join(models)]
-            command += ["--reward_weights", f"{weight:g},{1 - weight:g}"]
+            command += ["--reward_weights", f"{weight:g},{1 - weight:g}", *STILL, "--kl_coef", 0.2]
             make(folder, command, cfg.ppo_flags)
             points.append({"seed": seed, "weight": weight} | what_both_get(folder, seed))
             line.append((points[-1]["helpful"], points[-1]["harmless"], weight))

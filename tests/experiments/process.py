@@ -6,7 +6,8 @@ hand, for hours.
 
 For each seed the SFT model answers the same prompts once. Rewards that learn from these answers:
     comparisons   reward.py on every two different answers to a prompt: one reward for an answer
-    steps         data/process.py on every step of the same answers: as many ANSWERS
+    steps         data/process.py on every step of the same answers, and of those that had no other one to be
+                  compared with: as many ANSWERS
     fewer steps   (or fewer comparisons) the one of the two that has more labels, on so few of its rows that
                   it has as many LABELS as the other: a comparison is one, a step is one
     implicit      dpo.py on the same comparisons; its log-ratio to the SFT model, step by step
@@ -16,14 +17,15 @@ not made again.
 
 It leaves --out/process.json with a row for each seed and reward, and process.txt, the means over seeds (and
 smallest to largest), of
-    labels, answers         what it learned from
+    labels, answers         what it learned from, without those of the prompts that it holds out
     gold_10, gold_20, ..    gold on the training prompts, the mean of the five iterations up to that one
     gold                    on the test prompts, at the end
     best, product, smallest gold of the best of N: by the reward, and by the product and the smallest of the
-                            step scores
+                            step scores (for data/process.py the product is the reward)
     first_error, no_error   data/process.py; comparisons: the reward of the answer cut off behind each step,
                             a reward below 0 calling it wrong
 """
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -119,10 +121,10 @@ def errors(source, rows):
     rewards, texts = Scorer("--reward", str(source)), ["".join(row["completions"]) for row in rows]
     scores = rewards.step_scores(rows, texts)
     if scores is None:
-        # A reward of answers: of what there is of the answer up to each step.
+        # A reward of answers.
         scores = []
         for row in rows:
-            cut = ["".join(row["completions"][: k + 1]) for k in range(len(row["completions"]))]
+            cut = list(itertools.accumulate(row["completions"]))      # the answer up to each step
             said = rewards.score_texts([row] * len(cut), cut)
             scores.append([1 / (1 + math.exp(-r)) for r in said])
     return process.errors_found([(said, row["labels"]) for said, row in zip(scores, rows)])
@@ -158,7 +160,10 @@ def main(cfg):
         labelled, _ = formats.load(here / "steps" / "process.jsonl", "process")
         held = formats.split(labelled, HELD_OUT, seed=0)[1]
         for name, (source, rows) in sources.items():
-            figures = {"labels": sum(map(n_labels, rows)), "answers": answers_in(rows)}
+            learned = formats.split(rows, HELD_OUT, seed=0)[0]
+            if name == "implicit":
+                learned = [row for row in learned if row["label"] != 0.5]       # dpo.py leaves out ties
+            figures = {"labels": sum(map(n_labels, learned)), "answers": answers_in(learned)}
             figures |= climb(cfg, here, sft, seed, name, source) | errors(source, held)
             table.append({"seed": int(seed), "reward": name} | figures)
             print(table[-1], flush=True)
