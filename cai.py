@@ -386,11 +386,11 @@ SECONDS = {"start": 5, "stage 1": 45, "stage 2": 100}   # about, on two cores: f
 
 def measure_critic(cfg, setting):
     """--critic_test: how often a critic is right about comparisons, on the screen and in critic.json."""
-    inputs = [cfg.critic, cfg.critic_test, cfg.constitution]
-    take(cfg, "critic_test", ["critic.json"], filter(None, inputs))
+    name = cfg.critic or need(cfg, "base")
+    take(cfg, "critic_test", ["critic.json"], [name, cfg.critic_test, cfg.constitution])
     rows, dropped = formats.load(cfg.critic_test, "preference")
     print(formats.describe(rows, dropped, cfg.critic_test))
-    critic = make_critic(cfg.critic or need(cfg, "base"), cfg, setting.device)
+    critic = make_critic(name, cfg, setting.device)
     decided = [row for row in rows if row["label"] != 0.5]     # a tie has no better answer
     pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in decided]
     labels = compare(pairs, setting.choose, critic, random.Random(f"{cfg.seed} choices"))

@@ -531,7 +531,8 @@ def main(cfg):
     reward_name = cfg.reward or need(cfg, "reward")
     init = cfg.init or need(cfg, "sft")
     data = cfg.data or world.TINY / "rl.jsonl"
-    run = Run.open(cfg, "ppo", [init, reward_name, data], ["inspect.json", "reward/"], cfg.inspect)
+    inputs = filter(None, [init, reward_name, data, cfg.ptx_data])
+    run = Run.open(cfg, "ppo", inputs, ["inspect.json", "reward/"], cfg.inspect)
     run.health = partial(health.health, cfg=cfg)
     n_steps = min(cfg.iterations, cfg.max_steps or cfg.iterations)     # those that will run
     kept = what_is_kept(run, n_steps)

@@ -247,8 +247,9 @@ class CachedCritic:
         self.counts = Counter() if counts is None else counts
         if not self.file.exists():
             return
-        lines = self.file.read_bytes().splitlines()
-        if lines and not lines[0].startswith(b'{"key": "'[: len(lines[0])]):
+        lines, start = self.file.read_bytes().splitlines(), b'{"key": "'
+        is_cut_off = len(lines) == 1 and lines[0] != b"" and start.startswith(lines[0])
+        if lines and not lines[0].startswith(start) and not is_cut_off:
             raise InputError(f"{file} holds no answers of a critic, and would be added to; choose another "
                              "--out")
         for line in lines:

@@ -399,7 +399,7 @@ def main(cfg):
 
     # The folder is taken here, so that what was refused so far has left none.
     inputs = [*paths, reference, cfg.judge, cfg.reward, cfg.data, cfg.corpus]
-    take(cfg, "evaluate", ["result.json", "generations.jsonl"], filter(None, inputs))
+    take(cfg, "evaluate", ["result.json", "generations.jsonl"], inputs)
 
     # Every model answers; the control says the same to everybody.
     texts, metrics = {}, {}

@@ -5,6 +5,7 @@ already are its to replace if the run.json beside them lists them, for then a ru
 with other flags needs the user's --overwrite besides. `foreign` decides this for every program that writes.
 """
 import ast
+import atexit
 import functools
 import hashlib
 import os
@@ -22,7 +23,8 @@ except ImportError:   # Windows: no lock
     fcntl = None
 
 ROOT = Path(__file__).parents[1]
-CHECKPOINT = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "state.pt")
+CHECKPOINT = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+              "tokenizer_config.json", "state.pt")
 DATA = (".jsonl", ".json", ".gz", ".txt", ".csv", ".tsv", ".parquet")      # what a file of data ends in
 PART_OF_A_CHAIN = "RLHF_PART_OF_A_CHAIN"   # environment variable of a script that another one runs
 
@@ -60,6 +62,8 @@ def foreign(folder, names):
     lead."""
     record = run_of(folder)
     made = ["run.json", *record.get("files", names)] if record else []
+    if "config.json" in made:
+        made.append("generation_config.json")      # which older runs wrote beside it and did not list
     found = []
     for name in ("run.json", *names, *made):
         path = Path(folder) / name
@@ -100,15 +104,21 @@ def remove(folder, names):
 
 
 def would_be_replaced(folder, names, inputs):
-    """The first of the inputs (paths, or names of other kinds) that a program which writes these names in a
-    folder would replace, or None: the folder itself, such as a model that --init names, or what is in it."""
-    targets = [Path(folder)]
+    """The first of the inputs (paths, or names of other kinds) that a program which writes or deletes these
+    names in a folder would replace, or None: the folder itself, such as a model that --init names, what is in
+    it, or what is in a folder of these names."""
+    targets, folders = [Path(folder)], []
     for name in names:
         targets += [Path(folder) / name, (Path(folder) / name).parent]
+        if name.endswith("/"):
+            folders.append((Path(folder) / name).resolve())
     targets = [path for path in targets if path.exists()]
     for name in inputs:
         for part in parts_of(name):
-            if part.exists() and any(part.samefile(target) for target in targets):
+            if not part.exists():
+                continue
+            is_target = any(part.samefile(target) for target in targets)
+            if is_target or any(path in part.resolve().parents for path in folders):
                 return part
     return None
 
@@ -120,7 +130,8 @@ def claim(folder, names, inputs=()):
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another --out")
-    read = would_be_replaced(folder, names, inputs)
+    made = [*names, *run_of(folder).get("files", ())]     # what an older run made is deleted with --overwrite
+    read = would_be_replaced(folder, made, inputs)
     if read:
         raise InputError(f"{read} is read by this run and would be replaced by it; choose another --out")
     found = foreign(folder, names)
@@ -130,25 +141,40 @@ def claim(folder, names, inputs=()):
                          "another --out, or move them away")
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
+    # A script that cai.py ran may have outlived it, and still write in its own folder.
+    for name in made:
+        if name.endswith("/") and (folder / name / ".lock").exists():
+            os.close(lock(folder / name))      # nobody holds it; whoever runs there next may have it
 
 
 def take(cfg, stage, files, inputs=()):
     """Claim cfg.out for a command without steps, and leave its run.json there. InputError: as `claim`, or
-    what it would replace came from other flags, and --overwrite is not given."""
+    what it would replace came from other flags or inputs, and --overwrite is not given."""
+    inputs = [name for name in inputs if name]
     claim(cfg.out, files, inputs)
-    old, record = run_of(cfg.out), record_of(cfg, stage, [], files)
+    old, record = run_of(cfg.out), record_of(cfg, stage, inputs, files)
     if old and not cfg.overwrite:
         check_same(cfg.out, old, record)
-    remove(cfg.out, old.get("files", files))
+    else:
+        remove(cfg.out, old.get("files", files))
     write_json(Path(cfg.out) / "run.json", record)
+    atexit.register(withdraw, cfg.out, files)
+
+
+def withdraw(folder, files):
+    """A run that ended before it wrote any of its files leaves no run.json, which would make those ours that
+    somebody puts there later."""
+    if not any((Path(folder) / name).exists() for name in files):
+        (Path(folder) / "run.json").unlink(missing_ok=True)
 
 
 def lock(folder):
-    """Keep other runs out of a folder until this process ends. InputError: one is writing there."""
+    """Keep other runs out of a folder until this process ends, or closes what this returns. InputError: one
+    is writing there."""
     # A bare file number, which nobody has to close: the system does, when the process ends, however it ends.
     handle = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     if fcntl is None:
-        return
+        return handle
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -158,6 +184,7 @@ def lock(folder):
         raise InputError(f"{folder}: another run is writing there; {advice}") from None
     except OSError as e:
         print(f"{folder}: no locks here ({e.strerror}); see that no other run writes there")
+    return handle
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -179,10 +206,11 @@ def difference(old, new):
         return "no run.json says how it was made"
     if old["stage"] != new["stage"]:
         return f"{old['stage']} made it"
-    for name, value in new["flags"].items():
-        was = old["flags"].get(name)
+    for name in new["flags"] | old["flags"]:
+        was, value = old["flags"].get(name), new["flags"].get(name)
         same = old["inputs"].get(was, "none")
-        is_moved = same != "none" and same == new["inputs"].get(value)      # the same bytes elsewhere
+        # The same bytes elsewhere. Not so where a part of the name is no file, as in FILE.py:function.
+        is_moved = "none" not in same.split() and same == new["inputs"].get(value)
         if was != value and not is_moved:
             return f"--{name} was {was!r}, now {value!r}"
     # By content: where a file lies is told by the flags, and the whole folder may have moved since.
@@ -256,25 +284,25 @@ def meaning_of(source):
 
 def fingerprint(name):
     """Tells whether an input (a path, or a name of paths as in `parts_of`) has changed: a hash of each file's
-    content and size; of a folder, of the size and the first and last megabyte of its model.safetensors;
-    "none" where there is none."""
+    content and size; of a folder, of its weights, whose size counts, and one eighth of the bytes; "none"
+    where there is none."""
     return " ".join(fingerprint_of_path(path) for path in parts_of(name))
 
 
 def fingerprint_of_path(path):
     """The fingerprint of one file or folder."""
-    is_folder = path.is_dir()
-    if is_folder:
-        path = path / "model.safetensors"
-    if not path.is_file():
+    # Weights are long, and training changes whole layers: 128 KB of each megabyte.
+    paths, gap = ([path], 0) if path.is_file() else (sorted(path.glob("*.safetensors")), 7 * 2 ** 17)
+    if not paths:
         return "none"
-    sha, size = hashlib.sha256(), path.stat().st_size
-    with open(path, "rb") as f:
-        while block := f.read(2 ** 20):
-            sha.update(block)
-            if is_folder:     # weights are long, and training changes all of them
-                f.seek(max(f.tell(), size - 2 ** 20))
-    sha.update(str(size).encode())
+    sha = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            while block := f.read(2 ** 17):
+                sha.update(block)
+                f.seek(gap, os.SEEK_CUR)
+        sha.update(str(size).encode())
     return sha.hexdigest()[:16]
 
 

@@ -70,7 +70,7 @@ def write(path, page):
 def is_ours(path):
     """Whether a page at a path is one that this module wrote."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return START in text and TITLE in text
+    return START in text and TITLE in text and START + PLACE not in text      # not the template
 
 
 def data_of(path):

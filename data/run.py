@@ -29,7 +29,7 @@ from data.chain import chain_columns, next_commands, sibling
 from data.files.checkpoint import finish_save, load_state, save
 from data.flags import given_flags, parse_flags
 from data.folder import (CHECKPOINT, PART_OF_A_CHAIN, changed_code, check_same, claim, missing, record_of,
-                         remove, result_of, run_of)
+                         remove, result_of, run_of, withdraw)
 from data.health import of_adapters
 from data.parallel import RANK, all_sum, full_state, load_full_state, load_optimizer_state, optimizer_state
 from data.screen import SCREEN
@@ -110,6 +110,9 @@ class Run:
         if self.runs_scripts:         # where one of its scripts stops, others begin
             record["flags"]["max_steps"] = self.cfg.max_steps
         goes_on = self.is_begun() and not self.cfg.overwrite
+        made = [name for name in old.get("files", ()) if (self.folder / name).exists()]
+        if not goes_on and not self.cfg.overwrite and set(made) - {"log.jsonl", "samples.txt"}:
+            check_same(self.folder, old, record)      # what a run left before its first checkpoint, or a tool
         if goes_on:
             self.check_that_it_goes_on(old, record)
             self.seconds_before = result_of(self.folder).get("seconds", 0.0)
@@ -118,13 +121,7 @@ class Run:
         if samples.exists():      # it is added to, and a backup may share its bytes (cp -l)
             write_atomic(samples, samples.read_bytes())
         write_json(self.folder / "run.json", record)
-        atexit.register(self.withdraw, record["files"])
-
-    def withdraw(self, files):
-        """A run that ended before it wrote any of its files leaves no run.json, which would make those ours
-        that somebody puts there later."""
-        if not any((self.folder / name).exists() for name in files):
-            (self.folder / "run.json").unlink(missing_ok=True)
+        atexit.register(withdraw, self.folder, record["files"])
 
     def is_begun(self):
         """Whether the folder holds what a run of ours has made: a checkpoint, or a round of cai.py."""

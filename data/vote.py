@@ -68,12 +68,12 @@ def read_votes(path):
     """The votes in a file, [] if there is none yet. A last line without its end, which a power cut may leave,
     gets one, or the next vote would be written into it. InputError: a line is broken, or no vote."""
     there = path.read_bytes() if path.exists() else b""
-    if there and not there.endswith(b"\n"):
-        write_line(path, b"")
     for number, line in enumerate(there.split(b"\n"), 1):
         if line.strip() and not is_vote(line):
             raise InputError(f"{path}:{number}: no vote of this program, which adds to the file and takes "
                              "back from it; choose another --out")
+    if there and not there.endswith(b"\n"):
+        write_line(path, b"")
     return formats.load(path, "preference")[0] if there else []
 
 

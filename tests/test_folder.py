@@ -7,15 +7,17 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from data import InputError, folder as folder_py, page, write_atomic
+from data import InputError, folder as folder_py, page, vote, write_atomic
 from data.chain import need, next_commands
-from data.folder import (claim, code, edited_since, foreign, meaning, missing, python, record_of, remove,
-                         run_of)
+from data.flags import ToolFlags
+from data.folder import (claim, code, edited_since, foreign, lock, meaning, missing, python, record_of,
+                         remove, run_of)
 from data.run import FILES, Run, flags_of_its_run
 from data.world import build
 from dpo import Config as DPOConfig
@@ -140,6 +142,122 @@ def test_what_is_removed_is_what_a_run_made(tmp_path):
     remove(tmp_path, ["log.jsonl", "round1/chains.jsonl", "round1/sl/", "round1/reward/", "round1/rl/"])
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"round1/notes.txt", "round1/sl/samples.txt"}
+
+
+def record_with(folder, files, stage="sft"):
+    """A run.json in a folder, which says that a run of ours made these files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"stage": stage, "config": {}, "flags": {}, "inputs": {}, "files": files}
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def test_what_a_run_reads_is_not_deleted_by_it(tmp_path):
+    """--overwrite deletes what the run before it made, also files that the new one does not write:
+    comparisons of reward.py that --data names, a model in a round of cai.py that --init names."""
+    record_with(tmp_path, ["comparisons.jsonl", "round2/rl/"])
+    (tmp_path / "comparisons.jsonl").write_text("x")
+    record_with(tmp_path / "round2/rl", ["answers.jsonl"])
+    (tmp_path / "round2/rl/answers.jsonl").write_text("x")
+    for name in ("comparisons.jsonl", "round2/rl", "round2/rl/answers.jsonl"):
+        with pytest.raises(InputError, match=f"{name} is read by this run"):
+            claim(tmp_path, ["log.jsonl"], [tmp_path / name])
+    claim(tmp_path, ["log.jsonl"], [tmp_path.parent])
+
+
+def test_a_script_that_outlived_cai_keeps_its_folder(tmp_path):
+    """cai.py was killed, the sft.py that it had started was not: its folder is not deleted meanwhile."""
+    for name in ("x", "y"):
+        record_with(tmp_path / name, ["round1/sl/"], "cai")
+        record_with(tmp_path / name / "round1/sl", ["log.jsonl"])
+    handle = lock(tmp_path / "x/round1/sl")
+    with pytest.raises(InputError, match="sl: another run is writing there"):
+        claim(tmp_path / "x", ["round1/sl/"])
+    os.close(handle)
+    claim(tmp_path / "y", ["round1/sl/"])
+    os.close(lock(tmp_path / "y/round1/sl"))       # and it is free for the next script
+
+
+@dataclass
+class ToolConfig(ToolFlags):
+    out: str = ""
+    overwrite: bool = False
+    seed: int = 0
+
+
+def test_a_command_without_steps_replaces_its_files_only_when_asked(tmp_path, monkeypatch):
+    """The same command again replaces them, each by a new one; other flags, another input and another stage
+    need --overwrite. One that has written nothing leaves no run.json, by which a file that somebody puts
+    there would be ours."""
+    at_exit = []
+    monkeypatch.setattr(folder_py.atexit, "register", lambda f, *args: at_exit.append((f, args)))
+    monkeypatch.setattr(folder_py, "lock", lambda folder: os.open("/dev/null", os.O_RDONLY))
+    out, prompts = tmp_path / "mine", tmp_path / "prompts.jsonl"
+    prompts.write_text("1")
+
+    def start(stage="best_of", **flags):
+        folder_py.take(ToolConfig(out=str(out), **flags), stage, ["demos.jsonl"], ["", str(prompts)])
+        return at_exit.pop()
+
+    end, args = start()
+    assert run_of(out)["files"] == ["demos.jsonl"]
+    end(*args)
+    assert run_of(out) == {}
+    (out / "demos.jsonl").write_text("mine")
+    with pytest.raises(InputError, match="demos.jsonl, which no run of ours made"):
+        start()
+    (out / "demos.jsonl").unlink()
+
+    end, args = start()
+    (out / "demos.jsonl").write_text("ours")
+    end(*args)
+    start()
+    assert (out / "demos.jsonl").read_text() == "ours"
+    for stage, flags in (("best_of", {"seed": 1}), ("critic_test", {})):
+        with pytest.raises(InputError, match="holds a run of its own"):
+            start(stage, **flags)
+    prompts.write_text("2")
+    with pytest.raises(InputError, match="prompts.jsonl has changed since"):
+        start()
+    start(overwrite=True)
+    assert not (out / "demos.jsonl").exists()
+
+
+def test_a_run_does_not_replace_what_a_tool_made(tmp_path):
+    """critic.json of cai.py --critic_test, comparisons of a reward.py that was killed before its first
+    checkpoint: another stage, or other flags, need --overwrite."""
+    record_with(tmp_path, ["critic.json", "log.jsonl"], "critic_test")
+    (tmp_path / "log.jsonl").write_text("")
+    (tmp_path / "critic.json").write_text("{}")
+    with pytest.raises(InputError, match="critic_test made it"):
+        Run(Config(out=str(tmp_path)), "sft").open_folder([], FILES)
+    assert (tmp_path / "critic.json").exists()
+
+
+def test_other_functions_of_a_file_and_other_addresses_are_other_flags(tmp_path):
+    """But not the same files elsewhere."""
+    (tmp_path / "mine.py").write_text("def brief(rows, texts): return [0] * len(texts)")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "mine.py", tmp_path / "elsewhere" / "mine.py")
+
+    def record(**flags):
+        return record_of(PPOConfig(**flags), "ppo", [x for x in flags.values() if type(x) is str], FILES)
+    path = str(tmp_path / "mine.py")
+    for was, now in ((f"{path}:brief", f"{path}:other"), ("hub/a,hub/b", "hub/c,hub/d"),
+                     ("http://a:8000/v1", "http://b:9999/v1")):
+        assert f"--reward was '{was}'" in folder_py.difference(record(reward=was), record(reward=now))
+    assert folder_py.difference(record(data=path), record(data=str(tmp_path / "elsewhere" / "mine.py"))) == ""
+    # A flag that one stage has and the other has not: data/process.py and reward.py are both "reward".
+    old, new = record(lam=0.9), record()
+    del new["flags"]["lam"]
+    assert "--lam was 0.9" in folder_py.difference(old, new)
+
+
+def test_somebodys_generation_config(tmp_path):
+    """Every checkpoint has one: a run does not begin over somebody's, and deletes its own."""
+    (tmp_path / "generation_config.json").write_text("mine")
+    assert foreign(tmp_path, FILES) == ["generation_config.json"]
+    record_with(tmp_path, [name for name in FILES if name != "generation_config.json"])     # of an older run
+    assert foreign(tmp_path, FILES) == []
 
 
 def test_somebodys_model_in_a_folder_that_a_run_lists(tmp_path):
@@ -315,12 +433,17 @@ def test_votes_are_never_lost(suite, chain, tmp_path):
     path = {"PYTHONPATH": str(suite.root)}
     fails(suite.run(*flags, env=path), f"{tmp_path / 'votes.jsonl'}:1: no vote of this program")
     assert (tmp_path / "votes.jsonl").read_bytes() == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "votes.jsonl").write_text("no line end")
+    with pytest.raises(InputError, match="votes.jsonl:1: no vote"):
+        vote.read_votes(tmp_path / "notes" / "votes.jsonl")
+    assert (tmp_path / "notes" / "votes.jsonl").read_text() == "no line end"
     votes = [{"prompt": [{"role": "user", "content": f"{i}?"}], "chosen": "a", "rejected": "b", "label": 1.0}
              for i in range(3)]
     write(tmp_path / "votes.jsonl", votes)
     os.link(tmp_path / "votes.jsonl", tmp_path / "other_name")   # would be left behind by a file written anew
     r = suite.ok(*flags, stdin="u\nq\n", env=path)
-    assert (tmp_path / "votes.jsonl").read_text() == "".join(json.dumps(vote) + "\n" for vote in votes[:2])
+    assert (tmp_path / "votes.jsonl").read_text() == "".join(json.dumps(row) + "\n" for row in votes[:2])
     assert (tmp_path / "other_name").samefile(tmp_path / "votes.jsonl") and "2 votes" in r.out
     with open(tmp_path / ".lock", "w") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
@@ -338,6 +461,8 @@ def test_the_page_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "linked" / "index.html").symlink_to(tmp_path / "site" / "index.html")
     with pytest.raises(InputError):
         page.write_page(tmp_path / "linked")
+    with pytest.raises(InputError, match="no page of ours"):
+        page.write(page.TEMPLATE, "no template any more")
     (tmp_path / "out").mkdir()
     first = page.write_page(tmp_path / "out").read_bytes()
     assert page.write_page(tmp_path / "out").read_bytes() == first

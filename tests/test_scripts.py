@@ -787,7 +787,8 @@ def test_two_policies_in_folders_with_colons(chain, tmp_path):
 
 
 def test_fingerprint_sees_every_byte_of_a_file(tmp_path):
-    """A line in the middle of a long file, both ends of long weights, and each part of FILE.py:function."""
+    """And which megabyte of long weights has changed, of every file of a model, and each part of
+    FILE.py:function."""
     path = tmp_path / "d.jsonl"
     path.write_bytes(bytes(5 * 2 ** 20))
     before = folder_py.fingerprint(path)
@@ -795,16 +796,17 @@ def test_fingerprint_sees_every_byte_of_a_file(tmp_path):
         file.seek(5 * 2 ** 19)
         file.write(b"x")
     assert folder_py.fingerprint(path) != before
-    weights = tmp_path / "m" / "model.safetensors"
-    weights.parent.mkdir()
+    (tmp_path / "m").mkdir()
     seen = set()
-    for at, size in ((0, 5), (2 ** 20 - 1, 5), (4 * 2 ** 20, 5), (5 * 2 ** 20 - 1, 5), (0, 1.5),
-                     (1.5 * 2 ** 20 - 1, 1.5)):
-        data = bytearray(int(size * 2 ** 20))
-        data[int(at)] = 1
-        weights.write_bytes(data)
-        seen.add(folder_py.fingerprint(weights.parent))
-    assert len(seen) == 6 and folder_py.fingerprint(tmp_path / "nosuch") == "none"
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        for at in (0, 2 ** 20 - 7, 3 * 2 ** 20, 4 * 2 ** 20):
+            data = bytearray(5 * 2 ** 20)
+            data[at: at + 2 ** 20] = b"x" * 2 ** 20
+            (tmp_path / "m" / name).write_bytes(data)
+            seen.add(folder_py.fingerprint(tmp_path / "m"))
+        (tmp_path / "m" / name).write_bytes(data[:-1])
+        seen.add(folder_py.fingerprint(tmp_path / "m"))
+    assert len(seen) == 10 and folder_py.fingerprint(tmp_path / "nosuch") == "none"
     own = f"{tmp_path / 'mine.py'}:score"
     (tmp_path / "mine.py").write_text("def score(rows, texts): return [1.0]")
     before = folder_py.fingerprint(own)
