@@ -338,14 +338,12 @@ def labelled_loss(logp, ref_logp, n, p, cfg, z=None):
     # What a label counts for either side: cDPO pulls it to 1/2, rDPO inverts that. The loss is linear in p.
     p = p * (1 - cfg.label_smoothing) + (1 - p) * cfg.label_smoothing
     p = (p - cfg.flip_rate) / (1 - 2 * cfg.flip_rate)
-    loss = p * spec.loss(w, l, cfg) + (1 - p) * spec.loss(l, w, cfg)
+    good, bad = (1, 1) if spec.paired else (cfg.desirable_weight, cfg.undesirable_weight)
+    loss = p * good * spec.loss(w, l, cfg) + (1 - p) * bad * spec.loss(l, w, cfg)
 
-    # Of pairs the SFT term on the chosen answer, so that dpo begins at ln 2 = 0.693 and a little more. KTO's
-    # good and bad answers have weights instead.
+    # Of pairs the SFT term on the chosen answer, so that dpo begins at ln 2 = 0.693 and a little more.
     if spec.paired:
         loss = loss - (spec.nll + cfg.sft_coef) * (logp[0] / n[0])
-    else:
-        loss = loss * (p * cfg.desirable_weight + (1 - p) * cfg.undesirable_weight)
     return loss, w, l
 
 

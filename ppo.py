@@ -433,8 +433,9 @@ def metrics_of(seen, mask, ended, rows, texts, cfg):
 def what_is_kept(run, n_steps):
     """What an iteration leaves to those after it, and every checkpoint holds: {"warmup": the number of first
     iterations that train the value model alone, "inspected": numbers for the page, "compared": groups of step
-    6}. A run that goes on, be it with another --max_steps, keeps the warm-up that it began with."""
-    kept = {"warmup": 0, "inspected": {}, "compared": []}
+    6, "over_budget": whether --kl_budget is spent}. A run that goes on, be it with another --max_steps, keeps
+    the warm-up that it began with."""
+    kept = {"warmup": 0, "inspected": {}, "compared": [], "over_budget": False}
     if ESTIMATORS[run.cfg.advantage].critic:
         kept["warmup"] = min(run.cfg.value_warmup, n_steps // 4)
     for name in kept:
@@ -505,7 +506,8 @@ def page_of(run, it, name, policy, value, rows, answers, seen):
 
 def finish(run, sampler, policy, reference, rewards, tests, start, inspected):
     """Measure the policy, save what lies beside it, and end the run. start: metrics and answers of before.
-    First and last answers are both scored by the final reward model."""
+    First and last answers, at temperature 1, are both scored by the final reward model, each as if it had
+    ended."""
     refresh(sampler, policy)
     (before, first_answers), (after, last) = start, run.measure("after", sampler, tests)
     after["kl"], after["entropy"] = report.mean_kl(policy, reference, run.tok, last.prompt_ids, last.ids)
@@ -553,7 +555,7 @@ def main(cfg):
     run.begin(cfg.iterations, tok, **trained)
     start = run.before(partial(run.measure, sampler=sampler, tests=tests))
 
-    for it in run.steps():
+    for it in () if kept["over_budget"] else run.steps():
         rng = seeded(cfg.seed, it)      # everything random follows from (seed, iteration)
         rates = learning_rates(cfg, it, n_steps, kept["warmup"])
 
@@ -591,7 +593,7 @@ def main(cfg):
         #    tokens are those of the whole minibatch, so that the gradients add up to the same sum. In the
         #    first minibatch the ratio is 1, since nothing has changed yet. There the loss is near 0, because
         #    A has mean 0, and its gradient is not: a policy gradient's loss says nothing of how it learns.
-        over_budget = is_over_budget(run, it, exact_kl)
+        over_budget = kept["over_budget"] = is_over_budget(run, it, exact_kl)
         sums, n_updates = {}, cfg.epochs * cfg.minibatches             # for the log
         weights = torch.zeros_like(old_logp)                                                     # (B, T)
         for _ in range(0 if over_budget else cfg.epochs):

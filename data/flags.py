@@ -43,6 +43,7 @@ class RunFlags(ToolFlags):
 MAY_BE_0 = ("seed", "max_steps", "warmup", "value_warmup", "relabel", "lora", "retries")   # of the integers
 MEMORY = ("micro_batch", "batch_size", "rollouts", "max_len", "max_prompt", "max_new", "length")
 SHARES = ("held_out", "agreement", "knows", "gamma", "lam", "label_smoothing", "flip_rate")   # from 0 to 1
+CLIPS = ("grad_clip", "value_clip")       # 0 would stop all learning
 FREE = ("out", "overwrite", "max_steps", "save_every", "device", "compile", "recompute",
         "micro_batch", "inspect", "nproc_per_node", "parallel", "timeout",
         "retries")   # a run that goes on may change these
@@ -132,6 +133,8 @@ def check_range(parser, f, value):
         high = 1
     if f.name.startswith("bias_"):
         low = -high
+    if f.name in CLIPS and value == 0:
+        parser.error(f"argument --{f.name}: 0 would let nothing be learned; a large number clips nothing")
     if not low <= value <= high:
         bounds = f"at least {low}" if value < low and high > 1 else f"between {low} and {high}"
         parser.error(f"argument --{f.name}: {value} is not {bounds}")

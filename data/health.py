@@ -42,6 +42,10 @@ def health(history, cfg=None):
         warnings["EOS rate"] = (
             f"only {now['eos_rate']:.2f} of the responses end, it was {old['eos_rate']:.2f}: rambling pays; "
             "try a larger --eos_penalty, or a larger --max_new if good answers need it")
+    elif now["eos_rate"] < 0.5:
+        warnings["EOS rate"] = (
+            f"only {now['eos_rate']:.2f} of the responses end, and --eos_penalty hides what the others are "
+            "worth; try a larger --max_new, or sft.py first, from which a model learns to end its answers")
     if now["entropy"] < 0.05 * old["entropy"]:
         warnings["entropy"] = (
             f"it fell from {old['entropy']:.3f} to {now['entropy']:.3f} nats per token: the policy has "
@@ -105,13 +109,17 @@ def reward_hacking(history, now, cfg):
     best = means(history[at: at + 5])
     if now["gold"] >= best["gold"] - 0.05 or now["reward"] <= best["reward"]:
         return ""
-    cures = [f"--kl_budget {best['kl_exact']:.1f}", "a larger --kl_coef",
-             "several reward models with --ensemble min"]
+    cures = ["a larger --kl_coef"]
+    if cfg is None or not cfg.kl_budget:
+        cures.insert(0, f"--kl_budget {max(0.1, best['kl_exact']):.1f}")      # 0 would be no limit
     if cfg is None or not cfg.relabel:
         cures.insert(0, "--relabel 1")
+    if cfg is None or cfg.ensemble != "min":
+        cures.append("several reward models with --ensemble min")
+    said = f"{', '.join(cures[:-1])}, or {cures[-1]}" if len(cures) > 1 else cures[0]
     return (f"gold fell from {best['gold']:.2f} to {now['gold']:.2f} while the reward rose from "
             f"{best['reward']:.2f} to {now['reward']:.2f}: the policy exploits the reward model (Goodhart's "
-            f"law); try {', '.join(cures[:-1])}, or {cures[-1]}")
+            f"law); try {said}")
 
 
 def check_finite(row_of, **tensors):
@@ -132,10 +140,11 @@ def of_reward_model(history, held_out):
     """What is wrong with a reward model, {name: sentence}, from the log rows of its training (list of dicts)
     and its metrics on held-out comparisons (reward.py)."""
     warnings = {}
-    # Equal rewards for all answers have the loss ln 2; it takes some steps to do better.
+    # Equal rewards for all answers have the loss ln 2; it takes some steps to do better. Labels near 1/2, or
+    # --margin, make a loss as large, but then the model is right more often.
     if len(history) >= 50:
         loss = means(history[-20:])["loss"]
-        if loss > 0.98 * math.log(2):
+        if loss > 0.98 * math.log(2) and held_out.get("accuracy", 0.5) < 0.55:
             warnings["loss"] = (
                 f"after {len(history)} steps it is {loss:.3f}, and guessing has ln 2 = {math.log(2):.3f}: "
                 "the model tells no answer from another; try a larger --lr. Else the labels may be random, "

@@ -208,9 +208,9 @@ def accuracy(labels, pairs):
             "longer answer": []}
     for label, (_, better, worse) in zip(labels, pairs):
         if label is not None:
-            hits["right answer as (A)"].append(label["orders"][0] > 0.5)
-            hits["right answer as (B)"].append(label["orders"][1] > 0.5)
-            hits["both orders averaged"].append(label["p"] > 0.5)
+            first, second = label["orders"]
+            for name, p in zip(hits, (first, second, label["p"])):
+                hits[name].append(0.5 if p == 0.5 else p > 0.5)      # undecided: as good as a coin
             hits["longer answer"].append(len(better) > len(worse))
     metrics = {}
     for name, found in hits.items():

@@ -257,7 +257,7 @@ class Scorer:
             return all_sum(torch.zeros(len(rows)))
         named = f"{self.flag} {source.name}"
         try:
-            answer = source.function(rows, texts)
+            answer = source.function(rows, [text.strip() for text in texts])     # as in the closing table
         except (InputError, OSError) as e:   # elsewhere one sentence is enough; here its place is wanted
             raise RuntimeError(f"{named} failed: {type(e).__name__}: {e}") from e
         try:

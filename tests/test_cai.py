@@ -429,6 +429,26 @@ def test_no_answer_is_paid_for_twice(server, waits, tmp_path):
         assert "torn" in line or set(json.loads(line)) == {"key", "model", "prompt", "answer"}
 
 
+@pytest.mark.parametrize("there", [b"{\n \"mine\": 1\n}\n", b"\nmine\n", b"mine", b"[]"])
+def test_answers_are_not_added_to_somebodys_file(tmp_path, there):
+    """But to an answer that was cut off they are: that is how a process dies."""
+    file = tmp_path / "critic_answers.jsonl"
+    file.write_bytes(there)
+    with pytest.raises(InputError, match="holds no answers of a critic"):
+        CachedCritic("m", None, file, 4)
+    for torn in (b'{"k', b'{"key": "ab', b""):
+        file.write_bytes(torn)
+        assert CachedCritic("m", None, file, 4).cache == {}
+
+
+def test_a_critic_that_does_not_decide_is_as_good_as_a_coin():
+    """One that always says (A) is right half of the time, whichever way that is counted."""
+    pairs = [("prompt", "better", "worse one")] * 4
+    metrics = principles.accuracy([{"p": 0.5, "orders": (1.0, 0.0)}] * 4, pairs)
+    assert metrics["right answer as (A)"] == 1 and metrics["right answer as (B)"] == 0
+    assert metrics["both orders averaged"] == 0.5 and metrics["longer answer"] == 0
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The script.
 

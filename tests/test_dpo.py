@@ -121,6 +121,21 @@ def test_kto_loss_against_numpy():
     assert np.abs(w.numpy() - r).max() < 1e-12 and (l == z).all()
 
 
+def test_kto_with_flipped_labels_is_right_on_average():
+    """rDPO's mean over the flips is the loss of clean labels, also where good and bad answers have different
+    weights; and a soft label is that share of both."""
+    logp, ref, n, _ = (torch.from_numpy(x[:1]) for x in numbers())
+    flags, z = dict(loss="kto", desirable_weight=1.5, undesirable_weight=0.5), torch.tensor(0.3, dtype=f64)
+
+    def losses(label, **more):
+        p = torch.full_like(logp[0], label)
+        return dpo.labelled_loss(logp, ref, n, p, config(**flags, **more), z)[0].numpy()
+    for label in (0.0, 1.0):
+        flipped = 0.8 * losses(label, flip_rate=0.2) + 0.2 * losses(1 - label, flip_rate=0.2)
+        assert np.abs(flipped - losses(label)).max() < 1e-12
+    assert np.abs(losses(0.7) - 0.7 * losses(1.0) - 0.3 * losses(0.0)).max() < 1e-12
+
+
 @pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_gradcheck(loss):
     """Of every row of the table, at labels between 0 and 1 as well."""

@@ -468,6 +468,8 @@ def test_a_healthy_run_is_silent():
     ("negative KL", {"kl": (0.0, -0.5)}, "--dtype"),
     ("mismatch", {"mismatch": (0.001, 0.1)}, "--dtype"),
     ("EOS rate", {"eos_rate": (0.98, 0.5)}, "--eos_penalty"),
+    ("EOS rate", {"eos_rate": (0.2, 0.2)}, "--max_new"),
+    ("reward hacking", {"gold": (0.9, 0.6), "reward": (0.3, 2.5), "kl_exact": (0, 0.9)}, "--kl_budget 0.1"),
     ("entropy", {"entropy": (0.28, 0.001)}, "--entropy_coef"),
     ("identical responses", {"unique": (0.54, 0.01)}, "--kl_coef"),
     ("length", {"length": (10.0, 30.0)}, "--reward"),
@@ -596,6 +598,10 @@ def test_kl_budget(train, tmp_path):
     assert result_of(tmp_path / "ppo")["after"] and (tmp_path / "ppo" / "model.safetensors").exists()
     out, again = train("ppo", *flags, "--kl_budget", 0.05)
     assert again == log and "is finished" in out                                # nothing to go on with
+    weights = (tmp_path / "ppo" / "model.safetensors").read_bytes()
+    (tmp_path / "ppo" / "result.json").unlink()       # as if killed after the last iteration: it is the last
+    out, again = train("ppo", *flags, "--kl_budget", 0.05)
+    assert again == log and (tmp_path / "ppo" / "model.safetensors").read_bytes() == weights
 
 
 @needs_fork

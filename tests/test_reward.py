@@ -82,7 +82,8 @@ def test_health_in_words():
     assert health.of_reward_model(rows_of_a_run(0.3), well) == {}
     assert health.of_reward_model(rows_of_a_run(0.3), {}) == {}              # all held-out pairs are ties
     assert health.of_reward_model(rows_of_a_run(0.693)[:49], well) == {}     # too early to say
-    assert list(health.of_reward_model(rows_of_a_run(0.693), well)) == ["loss"]
+    assert list(health.of_reward_model(rows_of_a_run(0.693), {"accuracy": 0.52})) == ["loss"]
+    assert health.of_reward_model(rows_of_a_run(0.693), well) == {}          # labels of 0.55, all learned
     for longer_wins in (0.7, 0.3):      # the longer one, or the shorter one
         counts_words = {"accuracy": 0.7, "longer_wins": longer_wins}
         assert list(health.of_reward_model(rows_of_a_run(0.6), counts_words)) == ["length"]

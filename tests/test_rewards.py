@@ -1,6 +1,7 @@
 """What scores answers, where its tokenizer is not the policy's: texts are read again, rewards carried
 back."""
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,3 +214,11 @@ def test_ppo_with_a_reward_model_of_another_tokenizer(suite, chain, strangers, t
                  "--rollouts", 16, "--minibatches", 2, "--max_new", 16, "--value_warmup", 0,
                  "--dtype", "float32", "--out", out)
         assert result_of(out)["after"]["reward"] != 0
+
+
+def test_a_function_reads_what_is_said_without_spaces_around_it():
+    """Otherwise one that looks at the first word has another reward in training, where a template's space
+    stands before the answer, than in the closing table."""
+    source = SimpleNamespace(name="f", function=lambda rows, texts: [text.startswith("I ") for text in texts])
+    scorer = SimpleNamespace(flag="--reward")
+    assert Scorer.call(scorer, source, [{}] * 2, [" I do.", "No. I do."]).tolist() == [1, 0]
