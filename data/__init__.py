@@ -29,7 +29,7 @@ def write_atomic(path, data):
     if int(os.environ.get("RANK", 0)):
         return
     # Written beside its place and on the disk before it takes the place, in one step of the file system.
-    new = Path(path).with_name(Path(path).name + ".new")
+    new = Path(path).with_name(f".{Path(path).name}.new")
     with open(new, "wb") as f:
         f.write(data)
         # A rename may reach the disk before what it renames does.
