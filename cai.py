@@ -415,7 +415,7 @@ def main(cfg):
     # Lock the folder and begin, or go on: all is measured anew, so samples.txt goes; what was trained is in
     # the folders of the rounds, which go with --overwrite.
     files = [base, cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human, cfg.constitution]
-    run = Run.open(cfg, "cai", filter(None, files), files_of_rounds(cfg), runs_scripts=True)
+    run = Run.open(cfg, "cai", files, files_of_rounds(cfg), runs_scripts=True)
     (run.folder / "samples.txt").unlink(missing_ok=True)
 
     # The model to start from: without --init a helpful-only one, trained now (half a minute) if need be.

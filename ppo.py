@@ -58,6 +58,7 @@ from model import (compare_policies, freeze_and_cast, is_last, last_token, refre
                    token_logprobs, token_values, with_lora)
 from reward import group_pairs, learn_comparisons
 
+OWN_FILES = ["inspect.json", "reward/"]      # beside those of every run
 OTHERS = 2 ** 20    # stream of random numbers for the reference's answers, beside those of the iterations
 
 
@@ -533,8 +534,7 @@ def main(cfg):
     reward_name = cfg.reward or need(cfg, "reward")
     init = cfg.init or need(cfg, "sft")
     data = cfg.data or world.TINY / "rl.jsonl"
-    inputs = filter(None, [init, reward_name, data, cfg.ptx_data])
-    run = Run.open(cfg, "ppo", inputs, ["inspect.json", "reward/"], cfg.inspect)
+    run = Run.open(cfg, "ppo", [init, reward_name, data, cfg.ptx_data], OWN_FILES, cfg.inspect)
     run.health = partial(health.health, cfg=cfg)
     n_steps = min(cfg.iterations, cfg.max_steps or cfg.iterations)     # those that will run
     kept = what_is_kept(run, n_steps)

@@ -74,15 +74,16 @@ class Run:
 
         A finished run with the same flags shows its table and ends the program. InputError: a run with other
         flags is there, files that are not ours, or another process. inputs: files and folders that the plan
-        and what is kept between steps depend on. writes: what the stage writes there besides FILES, folders
-        with a "/" at the end. dry: only look (ppo.py --inspect): take the first steps of such a run, and
-        write nothing. runs_scripts: cai.py, whose folder holds those of the scripts that it starts."""
+        and what is kept between steps depend on ("" is none). writes: what the stage writes there besides
+        FILES, folders with a "/" at the end. dry: only look (ppo.py --inspect): take the first steps of such
+        a run, and write nothing. runs_scripts: cai.py, whose folder holds those of the scripts that it
+        starts."""
         run = cls(cfg, stage, dry, runs_scripts)
         # The first process looks. Where it ends, the others end too: 1 stands for success, 2 for an error.
         ends = 0
         try:
             if RANK == 0 and not dry:
-                run.open_folder(list(inputs), [*FILES, *writes])
+                run.open_folder([name for name in inputs if name], [*FILES, *writes])
         except BaseException as e:
             ends = 1 if isinstance(e, SystemExit) else 2
             raise

@@ -27,7 +27,7 @@ from conftest import CHAIN, ROOT, SEED, copy_suite
 from data import InputError, chain as chain_py, flags as flags_py, folder as folder_py, run as run_py, world
 from data.chain import need
 from data.files.checkpoint import load, load_state, save
-from data.flags import MAY_BE_0, SHARES, parse_flags
+from data.flags import CLIPS, MAY_BE_0, SHARES, parse_flags
 from data.rewards import Scorer
 from data.files.safetensors import read_safetensors
 from data.files.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
@@ -355,7 +355,8 @@ def test_every_number_has_its_range(script, capsys):
         if f.type in (int, float):
             free = f.name.startswith("bias_")
             assert (parse(f"--{f.name}=-1") is not None) == free, f.name
-            assert (parse(f"--{f.name}=0") is not None) == (f.type is float or f.name in MAY_BE_0), f.name
+            may_be_0 = f.name in MAY_BE_0 if f.type is int else f.name not in CLIPS
+            assert (parse(f"--{f.name}=0") is not None) == may_be_0, f.name
             assert (parse(f"--{f.name}=3") is not None) == (f.name not in SHARES), f.name
         more = str(f.default + 1) if f.type is int else ""
         value = {bool: "true", int: more, float: "0.375", str: "a=b c"}.get(f.type)
