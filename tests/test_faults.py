@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_scripts import SCRIPTS, TRAIN, links, log_of, module_of, same, snapshot
+from test_scripts import SCRIPTS, TRAIN, fails, links, log_of, module_of, same, snapshot
 
 from data import InputError, chain as chain_py, world
 from data.files.checkpoint import load, load_state, load_weights, save, save_folder, write_state
@@ -149,8 +149,12 @@ def test_two_runs_never_share_a_folder(suite, chain, tmp_path):
     after = {path: data for path, data in snapshot(tmp_path / "x").items() if path.name != "log.jsonl"}
     assert before == after and before[pairs]
     suite.kill(job)
-    # nothing was saved: no run that other flags would overwrite
-    suite.ok(*flags, "--max_steps", 1, "--seed", 1)
+    # no checkpoint was saved, but comparisons, which somebody may have paid for
+    fails(suite.run(*flags, "--epochs", 200, "--max_steps", 1, "--seed", 1), "--seed was 0, now 1")
+    assert pairs.read_bytes() == before[pairs]
+    suite.ok(*flags, "--epochs", 200, "--max_steps", 1)      # begins anew
+    assert pairs.read_bytes() == before[pairs]
+    suite.ok(*flags, "--max_steps", 1, "--seed", 1, "--overwrite")
     assert pairs.read_bytes() != before[pairs]
 
 
