@@ -168,10 +168,12 @@ def main(cfg):
             table.append({"seed": int(seed), "reward": name} | figures)
             print(table[-1], flush=True)
 
-    lines = [f"{'':20}" + "".join(f"{figure:>24}" for figure in FIGURES)]
+    lines = [f"{'':20}" + "".join(f"{figure:>36}" for figure in FIGURES)]
     for name in dict.fromkeys(row["reward"] for row in table):
-        cells = [spread([row.get(figure) for row in table if row["reward"] == name]) for figure in FIGURES]
-        lines.append(f"{name:20}" + "".join(f"{cell:>24}" for cell in cells))
+        line, rows = f"{name:20}", [row for row in table if row["reward"] == name]
+        for figure in FIGURES:
+            line += f"{spread([row.get(figure) for row in rows]):>36}"
+        lines.append(line)
     write_json(Path(cfg.out) / "process.json", table)
     write_atomic(Path(cfg.out) / "process.txt", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
