@@ -44,8 +44,8 @@ def health(history, cfg=None):
             "try a larger --eos_penalty, or a larger --max_new if good answers need it")
     elif now["eos_rate"] < 0.5:
         warnings["EOS rate"] = (
-            f"only {now['eos_rate']:.2f} of the responses end, and --eos_penalty hides what the others are "
-            "worth; try a larger --max_new, or sft.py first, from which a model learns to end its answers")
+            f"only {now['eos_rate']:.2f} of the responses end: the others are cut off, and judged for that; "
+            "try a larger --max_new, or sft.py first, from which a model learns to end its answers")
     if now["entropy"] < 0.05 * old["entropy"]:
         warnings["entropy"] = (
             f"it fell from {old['entropy']:.3f} to {now['entropy']:.3f} nats per token: the policy has "
