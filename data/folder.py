@@ -284,8 +284,8 @@ def meaning_of(source):
 
 def fingerprint(name):
     """Tells whether an input (a path, or a name of paths as in `parts_of`) has changed: a hash of each file's
-    content and size; of a folder, of its weights, whose size counts, and one eighth of the bytes; "none"
-    where there is none."""
+    content and size; of a folder, of the size of its weights and of one eighth of their bytes; "none" where
+    there is none."""
     return " ".join(fingerprint_of_path(path) for path in parts_of(name))
 
 

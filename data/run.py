@@ -111,12 +111,12 @@ class Run:
         if self.runs_scripts:         # where one of its scripts stops, others begin
             record["flags"]["max_steps"] = self.cfg.max_steps
         goes_on = self.is_begun() and not self.cfg.overwrite
-        made = [name for name in old.get("files", ()) if (self.folder / name).exists()]
-        if not goes_on and not self.cfg.overwrite and set(made) - {"log.jsonl", "samples.txt"}:
-            check_same(self.folder, old, record)      # what a run left before its first checkpoint, or a tool
+        made = {name for name in old.get("files", ()) if (self.folder / name).exists()}
         if goes_on:
             self.check_that_it_goes_on(old, record)
             self.seconds_before = result_of(self.folder).get("seconds", 0.0)
+        elif made - {"log.jsonl", "samples.txt"} and not self.cfg.overwrite:
+            check_same(self.folder, old, record)      # what a run left before its first checkpoint, or a tool
         remove(self.folder, ["result.json"] if goes_on else old.get("files", files))
         samples = self.folder / "samples.txt"
         if samples.exists():      # it is added to, and a backup may share its bytes (cp -l)

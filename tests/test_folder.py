@@ -181,7 +181,6 @@ def test_a_script_that_outlived_cai_keeps_its_folder(tmp_path):
 class ToolConfig(ToolFlags):
     out: str = ""
     overwrite: bool = False
-    seed: int = 0
 
 
 def test_a_command_without_steps_replaces_its_files_only_when_asked(tmp_path, monkeypatch):
