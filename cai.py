@@ -387,10 +387,10 @@ SECONDS = {"start": 5, "stage 1": 45, "stage 2": 100}   # about, on two cores: f
 def measure_critic(cfg, setting):
     """--critic_test: how often a critic is right about comparisons, on the screen and in critic.json."""
     name = cfg.critic or need(cfg, "base")
-    take(cfg, "critic_test", ["critic.json"], [name, cfg.critic_test, cfg.constitution])
     rows, dropped = formats.load(cfg.critic_test, "preference")
     print(formats.describe(rows, dropped, cfg.critic_test))
     critic = make_critic(name, cfg, setting.device)
+    take(cfg, "critic_test", ["critic.json"], [name, cfg.critic_test, cfg.constitution])
     decided = [row for row in rows if row["label"] != 0.5]     # a tie has no better answer
     pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in decided]
     labels = compare(pairs, setting.choose, critic, random.Random(f"{cfg.seed} choices"))
@@ -416,6 +416,7 @@ def main(cfg):
     # the folders of the rounds, which go with --overwrite.
     files = [base, cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human, cfg.constitution]
     run = Run.open(cfg, "cai", files, files_of_rounds(cfg), runs_scripts=True)
+    run.make_room()
     (run.folder / "samples.txt").unlink(missing_ok=True)
 
     # The model to start from: without --init a helpful-only one, trained now (half a minute) if need be.

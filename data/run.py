@@ -2,7 +2,7 @@
 
     device = setup(cfg)                  seeds, precision, processes (data/setup.py)
     run = Run.open(cfg, "sft", [data])   locks the folder; an unfinished run with the same flags goes on
-    run.begin(n_steps, tok, policy=(model, optimizer))
+    run.begin(n_steps, tok, policy=(model, optimizer))      deletes what --overwrite replaces
     before, answers = run.before(measure)
     for step in run.steps():
         ...
@@ -59,7 +59,9 @@ class Run:
         """The object alone, which touches nothing. Scripts call `open`, where the arguments are described."""
         self.cfg, self.stage, self.folder = cfg, stage, Path(cfg.out)
         self.dry, self.runs_scripts = dry, runs_scripts
+        self.goes_on = False                          # or begins at its first step
         self.state, self.first = {}, 0                # of a checkpoint to go on from, and its step
+        self.record, self.replaced = None, []         # what make_room writes as run.json, and deletes
         self.given = given_flags(cfg)                 # {name: value} that are not at their defaults
         self.health = None                            # a stage's own function of the log: {name: warning}
         self.skipped, self.stopping = 0, False        # steps not taken; whether to end after this one
@@ -68,8 +70,8 @@ class Run:
 
     @classmethod
     def open(cls, cfg, stage, inputs=(), writes=(), dry=False, runs_scripts=False):
-        """A Run that has the folder cfg.out to itself: locks it, deletes what --overwrite replaces, writes
-        run.json, and reads the state that an unfinished run with the same flags left. From here on Ctrl-C
+        """A Run that has the folder cfg.out to itself: locks it, and reads the state that an unfinished run
+        with the same flags left. What --overwrite replaces is there until `make_room`. From here on Ctrl-C
         lets a step end, but not in cai.py, which has none.
 
         A finished run with the same flags shows its table and ends the program. InputError: a run with other
@@ -91,7 +93,8 @@ class Run:
             ends = all_sum(ends)
         if ends:
             sys.exit(int(ends) - 1)
-        run.state = {} if dry else load_state(run.folder)
+        run.goes_on = bool(all_sum(run.goes_on))
+        run.state = load_state(run.folder) if run.goes_on else {}
         run.first = run.state.get("step", 0)
         # The seconds of earlier sessions are the run's too; those after the last save are in result.json.
         run.start -= max(run.seconds_before, run.state.get("seconds", 0.0))
@@ -100,8 +103,8 @@ class Run:
         return run
 
     def open_folder(self, inputs, files):
-        """Lock the folder and make it ready. Ends the program if the run is finished; InputError if it may
-        not begin."""
+        """Lock the folder, and note what this run may replace there. Ends the program if the run is finished;
+        InputError if it may not begin."""
         absent = missing(inputs)
         if absent:
             raise InputError(f"{absent}: no such file or folder")
@@ -110,14 +113,24 @@ class Run:
         old, record = run_of(self.folder), record_of(self.cfg, self.stage, inputs, files, self.runs_scripts)
         if self.runs_scripts:         # where one of its scripts stops, others begin
             record["flags"]["max_steps"] = self.cfg.max_steps
-        goes_on = self.is_begun() and not self.cfg.overwrite
+        self.goes_on = self.is_begun() and not self.cfg.overwrite
         made = {name for name in old.get("files", ()) if (self.folder / name).exists()}
-        if goes_on:
+        if self.goes_on:
             self.check_that_it_goes_on(old, record)
             self.seconds_before = result_of(self.folder).get("seconds", 0.0)
         elif made - {"log.jsonl", "samples.txt"} and not self.cfg.overwrite:
             check_same(self.folder, old, record)      # what a run left before its first checkpoint, or a tool
-        remove(self.folder, ["result.json"] if goes_on else old.get("files", files))
+        self.record = record
+        self.replaced = ["result.json"] if self.goes_on else old.get("files", files)
+
+    def make_room(self):
+        """Delete what this run replaces, and write its run.json. `begin` does it; a script that writes into
+        the folder earlier calls it before. Until then a mistake in a flag, or in a file that is read, has
+        cost nothing."""
+        record, self.record = self.record, None
+        if record is None:      # done before; or another process does it; or dry
+            return
+        remove(self.folder, self.replaced)
         samples = self.folder / "samples.txt"
         if samples.exists():      # it is added to, and a backup may share its bytes (cp -l)
             write_atomic(samples, samples.read_bytes())
@@ -184,6 +197,7 @@ class Run:
         self.step_start = self.loop_start = time.perf_counter()
         if self.first:
             self.load_trained()
+        self.make_room()
         if self.dry:
             # Early, where tokens are clipped; and not the very first, where the KL is still 0.
             self.n_steps = min(3, self.n_steps)

@@ -92,9 +92,9 @@ def cpu_has_bf16():
 
 
 def choose_threads():
-    """As many threads as cores are free just now: two threads on one free core are ten times slower than one
-    (LOG.md). OMP_NUM_THREADS overrides. Scripts started from here get the same number, so that equal runs
-    give equal bits."""
+    """As many threads as cores are free just now: two threads on one free core are ten times slower than one.
+    OMP_NUM_THREADS overrides. Scripts started from here get the same number, so that equal runs give equal
+    bits."""
     if "OMP_NUM_THREADS" in os.environ or WORLD > 1 or not Path("/proc/stat").exists():
         return
     before = idle_seconds()

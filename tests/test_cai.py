@@ -229,7 +229,7 @@ def test_gold_of_each_revision():
 
 
 def test_the_corpus_shows_a_critic_what_can_be_wrong():
-    """A critic that read "The answer is fine." most of the time says it to everything (LOG.md)."""
+    """A critic that read "The answer is fine." most of the time says it to everything."""
     documents = (world.TINY / "corpus.txt").read_text().split("<|endoftext|>")
     critiques = [text for text in documents if "\n\nCritique:" in text]
     assert len(critiques) > 300

@@ -24,7 +24,7 @@ from dpo import Config as DPOConfig
 from ppo import Config as PPOConfig
 from reward import Config as RewardConfig
 from sft import Config
-from test_scripts import fails, links, log_of, result_of, snapshot, write
+from test_scripts import FOLDERS, fails, links, log_of, result_of, snapshot, write
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="tests/conftest.py forks")
 NAMES = [*FILES, "comparisons.jsonl", "held_out.jsonl", "process.jsonl", "inspect.json", "votes.jsonl",
@@ -91,6 +91,7 @@ def test_two_hundred_folders(tmp_path, monkeypatch):
         try:
             cfg = Config(out=str(folder), overwrite=rng.random() < 0.7)
             run = Run.open(cfg, "sft", writes=["held_out.jsonl"])
+            run.make_room()
         except InputError as e:
             refused += 1
             assert "--out" in str(e) and hashes(tmp_path / f"{i}") == before
@@ -387,6 +388,32 @@ def test_out_is_what_the_run_reads(suite, chain, tmp_path, script, flag):
     for r in suite.run_all(commands):
         fails(r, "is read by this run and would be replaced by it; choose another --out")
     assert hashes(tmp_path) == before
+
+
+@needs_fork
+def test_a_mistake_beside_overwrite_costs_nothing(suite, chain, tmp_path):
+    """A mistyped model, which may be a name on the hub; a line of data that cannot be read; a context that is
+    too short. The old run is there afterwards, byte for byte, and the right command replaces it."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "Hi"\n')
+    mistakes = [("data.pretrain", ["--length", 4096], "--length"), ("sft.py", ["--init", "oout/base"], "oout"),
+                ("sft.py", ["--data", bad], "bad.jsonl"), ("reward.py", ["--init", "oout/sft"], "oout"),
+                ("reward.py", ["--data", bad], "bad.jsonl"), ("ppo.py", ["--reward", "oout/reward"], "oout"),
+                ("ppo.py", ["--data", bad], "bad.jsonl"), ("dpo.py", ["--data", bad], "bad.jsonl"),
+                ("data.process", ["--init", "oout/sft"], "oout")]
+    for i, (script, _, _) in enumerate(mistakes):
+        name = "reward" if script == "data.process" else FOLDERS[script]
+        shutil.copytree(chain / name, tmp_path / f"{i}")
+    before = hashes(tmp_path)
+    commands = []
+    for i, (script, flags, _) in enumerate(mistakes):
+        first = [] if script == "data.process" else links(script, chain)
+        commands.append([script, *first, *flags, "--out", tmp_path / f"{i}", "--overwrite"])
+    for r, (_, _, named) in zip(suite.run_all(commands, env={"HF_HUB_OFFLINE": "1"}), mistakes):
+        fails(r, named)
+    assert hashes(tmp_path) == before
+    suite.ok("sft.py", *links("sft.py", chain), "--out", tmp_path / "1", "--overwrite", "--max_steps", 1)
+    assert result_of(tmp_path / "1")["steps"] == 1
 
 
 @needs_fork

@@ -1357,7 +1357,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
         raise OSError(38, "Function not implemented")
     monkeypatch.setattr(fcntl, "flock", flock)
     monkeypatch.setattr(run_py.Run, "catch_signals", lambda run: None)
-    run_py.Run.open(module_of("sft.py").Config(out=str(tmp_path / "x")), "sft")
+    run_py.Run.open(module_of("sft.py").Config(out=str(tmp_path / "x")), "sft").make_room()
     said = capsys.readouterr().out
     assert said.startswith(f"{tmp_path / 'x'}: ") and "locks" in said and "Function not implemented" in said
     assert (tmp_path / "x" / "run.json").exists()
