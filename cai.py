@@ -41,7 +41,7 @@ import torch
 from data import InputError, read_json, read_jsonl, report, world, write_json, write_jsonl
 from data.files import formats
 from data.chain import need, run_script, sibling, unfinished
-from data.files.checkpoint import load, save
+from data.files.checkpoint import find_folder, load, save
 from data.endpoint import continuations, make_critic
 from data.flags import RunFlags, program
 from data.folder import take
@@ -412,16 +412,17 @@ def main(cfg):
     if setting.graded and not (cfg.init and cfg.critic):
         base = need(cfg, "base")
 
-    # Lock the folder and begin, or go on: all is measured anew, so samples.txt goes; what was trained is in
-    # the folders of the rounds, which go with --overwrite.
+    # Lock the folder and begin, or go on. What was trained is in the folders of the rounds, which go with
+    # --overwrite.
     files = [base, cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human, cfg.constitution]
     run = Run.open(cfg, "cai", files, files_of_rounds(cfg), runs_scripts=True)
-    run.make_room()
-    (run.folder / "samples.txt").unlink(missing_ok=True)
+    if cfg.critic and not cfg.critic.startswith(("http://", "https://")):
+        find_folder(cfg.critic)      # a mistyped one is said now, and not after minutes
 
     # The model to start from: without --init a helpful-only one, trained now (half a minute) if need be.
     model = cfg.init or sibling(cfg, "helpful")
     if not cfg.init and unfinished(model):
+        run.make_room()
         train_helpful_model(cfg, run, base, model)
 
     # The prompts that its context has room for, and what it is measured on.
@@ -435,6 +436,7 @@ def main(cfg):
     own = None if setting.graded else setting.red
     tests = test_prompts(policy, tok, cfg.max_new, own, cfg.data)
     run.begin(1 + 2 * cfg.rounds, tok)
+    (run.folder / "samples.txt").unlink(missing_ok=True)      # all is measured anew
     columns = {}
 
     def measured(title, name, path, step, metrics):

@@ -228,22 +228,25 @@ def main(cfg):
     own = ["held_out.jsonl", "comparisons.jsonl", "critic_answers.jsonl"]
     run = Run.open(cfg, "reward", filter(None, files), own[:1] if cfg.data else own)
 
-    # The model, with a new head.
-    model, tok = load(init, head="new")
-    model.reward_mean, model.process = 0.0, False
-    if cfg.lora:
-        # Adapters on a frozen trunk; the head begins at random, so it is trained as a whole.
-        model = with_lora(model, cfg.lora)
-        model.score.requires_grad_(True)
-
     # The comparisons: one's own, those that this run was given before it was interrupted, or new ones.
     path = cfg.data or run.folder / "comparisons.jsonl"
-    if not cfg.data and not (run.first and path.exists()):
+    if not cfg.data and not run.has("comparisons.jsonl"):
+        compared = comparisons.compare_answers(run, policy, device)
         run.make_room()
-        write_jsonl(path, formats.as_messages(comparisons.compare_answers(run, policy, device)))
+        write_jsonl(path, formats.as_messages(compared))
         barrier()
     rows, dropped = formats.load(path, "preference")
     run.say(formats.describe(rows, dropped, path))
+
+    # The model. Seeded here, so that a new head, where it has none, does not depend on whether answers were
+    # sampled before.
+    torch.manual_seed(cfg.seed)
+    model, tok = load(init, head="new")
+    model.reward_mean, model.process = 0.0, False
+    if cfg.lora:
+        # Adapters on a frozen trunk; a new head begins at random, so it is trained as a whole.
+        model = with_lora(model, cfg.lora)
+        model.score.requires_grad_(True)
 
     # The rows by prompt, some prompts held out.
     max_len = min(cfg.max_len, model.cfg.max_len)

@@ -1,5 +1,5 @@
 """The chain base -> sft -> reward -> ppo and so on: what each link starts from, how a missing one is made,
-and what a finished one left."""
+what a finished one left, and what to try after a run."""
 import os
 import re
 import shlex
@@ -112,7 +112,9 @@ def chain_columns(cfg, name, before, after):
         columns = {"before": before, name: after}
     elif "before" in result_of(sibling(cfg, "sft")):
         columns = {"base": result_of(sibling(cfg, "sft"))["before"]} | columns    # on the same prompts
-    return {title: {k: v for k, v in column.items() if k != "loss"} for title, column in columns.items()}
+    for title, column in columns.items():
+        columns[title] = {name: value for name, value in column.items() if name != "loss"}
+    return columns
 
 
 # ------------------------------------------------------------------------------------------------------------

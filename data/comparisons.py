@@ -1,5 +1,5 @@
-"""Where comparisons come from: the tiny world's annotator (reward.py), a file, or a policy's own new answers
-(dpo.py)."""
+"""Answers that the tiny world's annotator compares (reward.py), comparisons to look at and to vote on, and
+pairs of a policy's own new answers (dpo.py --online)."""
 import random
 from dataclasses import asdict
 
@@ -74,7 +74,9 @@ def criticised(run, pairs, annotator, device):
                 doubtful[str(row["prompt"]), answer] = row      # once, however often it is compared
     run.say(f"{cfg.critique} criticises {len(doubtful):,} answers of whose facts the annotator knows nothing")
 
-    critic = CachedCritic(*local_critic(cfg.critique, device), run.folder / "critic_answers.jsonl", 256)
+    name, ask = local_critic(cfg.critique, device)
+    run.make_room()
+    critic = CachedCritic(name, ask, run.folder / "critic_answers.jsonl", 256)
     principles, _ = constitution(str(world.HERE / "constitution.json"), "helpful")
     asked = []
     for (_, answer), row in doubtful.items():

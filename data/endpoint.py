@@ -23,6 +23,7 @@ import torch
 
 from data import InputError
 from data.files.checkpoint import load
+from data.parallel import RANK
 from model import generate, pad_batch, sampling_copy
 
 STOPS = ["\n\nHuman", "\n\nAssistant", "\n\nCritique", "\n\nRevision"]   # where the answer of a critic ends
@@ -285,9 +286,10 @@ class CachedCritic:
     def keep(self, key, request, answer):
         """Add an answer to the file, in a line of its own whatever was there before."""
         row = {"key": key, "model": self.name, "prompt": request["prompt"], "answer": answer}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.file, "a", encoding="utf-8") as f:
-            f.write("\n" * (f.tell() > 0) + json.dumps(row))
+        if RANK == 0:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "a", encoding="utf-8") as f:
+                f.write("\n" * (f.tell() > 0) + json.dumps(row))
         self.cache[key] = answer
 
 

@@ -2,7 +2,7 @@
 
 Nothing that is not ours is ever replaced. A program names the files that it may write. Those that are there
 already are its to replace if the run.json beside them lists them, for then a run of ours made them; a run
-with other flags needs the user's --overwrite besides. `foreign` decides this for every program that writes.
+with other flags needs the user's --overwrite besides. `foreign` decides this for all that leave a run.json.
 """
 import ast
 import atexit
@@ -148,8 +148,9 @@ def claim(folder, names, inputs=()):
 
 
 def take(cfg, stage, files, inputs=()):
-    """Claim cfg.out for a command without steps, and leave its run.json there. InputError: as `claim`, or
-    what it would replace came from other flags or inputs, and --overwrite is not given."""
+    """Claim cfg.out for a command without steps, and leave its run.json there; --overwrite deletes what is
+    there. InputError: as `claim`, or what it would replace came from other flags or inputs, and --overwrite
+    is not given."""
     inputs = [name for name in inputs if name]
     claim(cfg.out, files, inputs)
     old, record = run_of(cfg.out), record_of(cfg, stage, inputs, files)

@@ -239,18 +239,21 @@ def main(cfg):
     run = Run.open(cfg, "reward", [init, cfg.data or world.TINY / "preference.jsonl"],
                    writes=[] if cfg.data else ["process.jsonl"])
 
-    # The model, with a new head.
-    model, tok = load(init, head="new")
-    model.reward_mean, model.process = 0.0, True
-
     # The labels: one's own, those that this run was given before it was interrupted, or new ones.
     path = cfg.data or run.folder / "process.jsonl"
-    if not cfg.data and not (run.first and path.exists()):
+    if not cfg.data and not run.has("process.jsonl"):
+        labelled = label_steps(run, init, device)
         run.make_room()
-        write_jsonl(path, label_steps(run, init, device))
+        write_jsonl(path, labelled)
         barrier()
     rows, dropped = formats.load(path, "process")
     run.say(formats.describe(rows, dropped, path))
+
+    # The model. Seeded here, so that a new head, where it has none, does not depend on whether answers were
+    # sampled before.
+    torch.manual_seed(cfg.seed)
+    model, tok = load(init, head="new")
+    model.reward_mean, model.process = 0.0, True
 
     # The rows by prompt, some prompts held out.
     max_len = min(cfg.max_len, model.cfg.max_len)

@@ -47,7 +47,8 @@ def flags_of_its_run(cfg):
     return theirs
 
 
-FILES = (*CHECKPOINT, "log.jsonl", "samples.txt", "answers.jsonl", "result.json")   # of every run
+# Of every run. They are deleted in this order: without result.json a run is not finished.
+FILES = ("result.json", *CHECKPOINT, "log.jsonl", "samples.txt", "answers.jsonl")
 TO_GO_ON = "the same command with a larger --max_steps, or without it, goes on"     # of one cut short
 
 
@@ -59,9 +60,9 @@ class Run:
         """The object alone, which touches nothing. Scripts call `open`, where the arguments are described."""
         self.cfg, self.stage, self.folder = cfg, stage, Path(cfg.out)
         self.dry, self.runs_scripts = dry, runs_scripts
-        self.goes_on = False                          # or begins at its first step
-        self.state, self.first = {}, 0                # of a checkpoint to go on from, and its step
-        self.record, self.replaced = None, []         # what make_room writes as run.json, and deletes
+        self.goes_on = False                          # whether a checkpoint, or a round of cai.py, is there
+        self.state, self.first = {}, 0                # of the checkpoint; the number of the next step
+        self.record, self.replaced = None, []         # what make_room writes as run.json; files it deletes
         self.given = given_flags(cfg)                 # {name: value} that are not at their defaults
         self.health = None                            # a stage's own function of the log: {name: warning}
         self.skipped, self.stopping = 0, False        # steps not taken; whether to end after this one
@@ -114,19 +115,29 @@ class Run:
         if self.runs_scripts:         # where one of its scripts stops, others begin
             record["flags"]["max_steps"] = self.cfg.max_steps
         self.goes_on = self.is_begun() and not self.cfg.overwrite
-        made = {name for name in old.get("files", ()) if (self.folder / name).exists()}
+        left = {name for name in old.get("files", ()) if (self.folder / name).exists()}
+        self.record, self.replaced = record, old.get("files", files) if old else []
         if self.goes_on:
             self.check_that_it_goes_on(old, record)
             self.seconds_before = result_of(self.folder).get("seconds", 0.0)
-        elif made - {"log.jsonl", "samples.txt"} and not self.cfg.overwrite:
-            check_same(self.folder, old, record)      # what a run left before its first checkpoint, or a tool
-        self.record = record
-        self.replaced = ["result.json"] if self.goes_on else old.get("files", files)
+            self.replaced = ["result.json"]
+        elif left - {"log.jsonl", "samples.txt"} and not self.cfg.overwrite:
+            check_same(self.folder, old, record)
+            # Left before its first checkpoint, such as the comparisons of reward.py, which took minutes.
+            if not changed_code(old, record):
+                self.replaced = FILES
+
+    def has(self, name):
+        """Whether this run made the file of this name before it was interrupted. All processes ask."""
+        is_there = (self.folder / name).exists() and name not in self.replaced
+        return bool(all_sum(RANK == 0 and is_there))      # the first one alone knows what is replaced
 
     def make_room(self):
         """Delete what this run replaces, and write its run.json. `begin` does it; a script that writes into
         the folder earlier calls it before. Until then a mistake in a flag, or in a file that is read, has
-        cost nothing."""
+        cost nothing, nor has Ctrl-C. All processes call it; the first one writes."""
+        if all_sum(self.is_asked_to_stop()):
+            raise KeyboardInterrupt(" before its first step")
         record, self.record = self.record, None
         if record is None:      # done before; or another process does it; or dry
             return
@@ -188,8 +199,9 @@ class Run:
             self.say("stopping after this step; once more stops at once")
 
     def begin(self, n_steps, tok, **trained):
-        """trained: name=(model, optimizer) of all that is trained; the first model is the checkpoint in the
-        folder. They are given their state if the run goes on."""
+        """All is ready for the first step: make_room, and the log is opened. trained: name=(model, optimizer)
+        of all that is trained; the first model is the checkpoint in the folder. They are given their state if
+        the run goes on."""
         self.n_planned = self.n_steps = n_steps
         if self.cfg.max_steps and not self.runs_scripts:      # whose steps it counts
             self.n_steps = min(n_steps, self.cfg.max_steps)

@@ -233,6 +233,48 @@ def test_a_run_does_not_replace_what_a_tool_made(tmp_path):
     assert (tmp_path / "critic.json").exists()
 
 
+def test_ctrl_c_before_the_first_step_costs_nothing(tmp_path, monkeypatch):
+    """Models take a while to load, and whoever notices the wrong --out meanwhile keeps what is there."""
+    monkeypatch.setattr(Run, "catch_signals", lambda run: None)
+    record_with(tmp_path, FILES)
+    for name in ("result.json", "model.safetensors", "log.jsonl"):
+        (tmp_path / name).write_text("{}")
+    before = hashes(tmp_path)
+    run = Run.open(Config(out=str(tmp_path), overwrite=True), "sft")
+    run.stop(None, None)
+    with pytest.raises(KeyboardInterrupt, match="before its first step"):
+        run.begin(5, None)
+    (tmp_path / ".lock").unlink()
+    assert hashes(tmp_path) == before
+
+
+def test_comparisons_of_a_run_without_a_checkpoint(tmp_path, monkeypatch):
+    """The same command has them; --overwrite, or edited code, has not: they are deleted."""
+    monkeypatch.setattr(Run, "catch_signals", lambda run: None)
+    monkeypatch.setattr(folder_py, "lock", lambda folder: None)      # this process has it several times
+    own = ["comparisons.jsonl"]
+
+    def opened(**flags):
+        run = Run.open(RewardConfig(out=str(tmp_path), **flags), "reward", writes=own)
+        had = run.has("comparisons.jsonl")
+        run.make_room()
+        assert (tmp_path / "comparisons.jsonl").exists() == had
+        return had
+
+    def left_behind():
+        write(tmp_path / "comparisons.jsonl", [{}])
+        write(tmp_path / "log.jsonl", [])
+    assert not opened()
+    left_behind()
+    assert opened() and not (tmp_path / "log.jsonl").exists()
+    assert not opened(overwrite=True)
+    left_behind()
+    with pytest.raises(InputError, match="--seed was 0, now 1"):
+        opened(seed=1)
+    monkeypatch.setattr("data.run.changed_code", lambda old, new: "reward.py")
+    assert not opened()
+
+
 def test_other_functions_of_a_file_and_other_addresses_are_other_flags(tmp_path):
     """But not the same files elsewhere."""
     (tmp_path / "mine.py").write_text("def brief(rows, texts): return [0] * len(texts)")
@@ -392,26 +434,40 @@ def test_out_is_what_the_run_reads(suite, chain, tmp_path, script, flag):
 
 @needs_fork
 def test_a_mistake_beside_overwrite_costs_nothing(suite, chain, tmp_path):
-    """A mistyped model, which may be a name on the hub; a line of data that cannot be read; a context that is
-    too short. The old run is there afterwards, byte for byte, and the right command replaces it."""
+    """A mistyped model, which may be a name on the hub; a model of the wrong kind; a line of data that cannot
+    be read; a context that is too short. The old run is there afterwards, byte for byte, and the right
+    command replaces it."""
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "Hi"\n')
+    few = ["--prompts", 4]
     mistakes = [("data.pretrain", ["--length", 4096], "--length"), ("sft.py", ["--init", "oout/base"], "oout"),
                 ("sft.py", ["--data", bad], "bad.jsonl"), ("reward.py", ["--init", "oout/sft"], "oout"),
-                ("reward.py", ["--data", bad], "bad.jsonl"), ("ppo.py", ["--reward", "oout/reward"], "oout"),
-                ("ppo.py", ["--data", bad], "bad.jsonl"), ("dpo.py", ["--data", bad], "bad.jsonl"),
-                ("data.process", ["--init", "oout/sft"], "oout")]
-    for i, (script, _, _) in enumerate(mistakes):
-        name = "reward" if script == "data.process" else FOLDERS[script]
-        shutil.copytree(chain / name, tmp_path / f"{i}")
-    before = hashes(tmp_path)
+                ("reward.py", ["--data", bad], "bad.jsonl"), ("reward.py", ["--policy", "oout/sft"], "oout"),
+                ("reward.py", [*few, "--knows", 0.3, "--critique", chain / "reward"], "is a reward model"),
+                ("reward.py", ["--init", chain / "reward"], "is a reward model"),
+                ("reward.py", ["--max_new", 5000], "--max_new"),
+                ("ppo.py", ["--reward", "oout/reward"], "oout"), ("ppo.py", ["--data", bad], "bad.jsonl"),
+                ("dpo.py", ["--data", bad], "bad.jsonl"), ("data.process", ["--init", "oout/sft"], "oout"),
+                ("cai.py", ["--init", "oout/sft", "--critic", chain / "base"], "oout"),
+                ("cai.py", ["--init", chain / "sft", "--critic", "oout/base"], "oout")]
     commands = []
     for i, (script, flags, _) in enumerate(mistakes):
-        first = [] if script == "data.process" else links(script, chain)
-        commands.append([script, *first, *flags, "--out", tmp_path / f"{i}", "--overwrite"])
+        out = tmp_path / f"{i}"
+        if script in FOLDERS:
+            shutil.copytree(chain / FOLDERS[script], out)
+            flags = [*links(script, chain), *flags]
+        else:
+            record_with(out, ["comparisons.jsonl", "result.json", "round1/sl/"], "cai")
+            record_with(out / "round1/sl", ["log.jsonl"])
+            for name in ("comparisons.jsonl", "result.json", "round1/sl/log.jsonl"):
+                (out / name).write_text("{}")
+        commands.append([script, *flags, "--out", out, "--overwrite"])
+    before = hashes(tmp_path)
     for r, (_, _, named) in zip(suite.run_all(commands, env={"HF_HUB_OFFLINE": "1"}), mistakes):
         fails(r, named)
-    assert hashes(tmp_path) == before
+    after = hashes(tmp_path)
+    assert {path for path in after.keys() - before.keys() if path.name != ".lock"} == set()
+    assert {path: after[path] for path in before} == before
     suite.ok("sft.py", *links("sft.py", chain), "--out", tmp_path / "1", "--overwrite", "--max_steps", 1)
     assert result_of(tmp_path / "1")["steps"] == 1
 
