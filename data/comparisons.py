@@ -67,18 +67,21 @@ def criticised(run, pairs, annotator, device):
     """{(prompt, answer): (critique, revision)} of the answers in pairs [(row, a, b)] that state what the
     annotator does not know, by the model at --critique, asked as in cai.py under a principle of helpfulness
     that is drawn for each. All that it wrote is in critic_answers.jsonl."""
-    cfg, rng, doubtful = run.cfg, random.Random(f"{run.cfg.seed} critiques"), {}
+    # Each doubtful answer once, however often it is compared.
+    cfg, doubtful = run.cfg, {}
     for row, a, b in pairs:
         for answer in (a, b):
             if annotator.doubtful_claim(row, answer):
-                doubtful[str(row["prompt"]), answer] = row      # once, however often it is compared
+                doubtful[str(row["prompt"]), answer] = row
     run.say(f"{cfg.critique} criticises {len(doubtful):,} answers of whose facts the annotator knows nothing")
 
     name, ask = local_critic(cfg.critique, device)
     run.make_room()
-    critic = CachedCritic(name, ask, run.folder / "critic_answers.jsonl", 256)
+    critic = CachedCritic(name, ask, run.folder / "critic_answers.jsonl", batch=256)
+
+    # A critique of each, of at most 12 tokens at temperature 0.4, and then a revision, of at most 16.
     principles, _ = constitution(str(world.HERE / "constitution.json"), "helpful")
-    asked = []
+    rng, asked = random.Random(f"{cfg.seed} critiques"), []
     for (_, answer), row in doubtful.items():
         asked.append((transcript(row["prompt"]) + "\n\nAssistant:", f" {answer}", rng.choice(principles)))
     texts = [critique_prompt(*parts) for parts in asked]

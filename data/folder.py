@@ -131,9 +131,9 @@ def claim(folder, names, inputs=()):
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another --out")
     made = [*names, *run_of(folder).get("files", ())]     # what an older run made is deleted with --overwrite
-    read = would_be_replaced(folder, made, inputs)
-    if read:
-        raise InputError(f"{read} is read by this run and would be replaced by it; choose another --out")
+    lost = would_be_replaced(folder, made, inputs)
+    if lost:
+        raise InputError(f"{lost} is read by this run and would be replaced by it; choose another --out")
     found = foreign(folder, names)
     if found:
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
@@ -209,9 +209,9 @@ def difference(old, new):
         return f"{old['stage']} made it"
     for name in new["flags"] | old["flags"]:
         was, value = old["flags"].get(name), new["flags"].get(name)
-        same = old["inputs"].get(was, "none")
+        read = old["inputs"].get(was, "none")      # a fingerprint
         # The same bytes elsewhere. Not so where a part of the name is no file, as in FILE.py:function.
-        is_moved = "none" not in same.split() and same == new["inputs"].get(value)
+        is_moved = "none" not in read.split() and read == new["inputs"].get(value)
         if was != value and not is_moved:
             return f"--{name} was {was!r}, now {value!r}"
     # By content: where a file lies is told by the flags, and the whole folder may have moved since.

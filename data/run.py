@@ -415,9 +415,9 @@ class Run:
         self.say("\n" + report.table(columns, explained=True))
         runs = {"base": result_of(sibling(self.cfg, "base")), "SFT": result_of(sibling(self.cfg, "sft")),
                 list(columns)[-1]: result}
-        for title, its_result in runs.items():
-            if title in columns and report.cut_short(its_result):
-                self.say(f"{title} was cut short: {report.cut_short(its_result)}")
+        for name, its_result in runs.items():
+            if name in columns and report.cut_short(its_result):
+                self.say(f"{name} was cut short: {report.cut_short(its_result)}")
         if PART_OF_A_CHAIN in os.environ:    # the script that asked for this one goes on
             return
         if self.n_steps < self.n_planned:
