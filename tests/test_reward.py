@@ -145,7 +145,8 @@ def test_a_critic_reads_the_answers_that_the_annotator_doubts(tmp_path, monkeypa
                     else " The answer is not right.")
             yield {"text": text, "ended": True}
     monkeypatch.setattr(comparisons, "local_critic", lambda path, device: ("somebody", ask))
-    run = SimpleNamespace(cfg=reward.Config(critique="somebody"), folder=tmp_path, say=print)
+    run = SimpleNamespace(cfg=reward.Config(critique="somebody"), folder=tmp_path, say=print,
+                          make_room=lambda: None)
     annotator = world.Annotator(noise=0.0, knows=0.5)
     doubted = {(str(row["prompt"]), text) for row, *texts in pairs
                for text in texts if not annotator.knows_fact(row)}
