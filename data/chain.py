@@ -113,7 +113,7 @@ def chain_columns(cfg, name, before, after):
     elif "before" in result_of(sibling(cfg, "sft")):
         columns = {"base": result_of(sibling(cfg, "sft"))["before"]} | columns    # on the same prompts
     for title, column in columns.items():
-        columns[title] = {name: value for name, value in column.items() if name != "loss"}
+        columns[title] = {metric: value for metric, value in column.items() if metric != "loss"}
     return columns
 
 

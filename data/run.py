@@ -136,9 +136,10 @@ class Run:
         """Delete what this run replaces, and write its run.json. `begin` does it; a script that writes into
         the folder earlier calls it before. Until then a mistake in a flag, or in a file that is read, has
         cost nothing, nor has Ctrl-C. All processes call it; the first one writes."""
-        if all_sum(self.is_asked_to_stop()):
-            raise KeyboardInterrupt(" before its first step")
         record, self.record = self.record, None
+        loses = bool(record) and any((self.folder / name).exists() for name in self.replaced)
+        if all_sum(loses and self.is_asked_to_stop()):
+            raise KeyboardInterrupt(" before it replaced anything")
         if record is None:      # done before; or another process does it; or dry
             return
         remove(self.folder, self.replaced)

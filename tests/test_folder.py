@@ -234,7 +234,8 @@ def test_a_run_does_not_replace_what_a_tool_made(tmp_path):
 
 
 def test_ctrl_c_before_the_first_step_costs_nothing(tmp_path, monkeypatch):
-    """Models take a while to load, and whoever notices the wrong --out meanwhile keeps what is there."""
+    """Models take a while to load, and whoever notices the wrong --out meanwhile keeps what is there. Where
+    nothing is lost the run takes its step and saves, so that comparisons which took long are kept, too."""
     monkeypatch.setattr(Run, "catch_signals", lambda run: None)
     record_with(tmp_path, FILES)
     for name in ("result.json", "model.safetensors", "log.jsonl"):
@@ -242,10 +243,15 @@ def test_ctrl_c_before_the_first_step_costs_nothing(tmp_path, monkeypatch):
     before = hashes(tmp_path)
     run = Run.open(Config(out=str(tmp_path), overwrite=True), "sft")
     run.stop(None, None)
-    with pytest.raises(KeyboardInterrupt, match="before its first step"):
+    with pytest.raises(KeyboardInterrupt, match="before it replaced anything"):
         run.begin(5, None)
     (tmp_path / ".lock").unlink()
     assert hashes(tmp_path) == before
+
+    run = Run.open(Config(out=str(tmp_path / "new")), "sft")
+    run.stop(None, None)
+    run.begin(5, None)
+    assert run_of(tmp_path / "new") and run.is_asked_to_stop()
 
 
 def test_comparisons_of_a_run_without_a_checkpoint(tmp_path, monkeypatch):
