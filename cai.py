@@ -42,7 +42,7 @@ from data import InputError, read_json, read_jsonl, report, world, write_json, w
 from data.files import formats
 from data.chain import need, run_script, sibling, unfinished
 from data.files.checkpoint import find_folder, load, save
-from data.endpoint import continuations, make_critic
+from data.endpoint import continuations, is_address, make_critic
 from data.flags import RunFlags, program
 from data.folder import take
 from data.parallel import WORLD
@@ -416,7 +416,7 @@ def main(cfg):
     # --overwrite.
     files = [base, cfg.init, cfg.critic, cfg.data, cfg.helpful, cfg.human, cfg.constitution]
     run = Run.open(cfg, "cai", files, files_of_rounds(cfg), runs_scripts=True)
-    if cfg.critic and not cfg.critic.startswith(("http://", "https://")):
+    if cfg.critic and not is_address(cfg.critic):
         find_folder(cfg.critic)      # a mistyped one is said now, and not after minutes
 
     # The model to start from: without --init a helpful-only one, trained now (half a minute) if need be.

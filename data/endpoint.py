@@ -302,11 +302,16 @@ def continuations(critic, texts, max_tokens, temperature, rng):
     return critic(requests)
 
 
+def is_address(path):
+    """Whether a critic is a server, and no checkpoint."""
+    return path.startswith(("http://", "https://"))
+
+
 def make_critic(path, cfg, device):
     """The critic at a path or address, as the flags of cai.py say; its answers are kept in a file of
     --out."""
     file, counts = Path(cfg.out) / "critic_answers.jsonl", Counter()
-    if path.startswith(("http://", "https://")):
+    if is_address(path):
         name, ask = connect(path, cfg.critic_model, cfg.timeout, cfg.retries, cfg.parallel, counts)
         return CachedCritic(name, ask, file, cfg.parallel, counts)
     name, ask = local_critic(path, device)

@@ -158,8 +158,13 @@ def take(cfg, stage, files, inputs=()):
         check_same(cfg.out, old, record)
     else:
         remove(cfg.out, old.get("files", files))
-    write_json(Path(cfg.out) / "run.json", record)
-    atexit.register(withdraw, cfg.out, files)
+    sign(cfg.out, record)
+
+
+def sign(folder, record):
+    """Write a run's run.json, by which the files that it names are ours; `withdraw` it at the end."""
+    write_json(Path(folder) / "run.json", record)
+    atexit.register(withdraw, folder, record["files"])
 
 
 def withdraw(folder, files):

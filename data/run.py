@@ -12,7 +12,6 @@
         run.save_when_due(step)
     run.finish(before, after)
 """
-import atexit
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from data.chain import chain_columns, next_commands, sibling
 from data.files.checkpoint import finish_save, load_state, save
 from data.flags import given_flags, parse_flags
 from data.folder import (CHECKPOINT, PART_OF_A_CHAIN, changed_code, check_same, claim, missing, record_of,
-                         remove, result_of, run_of, withdraw)
+                         remove, result_of, run_of, sign)
 from data.health import of_adapters
 from data.parallel import RANK, all_sum, full_state, load_full_state, load_optimizer_state, optimizer_state
 from data.screen import SCREEN
@@ -146,8 +145,7 @@ class Run:
         samples = self.folder / "samples.txt"
         if samples.exists():      # it is added to, and a backup may share its bytes (cp -l)
             write_atomic(samples, samples.read_bytes())
-        write_json(self.folder / "run.json", record)
-        atexit.register(withdraw, self.folder, record["files"])
+        sign(self.folder, record)
 
     def is_begun(self):
         """Whether the folder holds what a run of ours has made: a checkpoint, or a round of cai.py."""

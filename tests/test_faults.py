@@ -152,7 +152,7 @@ def test_two_runs_never_share_a_folder(suite, chain, tmp_path):
     # no checkpoint was saved, but comparisons, which somebody may have paid for
     fails(suite.run(*flags, "--epochs", 200, "--max_steps", 1, "--seed", 1), "--seed was 0, now 1")
     assert pairs.read_bytes() == before[pairs]
-    suite.ok(*flags, "--epochs", 200, "--max_steps", 1)      # begins anew
+    suite.ok(*flags, "--epochs", 200, "--max_steps", 1)      # begins with them
     assert pairs.read_bytes() == before[pairs]
     suite.ok(*flags, "--max_steps", 1, "--seed", 1, "--overwrite")
     assert pairs.read_bytes() != before[pairs]
