@@ -625,6 +625,6 @@ def test_ptx_leaves_the_held_out_text_alone(chain):
 @needs_fork
 def test_health_speaks_up_once(train):
     # so large steps are clipped
-    out, log = train("ill", "--reward", "gold", "--iterations", 12, "--lr", 0.1, "--epochs", 4)
+    out, log = train("ill", "--reward", "gold", "--iterations", 12, "--lr", 0.1, "--epochs", 2)
     said = re.findall(r"^health, (.*?): ", out, re.M)
     assert said and len(said) == len(set(said)) and all("unique" in row for row in log)
