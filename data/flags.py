@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from data import InputError
+from data.parallel import end_processes
 from data.screen import SCREEN
 
 
@@ -154,6 +155,11 @@ def program(main, Config, doc):
     signal.signal(signal.SIGTERM, interrupt)
     try:
         main(cfg)
+        end_processes()
+    except SystemExit as e:
+        if not e.code:      # the run was finished already
+            end_processes()
+        raise
     except (InputError, OSError) as e:   # OSError: no such file, no right to write it, disk full, ...
         sys.exit(f"error: {e}")
     except KeyboardInterrupt as e:

@@ -41,6 +41,13 @@ def start_processes(device):
     return device
 
 
+def end_processes():
+    """Leave that group, at the end of a run that went well. Else a thread of gloo may be alive while Python
+    ends, which then aborts (pytorch#190489), and torchrun says that the run has failed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def child_environment():
     """os.environ for a script run by one rank alone."""
     return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
