@@ -24,7 +24,8 @@ import tiktoken
 import torch
 
 from conftest import CHAIN, ROOT, SEED, copy_suite
-from data import InputError, chain as chain_py, flags as flags_py, folder as folder_py, run as run_py, world
+from data import (InputError, chain as chain_py, flags as flags_py, folder as folder_py, read_jsonl,
+                  run as run_py, world)
 from data.chain import need
 from data.files.checkpoint import load, load_state, save
 from data.flags import CLIPS, MAY_BE_0, SHARES, parse_flags
@@ -117,8 +118,7 @@ def test_every_stage_leaves_its_files(chain, script):
     assert {"config.json", "tokenizer.json", "state.pt"} <= {p.name for p in folder.iterdir()}
     assert ([p.name for p in folder.iterdir() if p.name.startswith(".") or p.name.endswith(".new")]
             == [".lock"])
-    with open(folder / "answers.jsonl") as f:      # not splitlines: an untrained model may say U+2028
-        answers = [json.loads(line) for line in f]
+    answers = read_jsonl(folder / "answers.jsonl")
     assert len(answers) == (0 if stage == "reward" else 24)
     for row in answers:
         assert (isinstance(row["before"]["answer"], str) and row["family"] in row["after"]
