@@ -263,6 +263,7 @@ def code(all_scripts=False):
     """{file: fingerprint of its meaning} of the running script and of our modules that it has imported; with
     all_scripts of every script, for a run that starts others. A comment or a docstring changes nothing."""
     files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
+    # torch has thousands, and each Path costs
     paths = {Path(file) for file in files if file.endswith(".py") and file.startswith(str(ROOT))}
     if all_scripts:
         paths |= set(ROOT.glob("*.py"))

@@ -326,11 +326,13 @@ def adds_up(page, advantage, digits):
             value_after = before.value[t]
             ratio = math.exp(after.logp[t] - before.logp[t])
             assert after.ratio[t] == pytest.approx(ratio, rel=1e-3, abs=near)
-            # Clipped where the ratio has gone too far in the direction of the advantage. Not where rounding
-            # has taken the sign of that away, or leaves it open whether it is too far.
-            beyond = (after.ratio[t] - 1) * math.copysign(1, before.whitened[t]) - page["clip"]
-            if before.whitened[t] != 0 and abs(beyond) > near:
-                assert after.clipped[t] == (beyond > 0)
+            # Clipped where the ratio has gone too far in the direction of the advantage. Rounding may have
+            # taken the sign of that away, or leave open whether it is too far.
+            up, moved, eps = before.whitened[t] > 0, after.ratio[t] - 1, page["clip"]
+            if abs(moved) < eps - near:
+                assert not after.clipped[t]
+            elif abs(moved) > eps + near and before.whitened[t] != 0:
+                assert after.clipped[t] == (up == (moved > 0))
 
 
 def inspect(suite, chain, folder, flags):

@@ -409,11 +409,13 @@ def test_a_run_that_wrote_nothing_owns_nothing(suite, chain, tmp_path):
     """It ends at a bad row; a model that somebody then puts into its folder is not replaced by the next
     try."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi", "rejectd": "Go away."}\n')
-    command = ["dpo.py", "--init", chain / "sft", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "x"]
-    fails(suite.run(*command), "rows.jsonl:1")
-    assert not (tmp_path / "x" / "run.json").exists()
+    # a plain process: the suite's forks end without what atexit holds
+    command = [sys.executable, "dpo.py", "--init", chain / "sft", "--data", tmp_path / "rows.jsonl",
+               "--out", tmp_path / "x"]
+    r = subprocess.run(list(map(str, command)), cwd=suite.root, env=suite.env, capture_output=True, text=True)
+    assert r.returncode and "rows.jsonl:1" in r.stderr and not (tmp_path / "x" / "run.json").exists()
     (tmp_path / "x" / "model.safetensors").write_text("my only copy")
-    fails(suite.run(*command), tmp_path / "x", "model.safetensors", "choose another --out")
+    fails(suite.run(*command[1:]), tmp_path / "x", "model.safetensors", "choose another --out")
     assert (tmp_path / "x" / "model.safetensors").read_text() == "my only copy"
 
 

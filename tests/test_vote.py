@@ -52,8 +52,8 @@ class Terminal:
         os.write(self.ours, text.encode())
 
     def interrupt(self, text):
-        """Ctrl-C, and what is printed up to `text`. Pressed again where nothing comes: Python's input() does not
-        hear one that arrives after its prompt and before it reads (3 of 1,500)."""
+        """Ctrl-C, and what is printed up to `text`. Pressed again where nothing comes: Python's input() does
+        not hear one that arrives after its prompt and before it reads (3 of 1,500)."""
         for _ in range(5):
             self.type("\x03")
             with suppress(AssertionError):
